@@ -54,7 +54,9 @@ def comments(descriptors: descriptor_pb2.FileDescriptorSet) -> dict[str, str]:
     for file in descriptors.file:
         names: dict[tuple[int, ...], str] = {}
 
-        def message(path: tuple[int, ...], prefix: str, m: descriptor_pb2.DescriptorProto, names: dict[tuple[int, ...], str]) -> None:
+        def message(
+            path: tuple[int, ...], prefix: str, m: descriptor_pb2.DescriptorProto, names: dict[tuple[int, ...], str]
+        ) -> None:
             name = f"{prefix}.{m.name}"
             names[path] = name
             for i, field in enumerate(m.field):

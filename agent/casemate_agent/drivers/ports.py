@@ -1,0 +1,363 @@
+"""The narrow doors between the agent and its machine.
+
+Each port is a Protocol owned by the agent; a driver wraps one library, speaks the types below, translates the library's
+errors into :mod:`casemate_core.errors`, and decides nothing. `drivers.simulated` implements all of them in memory and
+passes the same contract suite (``tests/contract``) as the real ones.
+
+Rules that hold for every method here: it returns or raises within ``deadline_s`` (a hung library call raises
+``DeadlineExceeded`` and its effect is unknown: observe before you act again); ending what is already ended is no error;
+making what is already made as asked is no error.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
+from casemate_core.topology import Topology
+
+# --- the hypervisor ---------------------------------------------------------------------------------------------------
+
+
+class DomainPhase(StrEnum):
+    """State of a libvirt domain, as far as the agent tells them apart (virDomainState)."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTTING_DOWN = "shutting-down"
+    SHUT_OFF = "shut-off"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, slots=True)
+class DomainFacts:
+    """One domain as the hypervisor reports it. ``owned`` domains carry our metadata; others are foreign and never touched."""
+
+    uuid: str
+    name: str
+    phase: DomainPhase
+    owned: bool
+    #: Of our metadata element, for owned domains: what this domain was made from.
+    instance_uid: str = ""
+    generation: int = 0
+    placement_epoch: int = 0
+    placement_generation: int = 0
+    pid: int = 0
+    vcpus: int = 0
+    memory_mib: int = 0
+    #: Target devices of its interfaces on the host.
+    taps: tuple[str, ...] = ()
+    #: Paths of the files that it uses as disks, kernel and initrd.
+    files: tuple[str, ...] = ()
+    #: Unix socket of our helper's channel, where there is one.
+    channel_path: str = ""
+    #: Host threads that its vCPUs are pinned to, one set a vCPU; empty where they are not pinned.
+    vcpu_pins: tuple[frozenset[int], ...] = ()
+    #: Claim recorded in our metadata (Claim.to_dict()), from which a lost ledger is rebuilt; the whole desired record too.
+    record: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainEvent:
+    """A domain changed: look again. ``reason`` is libvirt's event and detail in words, for the log."""
+
+    uuid: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DomainFiles:
+    """Local files that a domain is made from."""
+
+    root: str
+    root_format: str
+    #: The backing file of the overlay and its format, named in the XML so that nothing is probed.
+    backing: str
+    backing_format: str
+    seed: str
+    archives: tuple[str, ...] = ()
+    kernel: str = ""
+    initrd: str = ""
+    cmdline: str = ""
+
+
+class Hypervisor(Protocol):
+    """libvirt, or its simulation."""
+
+    async def domains(self, deadline_s: float) -> tuple[DomainFacts, ...]:
+        """All domains of the host, owned and foreign."""
+        ...
+
+    async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
+        """Define (or redefine) the domain whose uuid is the instance's uid. Does not start it."""
+        ...
+
+    async def start(self, uid: str, deadline_s: float) -> None:
+        """Start a defined domain."""
+        ...
+
+    async def shutdown(self, uid: str, deadline_s: float) -> None:
+        """Ask the guest to power off; returns when it was asked."""
+        ...
+
+    async def destroy(self, uid: str, deadline_s: float) -> None:
+        """End the domain's QEMU at once."""
+        ...
+
+    async def undefine(self, uid: str, deadline_s: float) -> None:
+        """Forget a domain that is shut off."""
+        ...
+
+    def events(self) -> AsyncIterator[DomainEvent]:
+        """Changes of domains; also one event with an empty uuid when the connection was lost and is back."""
+        ...
+
+    async def virtualisation(self, deadline_s: float) -> str:
+        """``kvm`` where KVM runs guests here, else ``tcg``. Probed once by really using it, then remembered."""
+        ...
+
+
+# --- images, overlays, seeds ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFiles:
+    """What the store holds: paths by digest for images; by instance uid for overlays and seeds."""
+
+    images: Mapping[str, str]
+    overlays: Mapping[str, str]
+    seeds: Mapping[str, str]
+    #: Unfinished downloads and stray files, to be removed.
+    strays: tuple[str, ...] = ()
+    free_mib: int = 0
+    total_mib: int = 0
+
+
+class Images(Protocol):
+    """Images by digest, and the files made for each instance."""
+
+    async def observe(self, deadline_s: float) -> StoredFiles: ...
+
+    async def fetch(self, image: ImageRef, deadline_s: float) -> None:
+        """Have the image's files (with kernel and initrd) in the store: fetched, digest checked, header checked."""
+        ...
+
+    async def create_overlay(self, uid: str, image: ImageRef, size_mib: int, deadline_s: float) -> None:
+        """Make the instance's root disk over its image, with recorded formats."""
+        ...
+
+    async def write_seed(self, desired: DesiredInstance, deadline_s: float) -> None:
+        """Make the instance's NoCloud seed."""
+        ...
+
+    def files(self, desired: DesiredInstance) -> DomainFiles:
+        """Where the files of an instance lie (or will lie)."""
+        ...
+
+    async def remove_instance(self, uid: str, deadline_s: float) -> None:
+        """Remove overlay and seed of an instance."""
+        ...
+
+    async def remove_strays(self, deadline_s: float) -> None: ...
+
+    async def remove_image(self, digest: str, deadline_s: float) -> None: ...
+
+
+# --- network ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFacts:
+    """What of ours is on the host's network: bridges by network name, and guarded taps (those with rules) by name."""
+
+    bridges: Mapping[str, str]
+    #: tap -> (mac, address) that its rules let through.
+    guards: Mapping[str, tuple[str, str]]
+    taps: tuple[str, ...] = ()
+
+
+class Networks(Protocol):
+    """Bridges, NAT and anti-spoofing."""
+
+    async def observe(self, deadline_s: float) -> NetworkFacts: ...
+
+    async def ensure_network(self, network: HostNetwork, deadline_s: float) -> None:
+        """Bridge up with the gateway's address, forwarding and masquerading rules in place."""
+        ...
+
+    async def remove_network(self, name: str, deadline_s: float) -> None: ...
+
+    def tap(self, uid: str, index: int) -> str:
+        """Name of the tap of an instance's interface: ``cm`` + 11 hex digits, the same for life."""
+        ...
+
+    def bridge(self, network: str) -> str:
+        """Name of the bridge of a network."""
+        ...
+
+    async def guard(self, uid: str, nics: tuple[Nic, ...], deadline_s: float) -> None:
+        """Let through on each tap of the instance only its own MAC and address. Made before the domain starts."""
+        ...
+
+    async def unguard(self, uid: str, deadline_s: float) -> None:
+        """Remove the rules of an instance's taps."""
+        ...
+
+
+# --- the guest --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GuestHello:
+    """The helper is there. ``boot_id`` tells a reboot of the guest; ``cloud_init`` is its status word."""
+
+    uid: str
+    boot_id: str
+    version: str
+    cloud_init: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPods:
+    """All pods of the guest as they are now, and the revision of the pod set that the helper works on."""
+
+    uid: str
+    pods: tuple[PodState, ...]
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestGone:
+    """The channel closed (guest off, helper dead, or QEMU ended)."""
+
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuestNote:
+    """Something worth an event: a container exited, an image failed to load, cloud-init finished or failed."""
+
+    uid: str
+    pod: str
+    reason: str
+    message: str
+    severity: str = "Normal"
+    time_s: float = 0.0
+
+
+GuestEvent = GuestHello | GuestPods | GuestGone | GuestNote
+
+
+@dataclass(frozen=True, slots=True)
+class LogRecord:
+    """A line of a container's log. ``sequence`` counts the lines of the container; ``lost`` lines are missing before it."""
+
+    time_s: float
+    pod: str
+    container: str
+    sequence: int
+    text: str
+    stream: str = "stdout"
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExecRequest:
+    """A command to run in a container, or in the guest itself where ``pod`` is empty."""
+
+    argv: tuple[str, ...]
+    pod: str = ""
+    container: str = ""
+    tty: bool = False
+    rows: int = 24
+    columns: int = 80
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class ExecSession(Protocol):
+    """A running command. Output comes as ('stdout' | 'stderr', bytes) until the end, then ``exit_code`` is set."""
+
+    def output(self) -> AsyncIterator[tuple[str, bytes]]: ...
+
+    async def stdin(self, data: bytes) -> None: ...
+
+    async def close_stdin(self) -> None: ...
+
+    async def resize(self, rows: int, columns: int) -> None: ...
+
+    async def signal(self, number: int) -> None: ...
+
+    async def close(self) -> None: ...
+
+    @property
+    def exit_code(self) -> int | None: ...
+
+
+class Guests(Protocol):
+    """The helpers inside the guests. A connection is kept to each attached guest; what they say is hostile until parsed."""
+
+    async def attach(self, uid: str, channel_path: str) -> None:
+        """Keep a connection to this guest's channel until it is detached."""
+        ...
+
+    async def detach(self, uid: str) -> None: ...
+
+    def attached(self) -> frozenset[str]: ...
+
+    def events(self) -> AsyncIterator[GuestEvent]:
+        """What the guests push. After an attach: hello, then the pods as they are."""
+        ...
+
+    async def apply(
+        self,
+        uid: str,
+        pods: tuple[Mapping[str, Any], ...],
+        archives: int,
+        revision: str,
+        peers: Mapping[str, str],
+        deadline_s: float,
+    ) -> None:
+        """Make these the guest's pods: ``archives`` archive disks are loaded first. Idempotent by ``revision``."""
+        ...
+
+    def logs(
+        self, uid: str, pod: str, container: str, *, follow: bool, tail: int, since_s: float, after_sequence: int = 0
+    ) -> AsyncIterator[LogRecord]: ...
+
+    async def exec(self, uid: str, request: ExecRequest, deadline_s: float) -> ExecSession: ...
+
+    async def shutdown(self, uid: str, deadline_s: float) -> None:
+        """Ask the guest's system to power off (the helper's way; the hypervisor's is ACPI)."""
+        ...
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MachineFacts:
+    """What the host is. ``boot_id`` of /proc/sys/kernel/random/boot_id tells a reboot from a restart of the agent."""
+
+    hostname: str
+    boot_id: str
+    kernel: str
+    topology: Topology
+
+
+class Machine(Protocol):
+    """The host's own facts."""
+
+    async def observe(self, deadline_s: float) -> MachineFacts: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Drivers:
+    """All the drivers of one host, picked once in the composition root."""
+
+    machine: Machine
+    hypervisor: Hypervisor
+    images: Images
+    networks: Networks
+    guests: Guests
