@@ -1,0 +1,226 @@
+"""Environment: what a tenant asks for. Frozen types, defaults, the rules between fields, and the effect of a change.
+
+Shapes and words are checked where messages are decoded (`casemate_wire.codec`); the rules here speak of meaning.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from casemate_core.errors import Violation, shown
+from casemate_core.quantity import format_mib
+from casemate_core.spec.meta import Meta, check_labels, check_meta, check_name
+from casemate_core.spec.pod import check_pods
+
+MAX_REPLICAS = 1000
+MAX_CPUS = 512
+MIN_MEMORY_MIB = 64
+MAX_MEMORY_MIB = 64 * 1024 * 1024
+MAX_DISK_MIB = 64 * 1024 * 1024
+MAX_NICS = 16
+MAX_ARCHIVES = 8
+MAX_SSH_KEYS = 32
+MAX_USER_DATA_BYTES = 64 * 1024
+DEFAULT_NETWORK = "default"
+_SSH_KEY = re.compile(
+    r"(ssh-(ed25519|rsa)|ecdsa-sha2-nistp(256|384|521)|sk-[a-z0-9@.-]+) [A-Za-z0-9+/=]{16,}( [^\x00-\x1f\x7f]*)?\Z",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """Processors of each instance; words as in the schema."""
+
+    count: int
+    max: int = 0
+    policy: str = "shared"
+    threads: str = "any"
+    emulator: str = "share"
+    realtime: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory of each instance. ``hugepages_kib`` 0: ordinary pages."""
+
+    size_mib: int
+    max_mib: int = 0
+    hugepages_kib: int = 0
+    cells: str = "prefer"
+
+
+@dataclass(frozen=True, slots=True)
+class NicSpec:
+    """A network interface as asked for."""
+
+    network: str = DEFAULT_NETWORK
+    type: str = "bridge"
+
+
+@dataclass(frozen=True, slots=True)
+class Toleration:
+    """A taint that is tolerated."""
+
+    key: str = ""
+    operator: str = "Equal"
+    value: str = ""
+    effect: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Affinity:
+    """Keeps instances near to, or apart from, those whose environment carries the labels ``match``."""
+
+    kind: str
+    match: Mapping[str, str]
+    topology: str = "host"
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRules:
+    """Where instances may run and where they had better run."""
+
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[Toleration, ...] = ()
+    affinity: tuple[Affinity, ...] = ()
+    spread_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentSpec:
+    """What is wanted. Defaults are those of the schema."""
+
+    cpu: Cpu
+    memory: Memory
+    image: str
+    replicas: int = 1
+    nics: tuple[NicSpec, ...] = (NicSpec(),)
+    archives: tuple[str, ...] = ()
+    #: 0: the size of the image.
+    disk_mib: int = 0
+    pods: tuple[Mapping[str, Any], ...] = ()
+    ssh_keys: tuple[str, ...] = ()
+    user_data: str = field(default="", repr=False)
+    run: str = "started"
+    placement: PlacementRules = PlacementRules()
+    priority: int = 0
+    virtualisation: str = "prefer"
+    gang: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """An environment as it is stored."""
+
+    meta: Meta
+    spec: EnvironmentSpec
+
+
+def check_environment(env: Environment) -> Iterator[Violation]:
+    """Violations of the rules of meaning; none if the environment can be stored."""
+    spec = env.spec
+    yield from check_meta("Environment", env.meta)
+    yield from _between("spec.replicas", spec.replicas, 0, MAX_REPLICAS)
+    yield from _check_cpu(spec.cpu)
+    yield from _check_memory(spec.memory)
+    yield from check_name("spec.image", spec.image)
+    if spec.disk_mib and not 1 <= spec.disk_mib <= MAX_DISK_MIB:
+        yield Violation(
+            "spec.disk.size", format_mib(spec.disk_mib), "is out of range", f"write 1Mi to {format_mib(MAX_DISK_MIB)}"
+        )
+    yield from _at_most("spec.nics", len(spec.nics), MAX_NICS)
+    for i, nic in enumerate(spec.nics):
+        yield from check_name(f"spec.nics[{i}].network", nic.network)
+        if nic.type == "sriov":
+            yield Violation(f"spec.nics[{i}].type", nic.type, "is not served by this release", "write bridge")
+    yield from _at_most("spec.archives", len(spec.archives), MAX_ARCHIVES)
+    for i, archive in enumerate(spec.archives):
+        yield from check_name(f"spec.archives[{i}]", archive)
+    yield from check_pods("spec.pods", spec.pods)
+    yield from _at_most("spec.sshKeys", len(spec.ssh_keys), MAX_SSH_KEYS)
+    for i, key in enumerate(spec.ssh_keys):
+        if not _SSH_KEY.match(key):
+            yield Violation(
+                f"spec.sshKeys[{i}]", shown(key[:24]), "is not a public SSH key", "paste the one line of a .pub file"
+            )
+    if len(spec.user_data.encode()) > MAX_USER_DATA_BYTES:
+        yield Violation("spec.userData", "", "is too large", f"keep it within {MAX_USER_DATA_BYTES} bytes")
+    elif spec.user_data and not spec.user_data.startswith(("#cloud-config", "#!")):
+        yield Violation(
+            "spec.userData",
+            shown(spec.user_data[:24]),
+            "is neither #cloud-config nor a script",
+            "begin it with #cloud-config or #!",
+        )
+    yield from _between("spec.priority", spec.priority, -1000, 1000)
+    yield from _check_placement(spec.placement)
+
+
+def _check_cpu(cpu: Cpu) -> Iterator[Violation]:
+    yield from _between("spec.cpu.count", cpu.count, 1, MAX_CPUS)
+    if cpu.policy == "shared":
+        if cpu.threads != "any":
+            yield Violation(
+                "spec.cpu.threads",
+                cpu.threads,
+                "speaks of dedicated threads, and the policy is shared",
+                "write policy: dedicated",
+            )
+        if cpu.emulator == "isolate":
+            yield Violation("spec.cpu.emulator", cpu.emulator, "needs dedicated threads", "write policy: dedicated")
+    if cpu.threads == "require" and cpu.count % 2 and cpu.count > 1:
+        yield Violation(
+            "spec.cpu.count",
+            str(cpu.count),
+            "is odd, and whole cores are required",
+            f"write {cpu.count + 1}, or threads: isolate",
+        )
+
+
+def _check_memory(memory: Memory) -> Iterator[Violation]:
+    size = memory.size_mib
+    if not MIN_MEMORY_MIB <= size <= MAX_MEMORY_MIB:
+        yield Violation(
+            "spec.memory.size",
+            format_mib(size),
+            "is out of range",
+            f"write {MIN_MEMORY_MIB}Mi to {format_mib(MAX_MEMORY_MIB)}",
+        )
+    pages = memory.hugepages_kib
+    if pages not in (0, 2048, 1048576):
+        yield Violation(
+            "spec.memory.hugepages", format_mib(pages // 1024), "is not a size of huge pages", "write 2Mi or 1Gi"
+        )
+    elif pages and (size * 1024) % pages:
+        whole = -(-size * 1024 // pages) * pages // 1024
+        yield Violation(
+            "spec.memory.size",
+            format_mib(size),
+            f"is not a multiple of the page size {format_mib(pages // 1024)}",
+            f"write {format_mib(whole)}",
+        )
+
+
+def _check_placement(rules: PlacementRules) -> Iterator[Violation]:
+    yield from check_labels("spec.placement.nodeSelector", rules.node_selector)
+    yield from _at_most("spec.placement.tolerations", len(rules.tolerations), 32)
+    yield from _at_most("spec.placement.affinity", len(rules.affinity), 16)
+    for i, affinity in enumerate(rules.affinity):
+        yield from check_labels(f"spec.placement.affinity[{i}].match", affinity.match)
+        if not affinity.match:
+            yield Violation(
+                f"spec.placement.affinity[{i}].match", "", "is empty", "name the labels of the other environments"
+            )
+
+
+def _between(path: str, value: int, low: int, high: int) -> Iterator[Violation]:
+    if not low <= value <= high:
+        yield Violation(path, str(value), "is out of range", f"write {low} to {high}")
+
+
+def _at_most(path: str, count: int, high: int) -> Iterator[Violation]:
+    if count > high:
+        yield Violation(path, str(count), "are too many entries", f"keep at most {high}")

@@ -1,0 +1,127 @@
+"""Environment ⇄ message. Both directions are total over the fields that this release serves."""
+
+from casemate_core.quantity import format_bytes, format_mib, parse_bytes, parse_mib
+from casemate_core.spec.environment import (
+    Affinity,
+    Cpu,
+    Environment,
+    EnvironmentSpec,
+    Memory,
+    NicSpec,
+    PlacementRules,
+    Toleration,
+)
+from casemate_core.spec.views import EnvironmentStatus
+from casemate_wire.codec.basics import condition_to_message, meta_from_message, meta_to_message, plain, struct
+from casemate_wire.v1 import environment_pb2 as pb
+
+
+def from_message(message: pb.Environment) -> Environment:
+    """A checked message as a value. Raises InvalidSpec only for what the schema's checks cannot see."""
+    spec = message.spec
+    rules = spec.placement
+    return Environment(
+        meta_from_message("Environment", message.metadata),
+        EnvironmentSpec(
+            replicas=spec.replicas if spec.HasField("replicas") else 1,
+            cpu=Cpu(
+                count=spec.cpu.count,
+                policy=spec.cpu.policy or "shared",
+                threads=spec.cpu.threads or "any",
+                emulator=spec.cpu.emulator or "share",
+            ),
+            memory=Memory(
+                size_mib=parse_mib(spec.memory.size),
+                hugepages_kib=parse_bytes(spec.memory.hugepages) // 1024 if spec.memory.hugepages else 0,
+                cells=spec.memory.cells or "prefer",
+            ),
+            nics=tuple(NicSpec(n.network, n.type or "bridge") for n in spec.nics) or (NicSpec(),),
+            image=spec.image,
+            archives=tuple(spec.archives),
+            disk_mib=parse_mib(spec.disk.size) if spec.disk.size else 0,
+            pods=tuple(plain(p) for p in spec.pods),
+            ssh_keys=tuple(spec.ssh_keys),
+            user_data=spec.user_data,
+            run=spec.run or "started",
+            placement=PlacementRules(
+                node_selector=dict(rules.node_selector),
+                tolerations=tuple(
+                    Toleration(t.key, t.operator or "Equal", t.value, t.effect) for t in rules.tolerations
+                ),
+                affinity=tuple(
+                    Affinity(a.kind or "near", dict(a.match), a.topology or "host", a.required) for a in rules.affinity
+                ),
+                spread_by=rules.spread_by,
+            ),
+            priority=spec.priority,
+            virtualisation=spec.virtualisation or "prefer",
+            gang=spec.gang,
+        ),
+    )
+
+
+def to_message(env: Environment, status: EnvironmentStatus | None = None) -> pb.Environment:
+    """The value with all its defaults written out, and its status where there is one."""
+    spec = env.spec
+    message = pb.Environment(
+        api_version="casemate/v1",
+        kind="Environment",
+        metadata=meta_to_message(env.meta),
+        spec=pb.EnvironmentSpec(
+            replicas=spec.replicas,
+            cpu=pb.Cpu(
+                count=spec.cpu.count,
+                policy=spec.cpu.policy,
+                threads=spec.cpu.threads,
+                emulator=spec.cpu.emulator,
+            ),
+            memory=pb.Memory(
+                size=format_mib(spec.memory.size_mib),
+                hugepages=format_bytes(spec.memory.hugepages_kib * 1024) if spec.memory.hugepages_kib else "",
+                cells=spec.memory.cells,
+            ),
+            nics=[pb.Nic(network=n.network, type=n.type) for n in spec.nics],
+            image=spec.image,
+            archives=spec.archives,
+            pods=[struct(p) for p in spec.pods],
+            ssh_keys=spec.ssh_keys,
+            user_data=spec.user_data,
+            run=spec.run,
+            priority=spec.priority,
+            virtualisation=spec.virtualisation,
+            gang=spec.gang,
+        ),
+    )
+    if spec.disk_mib:
+        message.spec.disk.size = format_mib(spec.disk_mib)
+    if spec.placement != PlacementRules():
+        message.spec.placement.CopyFrom(_rules_to_message(spec.placement))
+    if status is not None:
+        message.status.CopyFrom(_status_to_message(status))
+    return message
+
+
+def _rules_to_message(rules: PlacementRules) -> pb.PlacementRules:
+    return pb.PlacementRules(
+        node_selector=rules.node_selector,
+        tolerations=[
+            pb.Toleration(key=t.key, operator=t.operator, value=t.value, effect=t.effect) for t in rules.tolerations
+        ],
+        affinity=[
+            pb.Affinity(kind=a.kind, match=a.match, topology=a.topology, required=a.required) for a in rules.affinity
+        ],
+        spread_by=rules.spread_by,
+    )
+
+
+def _status_to_message(status: EnvironmentStatus) -> pb.EnvironmentStatus:
+    return pb.EnvironmentStatus(
+        phase=status.phase,
+        conditions=[condition_to_message(c) for c in status.conditions],
+        observed_generation=status.observed_generation,
+        wanted=status.wanted,
+        placed=status.placed,
+        running=status.running,
+        ready=status.ready,
+        instances=status.instances,
+    )
