@@ -266,10 +266,13 @@ class Desired(_message.Message):
     INSTANCES_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
     NETWORKS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     revision: _builtins.int
     snapshot: _builtins.bool
     """Everything this host should have; what is not in it is to be ended."""
+    more: _builtins.bool
+    """Parts of the same transfer follow; none of it counts before the last part is there."""
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___DesiredInstance]: ...
     @_builtins.property
@@ -287,10 +290,11 @@ class Desired(_message.Message):
         instances: _abc.Iterable[Global___DesiredInstance] | None = ...,
         removed: _abc.Iterable[_builtins.str] | None = ...,
         networks: _abc.Iterable[Global___DesiredNetwork] | None = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "networks", b"networks", "removed", b"removed", "revision", b"revision", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "more", b"more", "networks", b"networks", "removed", b"removed", "revision", b"revision", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -532,13 +536,11 @@ class DesiredNetwork(_message.Message):
     SUBNET_FIELD_NUMBER: _builtins.int
     GATEWAY_FIELD_NUMBER: _builtins.int
     MTU_FIELD_NUMBER: _builtins.int
-    REMOVED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     type: _builtins.str
     subnet: _builtins.str
     gateway: _builtins.str
     mtu: _builtins.int
-    removed: _builtins.bool
     def __init__(
         self,
         *,
@@ -547,11 +549,10 @@ class DesiredNetwork(_message.Message):
         subnet: _builtins.str = ...,
         gateway: _builtins.str = ...,
         mtu: _builtins.int = ...,
-        removed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "mtu", b"mtu", "name", b"name", "removed", b"removed", "subnet", b"subnet", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "mtu", b"mtu", "name", b"name", "subnet", b"subnet", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -568,9 +569,12 @@ class Facts(_message.Message):
     INSTANCES_FIELD_NUMBER: _builtins.int
     GONE_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     snapshot: _builtins.bool
     sequence: _builtins.int
     """Counts the facts of a session; acknowledged by the manager."""
+    more: _builtins.bool
+    """Parts of the same transfer follow."""
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceFacts]: ...
     @_builtins.property
@@ -587,10 +591,11 @@ class Facts(_message.Message):
         instances: _abc.Iterable[Global___InstanceFacts] | None = ...,
         gone: _abc.Iterable[_builtins.str] | None = ...,
         host: Global___HostFacts | None = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone", b"gone", "host", b"host", "instances", b"instances", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gone", b"gone", "host", b"host", "instances", b"instances", "more", b"more", "sequence", b"sequence", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -631,7 +636,7 @@ class HostFacts(_message.Message):
     @_builtins.property
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostCondition]: ...
     @_builtins.property
-    def foreign_claims(self) -> _struct_pb2.Struct:
+    def foreign_claims(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Struct]:
         """Claims of foreign VMs, so that they count as used."""
 
     def __init__(
@@ -640,10 +645,10 @@ class HostFacts(_message.Message):
         foreign: _builtins.int = ...,
         drift: _abc.Iterable[_builtins.str] | None = ...,
         conditions: _abc.Iterable[Global___HostCondition] | None = ...,
-        foreign_claims: _struct_pb2.Struct | None = ...,
+        foreign_claims: _abc.Iterable[_struct_pb2.Struct] | None = ...,
         disk_free_mib: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["foreign_claims", b"foreign_claims"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
