@@ -28,7 +28,7 @@ venv: ## the locked Python environment in .venv
 .PHONY: test
 test: venv ## every test, with the time of each group
 	@.ci/apt-install run guest test
-	@.ci/test
+	@.ci/test $(ARGS)
 
 .PHONY: test-fast
 test-fast: venv ## pure and simulated tests only
