@@ -267,6 +267,7 @@ class Desired(_message.Message):
     REMOVED_FIELD_NUMBER: _builtins.int
     NETWORKS_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
+    NETWORKS_REMOVED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     revision: _builtins.int
     snapshot: _builtins.bool
@@ -281,6 +282,10 @@ class Desired(_message.Message):
 
     @_builtins.property
     def networks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DesiredNetwork]: ...
+    @_builtins.property
+    def networks_removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of networks that this host should no longer have."""
+
     def __init__(
         self,
         *,
@@ -291,10 +296,11 @@ class Desired(_message.Message):
         removed: _abc.Iterable[_builtins.str] | None = ...,
         networks: _abc.Iterable[Global___DesiredNetwork] | None = ...,
         more: _builtins.bool = ...,
+        networks_removed: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "more", b"more", "networks", b"networks", "removed", b"removed", "revision", b"revision", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "more", b"more", "networks", b"networks", "networks_removed", b"networks_removed", "removed", b"removed", "revision", b"revision", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
