@@ -33,7 +33,7 @@ class BadPlain(CallerError):
 
 def to_plain(value: object) -> Any:
     """JSON-able form of ``value``. Raises TypeError for what is not supported."""
-    if value is None or isinstance(value, bool | int | float | str) and not isinstance(value, Enum):
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
         return value
     if isinstance(value, Enum):
         return value.value
@@ -130,6 +130,14 @@ def _decode_union(kinds: tuple[Any, ...], data: Any, lax: bool, path: str) -> An
     if isinstance(data, dict) and data.get("type") in named:
         return _decode(named[data["type"]], {k: v for k, v in data.items() if k != "type"}, lax, path)
     for k in rest:
+        origin = typing.get_origin(k)
+        if (
+            isinstance(origin, type)
+            and isinstance(data, Mapping)
+            and issubclass(origin, Mapping | types.MappingProxyType)
+        ):
+            return _decode_generic(origin, typing.get_args(k), data, lax, path)
+    for k in rest:
         if not dataclasses.is_dataclass(k) and isinstance(k, type) and type(data) is k:
             return _decode(k, data, lax, path)
     raise BadPlain(path, "fits none of its types")
@@ -148,7 +156,7 @@ def _decode_generic(origin: Any, args: tuple[Any, ...], data: Any, lax: bool, pa
     if origin is list:
         items = _check(data, isinstance(data, list | tuple), "a list", path)
         return [_decode(args[0], v, lax, f"{path}[{i}]") for i, v in enumerate(items)]
-    if isinstance(origin, type) and issubclass(origin, Mapping) or origin is types.MappingProxyType:
+    if (isinstance(origin, type) and issubclass(origin, Mapping)) or origin is types.MappingProxyType:
         items = _check(data, isinstance(data, Mapping), "a mapping", path)
         key = int if args[0] is int else str
         return {key(k): _decode(args[1], v, lax, f"{path}.{k}") for k, v in items.items()}
