@@ -1,0 +1,191 @@
+"""The closed set of what an agent can do.
+
+What may live here: one frozen dataclass for each kind of action, and nothing that carries one out
+(:mod:`casemate_agent.execute` does). Every action is idempotent: done twice, or done after it was half done, it leaves
+the same machine. Each carries its reason, which is what the log says.
+"""
+
+from dataclasses import dataclass
+
+from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef
+
+
+@dataclass(frozen=True, slots=True)
+class FetchImage:
+    """Have an image in the store."""
+
+    image: ImageRef
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EnsureNetwork:
+    """Have the bridge of a network up, with its rules."""
+
+    network: HostNetwork
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOverlay:
+    """Make the root disk of an instance over its image."""
+
+    desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSeed:
+    """Write the NoCloud seed of an instance."""
+
+    desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Let through on the taps of an instance its own addresses only."""
+
+    desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Define:
+    """Define the domain of an instance, its whole record in the metadata."""
+
+    desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Start the defined domain."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttachGuest:
+    """Keep a connection to the guest's helper."""
+
+    uid: str
+    channel_path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyPods:
+    """Make these the pods of the guest."""
+
+    desired: DesiredInstance
+    revision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Ask the guest to power off."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Destroy:
+    """End the domain's process at once."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Undefine:
+    """Forget the domain."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DetachGuest:
+    """Let go of the guest's channel."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unguard:
+    """Remove the rules of the instance's taps."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFiles:
+    """Remove the instance's overlay and seed."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetClaim:
+    """Remove the instance's record from the ledger: the last step of its end, its resources are free after it."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveStrays:
+    """Remove unfinished downloads and files that nobody owns."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveImage:
+    """Remove an image that no instance uses."""
+
+    digest: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveNetwork:
+    """Remove a bridge that no network of this host has any more."""
+
+    name: str
+    reason: str
+
+
+Action = (
+    FetchImage
+    | EnsureNetwork
+    | CreateOverlay
+    | WriteSeed
+    | Guard
+    | Define
+    | Start
+    | AttachGuest
+    | ApplyPods
+    | Shutdown
+    | Destroy
+    | Undefine
+    | DetachGuest
+    | Unguard
+    | RemoveFiles
+    | ForgetClaim
+    | RemoveStrays
+    | RemoveImage
+    | RemoveNetwork
+)
+
+
+def name(action: Action) -> str:
+    """The name of an action's kind, as logs, intents and failures carry it."""
+    return type(action).__name__

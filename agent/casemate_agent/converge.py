@@ -1,0 +1,460 @@
+"""What is to be done about one instance, from what is wanted, seen and remembered. PURE.
+
+What may live here: decisions about a single instance. The host as a whole is in :mod:`casemate_agent.reconcile`.
+
+Theory of operation. Every call looks at the machine anew and returns the whole rest of the way to where the instance
+should be, as an ordered list of actions; the record that must be on disk before the first of them; and the state to
+report. Executed to any step and planned again, it comes to the same end: each action leaves something that is seen the
+next time. The order of making is overlay, seed, guard, domain, start; the order of ending is the reverse, and the record
+goes last, so that whatever is left over always has a record, or at least an overlay, that names its instance.
+
+States of an instance here, by what is wanted and what its domain does::
+
+    wanted      domain           phase                    next
+    started     none, off        Preparing, Starting      prepare, define, start (after a back-off, if it ended by itself)
+    started     running          Starting, Running, Ready attach, guard, pods
+    stopped     running          Stopping                 ask; after the grace, end
+    stopped     none, off        Stopped                  -
+    removed     running          Deleting                 ask; after the grace, end
+    removed     none, off        Deleting                 undefine, unguard, remove files, forget
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from casemate_agent import actions as act
+from casemate_agent.actions import Action
+from casemate_agent.admission import Admission
+from casemate_agent.backoff import delay_s
+from casemate_agent.drivers.ports import DomainFacts, DomainPhase
+from casemate_agent.records import (
+    Failure,
+    GuestView,
+    InstanceRecord,
+    Intent,
+    Note,
+    Observation,
+    Refusal,
+    Started,
+    domain_digest,
+    from_metadata,
+    pods_revision,
+)
+from casemate_core.spec.instance import HostNetwork, InstanceState, Phase, Run, Virtualisation
+
+ACTIVE = frozenset({DomainPhase.RUNNING, DomainPhase.PAUSED, DomainPhase.SHUTTING_DOWN})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Times of an agent, in seconds, and limits."""
+
+    #: A guest asked to power off has so long.
+    stop_grace_s: float = 60.0
+    #: It is asked again so often: a guest that is still booting drops the first.
+    stop_ask_again_s: float = 15.0
+    #: A domain that ran so long before it ended by itself starts afresh in its back-off.
+    stable_s: float = 600.0
+    backoff_base_s: float = 1.0
+    backoff_cap_s: float = 300.0
+    #: So many failures of the same action in a row are told as phase Failed; it is tried on.
+    failed_after: int = 3
+    #: Unused images are removed while less of the store's disk than this is free.
+    low_disk_fraction: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class InstancePlan:
+    """What to do about one instance, in order, and what to report.
+
+    ``base`` is the record that was planned from, ``record`` the one that is on disk BEFORE the first action runs; where
+    they are equal and there are no actions, nothing happens. ``wake_s``: look again then (seconds since the epoch).
+    """
+
+    base: InstanceRecord
+    record: InstanceRecord
+    state: InstanceState
+    actions: tuple[Action, ...] = ()
+    wake_s: float = inf
+    notes: tuple[Note, ...] = ()
+    drift: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The plan while it is being made; lives within one call."""
+
+    record: InstanceRecord
+    domain: DomainFacts | None
+    guest: GuestView
+    observed: Observation
+    settings: Settings
+    actions: list[Action] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    drift: list[str] = field(default_factory=list)
+    wake_s: float = inf
+    phase: Phase = Phase.UNKNOWN
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def now(self) -> float:
+        return self.observed.time_s
+
+    @property
+    def active(self) -> bool:
+        return self.domain is not None and self.domain.phase in ACTIVE
+
+    def note(self, reason: str, message: str, severity: str = "Normal") -> None:
+        self.notes.append(Note(self.record.uid, reason, message, severity))
+
+    def says(self, phase: Phase, reason: str = "", message: str = "") -> None:
+        self.phase, self.reason, self.message = phase, reason, message
+
+    def wake(self, at_s: float) -> None:
+        self.wake_s = min(self.wake_s, at_s)
+
+
+def converge(
+    record: InstanceRecord,
+    observed: Observation,
+    networks: Mapping[str, HostNetwork],
+    admission: Admission | None,
+    settings: Settings,
+) -> InstancePlan:
+    """The rest of the way of one instance. ``admission`` answers for its placement where it holds no claim for it yet."""
+    guest = observed.guests.get(record.uid, GuestView())
+    if observed.domains is None:
+        # what cannot be seen is not acted upon: an unknown domain may well be running
+        why = observed.silent.get("hypervisor", "the hypervisor does not answer")
+        draft = _Draft(record, None, guest, observed, settings)
+        draft.says(Phase.DELETING if record.removed else Phase.UNKNOWN, "HypervisorUnreachable", why)
+        return _finish(record, draft)
+    draft = _Draft(record, observed.domains.get(record.uid), guest, observed, settings)
+    _settle(draft)
+    if record.uid in observed.attached and not draft.active:
+        draft.actions.append(act.DetachGuest(record.uid, "its domain does not run"))
+    if record.removed:
+        _end(draft)
+    elif record.desired.run is Run.STOPPED:
+        _stop(draft)
+    elif draft.active:
+        _keep(draft, networks)
+    else:
+        _bring_up(draft, networks, admission)
+    _gate(draft)
+    return _finish(record, draft)
+
+
+def _settle(d: _Draft) -> None:
+    """Bring the memory up to what is seen: starts, ends, reboots of the host, voided stops."""
+    r = d.record
+    boot_id = d.observed.machine.boot_id
+    if r.failure and r.failure.permanent and r.failure.generation != r.desired.generation:
+        r = replace(r, failure=None)
+    if d.active:
+        if r.started is None or r.started.boot_id != boot_id:
+            r = replace(r, started=Started(boot_id, d.now), starts=r.starts + 1, exited_s=0.0)
+        voided = not r.removed and r.desired.run is Run.STARTED and r.stop_since_s
+        if voided and d.now - r.stop_since_s >= d.settings.stop_grace_s:
+            r = replace(r, stop_since_s=0.0, stop_asked_s=0.0)
+    elif r.started is not None:
+        if r.started.boot_id != boot_id:
+            d.note("HostRebooted", "the host was rebooted")
+            r = replace(r, exits=0, exited_s=0.0, failure=None)
+        elif not r.stop_since_s and not r.removed and r.desired.run is Run.STARTED:
+            ran_s = d.now - r.started.at_s
+            r = replace(r, exits=1 if ran_s >= d.settings.stable_s else r.exits + 1, exited_s=d.now)
+            word = "vanished" if d.domain is None else "ended by itself"
+            d.note("Exited", f"the domain {word} after {ran_s:.0f} s; it is started again", "Warning")
+        else:
+            r = replace(r, exits=0, exited_s=0.0)
+            d.note("Stopped", "the domain has ended")
+        r = replace(r, started=None, stop_since_s=0.0, stop_asked_s=0.0)
+    elif r.stop_since_s:
+        r = replace(r, stop_since_s=0.0, stop_asked_s=0.0)
+    d.record = r
+
+
+def _power_off(d: _Draft, reason: str) -> bool:
+    """Actions that end the domain, politely first. True where it is down, or will be after the actions planned."""
+    domain, r = d.domain, d.record
+    if domain is None or domain.phase is DomainPhase.SHUT_OFF:
+        return True
+    if domain.phase is DomainPhase.CRASHED:
+        d.actions.append(act.Destroy(r.uid, "it crashed"))
+        return True
+    since_s = r.stop_since_s or d.now
+    ends_s = since_s + d.settings.stop_grace_s
+    if d.now >= ends_s or domain.phase is DomainPhase.PAUSED:
+        why = (
+            "a paused guest cannot power off" if d.now < ends_s else f"no power-off in {d.settings.stop_grace_s:.0f} s"
+        )
+        d.actions.append(act.Destroy(r.uid, f"{reason}; {why}"))
+        d.record = replace(r, stop_since_s=since_s)
+        return True
+    d.record = replace(r, stop_since_s=since_s)
+    if domain.phase is DomainPhase.RUNNING and d.now - r.stop_asked_s >= d.settings.stop_ask_again_s:
+        d.actions.append(act.Shutdown(r.uid, reason))
+    d.wake(min(ends_s, max(r.stop_asked_s, d.now) + d.settings.stop_ask_again_s))
+    return False
+
+
+def _end(d: _Draft) -> None:
+    """The instance is no longer wanted here: end it, take away all that was made for it, then forget it."""
+    uid = d.record.uid
+    reason = "no longer wanted on this host"
+    d.says(Phase.DELETING)
+    was_active = d.active
+    if not _power_off(d, reason):
+        return
+    if was_active and uid in d.observed.attached:
+        d.actions.append(act.DetachGuest(uid, reason))
+    if d.domain is not None:
+        d.actions.append(act.Undefine(uid, reason))
+    files, networks = d.observed.files, d.observed.networks
+    if files is None or networks is None:
+        # without seeing what is left, the record stays: it is what finds the rest again
+        silent = [port for port in ("images", "networks") if port in d.observed.silent]
+        d.says(Phase.DELETING, "Waiting", f"no answer from {' and '.join(silent) or 'the host'}")
+        return
+    if d.observed.guarded.get(uid):
+        d.actions.append(act.Unguard(uid, reason))
+    if uid in files.overlays or uid in files.seeds:
+        d.actions.append(act.RemoveFiles(uid, reason))
+    d.actions.append(act.ForgetClaim(uid, "nothing of it is left"))
+
+
+def _stop(d: _Draft) -> None:
+    """The instance should not run; its disk, seed and domain stay."""
+    if _power_off(d, "run: stopped") and not d.actions:
+        d.says(Phase.STOPPED)
+    else:
+        d.says(Phase.STOPPING)
+
+
+def _keep(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
+    """The domain runs and should: keep its connection, its guard and its pods as they should be."""
+    domain, r, guest = d.domain, d.record, d.guest
+    assert domain is not None
+    desired = r.desired
+    if domain.phase is DomainPhase.SHUTTING_DOWN:
+        d.says(Phase.STOPPING, "GuestPowersOff", "the guest is powering off; it is started again when it has")
+        return
+    _keep_network(d, networks)
+    if domain.channel_path and r.uid not in d.observed.attached:
+        d.actions.append(act.AttachGuest(r.uid, domain.channel_path, "its domain runs"))
+    applied = from_metadata(domain.record)
+    if applied is None:
+        d.drift.append(f"MetadataUnreadable: domain {domain.name}: its record cannot be read; it is left as it is")
+    wanted = pods_revision(desired)
+    if guest.connected and guest.revision != wanted:
+        d.actions.append(act.ApplyPods(desired, wanted, "the guest works on another pod set"))
+    if domain.phase is DomainPhase.PAUSED:
+        d.says(Phase.FAILED, "Paused", "the hypervisor has paused the guest, as it does when a disk is full or fails")
+    elif (
+        not guest.connected
+        and not guest.boot_id
+        and Phase(r.phase or Phase.UNKNOWN) not in (Phase.RUNNING, Phase.READY)
+    ):
+        d.says(Phase.STARTING, "GuestBooting")
+    elif not guest.connected:
+        d.says(Phase.RUNNING, "GuestSilent", "the guest's helper is not connected")
+    elif guest.revision != wanted:
+        d.says(Phase.RUNNING, "ApplyingPods")
+    else:
+        waiting = [pod.name for pod in guest.pods if not pod.ready]
+        missing = len(desired.pods) - len(guest.pods)
+        if waiting or missing > 0:
+            d.says(Phase.RUNNING, "PodsNotReady", f"waiting for {', '.join(waiting[:5]) or f'{missing} pods'}")
+        else:
+            d.says(Phase.READY)
+    if applied is not None and domain_digest(applied) != domain_digest(desired) and not d.reason:
+        d.reason, d.message = "RestartPending", "changes wait for the next stop and start"
+
+
+def _keep_network(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
+    """Bridges and guards of a running instance; where they are gone someone else took them: drift, and made again."""
+    seen = d.observed.networks
+    if seen is None or not d.record.desired.nics:
+        return
+    for name in sorted({nic.network for nic in d.record.desired.nics} - set(seen.bridges)):
+        if name in networks:
+            d.drift.append(f"NetworkMissing: bridge of network {name} is gone while instances run on it")
+            d.actions.append(act.EnsureNetwork(networks[name], "its bridge is gone"))
+    guarded = len(d.observed.guarded.get(d.record.uid, ()))
+    if guarded < len(d.record.desired.nics):
+        d.drift.append(f"GuardMissing: {d.record.uid}: {guarded} of {len(d.record.desired.nics)} taps have their rules")
+        d.actions.append(act.Guard(d.record.desired, "rules of its taps are gone"))
+
+
+def _bring_up(d: _Draft, networks: Mapping[str, HostNetwork], admission: Admission | None) -> None:
+    """The instance should run and does not: check its claim, prepare, define, start."""
+    r, desired, seen = d.record, d.record.desired, d.observed
+    d.says(Phase.PREPARING)
+    if not _hold_claim(d, admission):
+        return
+    r = d.record
+    if desired.virtualisation is Virtualisation.REQUIRE and seen.virtualisation == "tcg":
+        d.says(
+            Phase.FAILED, "VirtualisationUnavailable", "virtualisation: require, and KVM runs no guests on this host"
+        )
+        return
+    if r.exits:
+        again_s = r.exited_s + delay_s(r.exits, r.uid, d.settings.backoff_base_s, d.settings.backoff_cap_s)
+        if d.now < again_s:
+            d.wake(again_s)
+            worn = r.exits >= d.settings.failed_after
+            message = f"ended by itself {r.exits} times in a row; started again in {again_s - d.now:.0f} s"
+            d.says(Phase.FAILED if worn else Phase.STARTING, "BackOff", message)
+            return
+    files, nets = seen.files, seen.networks
+    if files is None or nets is None:
+        port = "images" if files is None else "networks"
+        d.says(Phase.PREPARING, "Waiting", f"{port}: {seen.silent.get(port, 'no answer')}")
+        return
+    missing = sorted({nic.network for nic in desired.nics} - set(nets.bridges) - set(networks))
+    if missing:
+        d.says(Phase.PREPARING, "NetworkUnknown", f"network {missing[0]} is not yet described to this host")
+        return
+    for image in (desired.image, *desired.archives):
+        if image.file.digest not in files.images:
+            d.actions.append(act.FetchImage(image, "not in the store"))
+    for name in sorted({nic.network for nic in desired.nics} - set(nets.bridges)):
+        d.actions.append(act.EnsureNetwork(networks[name], "its bridge is not there"))
+    domain = d.domain
+    if domain is not None and domain.phase is DomainPhase.CRASHED:
+        d.actions.append(act.Destroy(r.uid, "it crashed"))
+    current = domain is not None and from_metadata(domain.record) == desired
+    if r.uid not in files.overlays:
+        d.actions.append(act.CreateOverlay(desired, "not there"))
+    if r.uid not in files.seeds or not current:
+        d.actions.append(
+            act.WriteSeed(desired, "not there" if r.uid not in files.seeds else "the instance was changed")
+        )
+    if len(seen.guarded.get(r.uid, ())) < len(desired.nics) or (desired.nics and not current):
+        d.actions.append(act.Guard(desired, "before its taps exist"))
+    if not current:
+        d.actions.append(act.Define(desired, "not defined" if domain is None else "the instance was changed"))
+    elif not d.actions:
+        d.says(Phase.STARTING)
+    d.actions.append(act.Start(r.uid, "run: started"))
+
+
+def _hold_claim(d: _Draft, admission: Admission | None) -> bool:
+    """Put the placement's claim in the record, if the host can carry it out. False where it is refused."""
+    r, placement = d.record, d.record.desired.placement
+    if admission is None:
+        return r.claim is not None
+    if not admission.problems:
+        d.record = replace(
+            r,
+            claim=admission.claim,
+            claim_epoch=placement.epoch,
+            claim_generation=placement.generation,
+            refusal=None,
+        )
+        return True
+    message = "; ".join(admission.problems[:8])
+    d.drift.append(f"PlacementRefused: {r.uid}: {message}")
+    refusal = Refusal(placement.epoch, placement.generation, message)
+    if r.refusal != refusal:
+        d.note("PlacementRefused", message, "Warning")
+    d.record = replace(r, refusal=refusal)
+    d.says(Phase.FAILED, "PlacementRefused", message)
+    return False
+
+
+def _gate(d: _Draft) -> None:
+    """Hold back the action that failed last, and all after it, until its back-off is over."""
+    failure = d.record.failure
+    if failure is None:
+        return
+    names = [act.name(a) for a in d.actions]
+    if failure.action not in names:
+        if d.now - failure.at_s >= d.settings.backoff_cap_s:
+            d.record = replace(d.record, failure=None)
+        return
+    worn = failure.permanent or failure.count >= d.settings.failed_after
+    base_s = d.settings.backoff_cap_s / 4 if failure.permanent else d.settings.backoff_base_s
+    again_s = failure.at_s + delay_s(failure.count, d.record.uid, base_s, d.settings.backoff_cap_s)
+    if d.now < again_s:
+        del d.actions[names.index(failure.action) :]
+        d.wake(again_s)
+    coming_up = d.phase in (Phase.PREPARING, Phase.STARTING) and not d.active
+    d.says(Phase.FAILED if worn and coming_up else d.phase, failure.reason, f"{failure.action}: {failure.message}")
+
+
+def _finish(base: InstanceRecord, d: _Draft) -> InstancePlan:
+    r = d.record
+    if r.phase != d.phase.value:
+        r = replace(r, phase=d.phase.value, phase_since_s=d.now)
+    intent = Intent(tuple(map(act.name, d.actions)), d.now) if d.actions else None
+    if intent is None or r.intent is None or intent.actions != r.intent.actions:
+        r = replace(r, intent=intent)
+    domain, guest, placement = d.domain, d.guest, r.desired.placement
+    state = InstanceState(
+        uid=r.uid,
+        generation=r.desired.generation,
+        phase=d.phase,
+        reason=d.reason,
+        message=d.message,
+        virtualisation=d.observed.virtualisation,
+        guest_boot_id=guest.boot_id,
+        pid=domain.pid if domain is not None and d.active else 0,
+        starts=r.starts,
+        since_s=r.phase_since_s,
+        guest_ready=guest.connected,
+        cloud_init=guest.cloud_init,
+        pods=guest.pods if d.active else (),
+        placement_epoch=placement.epoch,
+        placement_generation=placement.generation,
+        claim=r.claim,
+    )
+    return InstancePlan(base, r, state, tuple(d.actions), d.wake_s, tuple(d.notes), tuple(d.drift))
+
+
+@dataclass(frozen=True, slots=True)
+class ActionOutcome:
+    """How one action ended: ``reason`` is empty where it was done."""
+
+    uid: str
+    action: Action
+    at_s: float
+    took_s: float = 0.0
+    reason: str = ""
+    message: str = ""
+    #: Asking the same again will fail again.
+    permanent: bool = False
+    #: Given up because what is wanted changed; neither done nor failed.
+    interrupted: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
+
+
+def remember(record: InstanceRecord, outcomes: tuple[ActionOutcome, ...], boot_id: str) -> InstanceRecord:
+    """The record after actions ended. Only what a later look at the machine cannot tell is kept."""
+    r = replace(record, intent=None)
+    for outcome in outcomes:
+        kind = act.name(outcome.action)
+        if outcome.interrupted:
+            continue
+        if outcome.ok:
+            if r.failure is not None and r.failure.action == kind:
+                r = replace(r, failure=None)
+            if isinstance(outcome.action, act.Shutdown):
+                r = replace(r, stop_asked_s=outcome.at_s)
+            elif isinstance(outcome.action, act.Start):
+                r = replace(
+                    r, started=Started(boot_id, outcome.at_s), starts=r.starts + 1, stop_since_s=0.0, stop_asked_s=0.0
+                )
+        else:
+            count = r.failure.count + 1 if r.failure is not None and r.failure.action == kind else 1
+            failure = Failure(
+                kind, count, outcome.at_s, outcome.reason, outcome.message, outcome.permanent, r.desired.generation
+            )
+            r = replace(r, failure=failure)
+    return r

@@ -1,0 +1,304 @@
+"""The agent's memory on disk.
+
+What may live here: reading and writing of the records of :mod:`casemate_agent.records`, and the rules by which desired
+state enters them. What the records mean for the machine is decided in :mod:`casemate_agent.reconcile`.
+
+Theory of operation. One file for the host (``host.json``) and one an instance (``instances/<uid>.json``), each replaced
+as a whole: written beside, fsynced, renamed, folder fsynced. A reader therefore finds the old record or the new one. Each
+file carries its format's version and a digest of its record; what does not check out is set aside, reported, and the host
+is then *not complete*: the manager is asked for a snapshot, and until it comes nothing unknown is cleaned away. Records of
+running instances are rebuilt from their domains' metadata meanwhile.
+
+An update of desired state is written instance by instance, the host's revision last: killed in between, the agent asks
+for the same update again. In memory a record changes only after it is on disk; a write that fails fails the operation.
+Everything runs in the event loop's thread but for the system calls, which ``offload`` takes elsewhere.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from casemate_agent.files import Files
+from casemate_agent.records import (
+    RECORD_VERSION,
+    Book,
+    DesiredUpdate,
+    HostRecord,
+    InstanceRecord,
+)
+from casemate_core.errors import CallerError, MachineError
+from casemate_core.plain import from_plain, to_plain
+
+log = logging.getLogger("casemate.agent.ledger")
+
+T = TypeVar("T")
+Offload = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+HOST_FILE = "host.json"
+FOLDER = "instances"
+_UID = re.compile(r"[0-9A-Za-z][0-9A-Za-z-]{0,63}\Z", re.ASCII)
+
+
+class StaleEpoch(CallerError):
+    """The sender's term is over: this host has heard of a later one."""
+
+    reason = "StaleEpoch"
+
+    def __init__(self, epoch: int, seen: int) -> None:
+        self.epoch = epoch
+        self.seen = seen
+        super().__init__(f"epoch {epoch} is over; this host has seen epoch {seen}")
+
+
+class LedgerFailed(MachineError):
+    """The ledger's disk did not take a write; what was asked was not accepted."""
+
+    reason = "LedgerFailed"
+
+
+class Damaged(MachineError):
+    """A file of the ledger is torn, altered, or of a later release."""
+
+    reason = "LedgerDamaged"
+
+
+def threaded() -> Offload:
+    """Runs system calls in one thread of their own, in order."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+
+    async def offload(call: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+    return offload
+
+
+async def inline(call: Callable[[], Any]) -> Any:
+    """Runs a call at once: for disks that are memory."""
+    return call()
+
+
+def encode(record: HostRecord | InstanceRecord) -> bytes:
+    """A record as its file: JSON with version and digest."""
+    body = json.dumps(to_plain(record), sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f'{{"version":{RECORD_VERSION},"sha256":"{digest}","record":{body}}}\n'.encode()
+
+
+def decode(kind: type[T], data: bytes) -> T:
+    """The record of a file. Raises Damaged."""
+    try:
+        whole = json.loads(data)
+        version, digest, plain = whole["version"], whole["sha256"], whole["record"]
+        if not isinstance(version, int) or version > RECORD_VERSION:
+            raise Damaged(f"version {version!r} is of a later release")
+        body = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+        if hashlib.sha256(body.encode()).hexdigest() != digest:
+            raise Damaged("its digest does not match")
+        return from_plain(kind, plain, ignore_unknown=True)
+    except (ValueError, KeyError, TypeError, CallerError) as error:
+        raise Damaged(f"cannot be read: {error}") from error
+
+
+class Ledger:
+    """The records of one host. Make it with :meth:`load`."""
+
+    def __init__(self, files: Files, offload: Offload, book: Book) -> None:
+        self._files = files
+        self._offload = offload
+        self._host = book.host
+        self._instances = dict(book.instances)
+        self._damage = book.damage
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def load(cls, files: Files, offload: Offload) -> "Ledger":
+        """Read the folder, set damaged files aside, and keep the highest epoch that any record names."""
+        book = await offload(lambda: _load(files))
+        for problem in book.damage:
+            log.warning("ledger damaged: %s", problem)
+        return cls(files, offload, book)
+
+    @property
+    def book(self) -> Book:
+        """The ledger as a value, as it is on disk."""
+        return Book(self._host, dict(self._instances), self._damage)
+
+    @property
+    def host(self) -> HostRecord:
+        return self._host
+
+    def get(self, uid: str) -> InstanceRecord | None:
+        return self._instances.get(uid)
+
+    async def accept(self, update: DesiredUpdate) -> frozenset[str]:
+        """Make an update durable; returns the uids whose record changed. Raises StaleEpoch, LedgerFailed."""
+        async with self._lock:
+            host = self._host
+            if update.epoch < host.epoch:
+                raise StaleEpoch(update.epoch, host.epoch)
+            if update.epoch == host.epoch and update.revision < host.revision and host.complete:
+                return frozenset()  # a repetition of what was accepted before
+            if update.epoch > host.epoch:
+                # first of all: from here on nobody of an older term is obeyed, even if the rest is cut short
+                await self._save_host(replace(host, epoch=update.epoch))
+            changed = set()
+            for record in self._changes(update):
+                await self._save_instance(record)
+                changed.add(record.uid)
+            networks = {} if update.snapshot else {n.name: n for n in host.networks}
+            networks |= {n.name: n for n in update.networks}
+            for name in update.removed_networks:
+                networks.pop(name, None)
+            after = replace(
+                self._host,
+                revision=update.revision,
+                networks=tuple(networks[name] for name in sorted(networks)),
+                complete=host.complete or update.snapshot,
+            )
+            if after != self._host:
+                await self._save_host(after)
+            if update.snapshot:
+                self._damage = ()
+            return frozenset(changed)
+
+    def _changes(self, update: DesiredUpdate) -> list[InstanceRecord]:
+        changes = []
+        named = {desired.uid for desired in update.instances}
+        for desired in update.instances:
+            _check_uid(desired.uid)
+            old = self._instances.get(desired.uid)
+            if old is None:
+                changes.append(InstanceRecord(desired))
+                continue
+            new = replace(old, desired=desired, removed=False, adopted=False)
+            if desired.generation != old.desired.generation or desired.run != old.desired.run:
+                new = replace(new, failure=None, exits=0)
+            if new != old:
+                changes.append(new)
+        gone = set(self._instances) - named if update.snapshot else set(update.removed) - named
+        changes += [
+            replace(old, removed=True) for uid in sorted(gone) if (old := self._instances.get(uid)) and not old.removed
+        ]
+        return changes
+
+    async def save(self, base: InstanceRecord, record: InstanceRecord) -> bool:
+        """Replace ``base`` by ``record``. False, and nothing done, where the record changed meanwhile: plan anew."""
+        async with self._lock:
+            if self._instances.get(base.uid) is not base:
+                return False
+            if record != base:
+                await self._save_instance(record)
+            return True
+
+    async def amend(self, uid: str, change: Callable[[InstanceRecord], InstanceRecord]) -> None:
+        """Change what the record is now; nothing where it is gone."""
+        async with self._lock:
+            old = self._instances.get(uid)
+            if old is not None and (new := change(old)) != old:
+                await self._save_instance(new)
+
+    async def adopt(self, records: Iterable[InstanceRecord]) -> None:
+        """Take records rebuilt from domains. The ledger is not complete then: a snapshot is needed."""
+        async with self._lock:
+            missing = [r for r in records if r.uid not in self._instances]
+            epoch = max([self._host.epoch, *(r.claim_epoch for r in missing)])
+            host = replace(self._host, epoch=epoch, complete=False, revision=0)
+            if host != self._host:
+                await self._save_host(host)
+            for record in missing:
+                await self._save_instance(record)
+
+    async def forget(self, uid: str) -> bool:
+        """Remove the record of an instance that is no longer wanted. False where it is wanted again."""
+        async with self._lock:
+            record = self._instances.get(uid)
+            if record is None:
+                return True
+            if not record.removed:
+                return False
+            await self._write(lambda: _remove(self._files, uid))
+            del self._instances[uid]
+            return True
+
+    async def next_session(self, now_s: float) -> int:
+        """A counter that only grows, even if the ledger is lost: never below the clock's seconds."""
+        async with self._lock:
+            await self._save_host(replace(self._host, session=max(self._host.session + 1, int(now_s))))
+            return self._host.session
+
+    async def _save_host(self, host: HostRecord) -> None:
+        data = encode(host)
+        await self._write(lambda: _replace(self._files, "", HOST_FILE, data))
+        self._host = host
+
+    async def _save_instance(self, record: InstanceRecord) -> None:
+        data = encode(record)
+        await self._write(lambda: _replace(self._files, FOLDER, f"{FOLDER}/{record.uid}.json", data))
+        self._instances[record.uid] = record
+
+    async def _write(self, call: Callable[[], None]) -> None:
+        try:
+            await self._offload(call)
+        except OSError as error:
+            raise LedgerFailed(f"the ledger's disk: {error.strerror or error}") from error
+
+
+def _check_uid(uid: str) -> None:
+    if not _UID.match(uid):
+        raise CallerError(f"instance uid {uid!r} is not a uid")
+
+
+def _replace(files: Files, folder: str, name: str, data: bytes) -> None:
+    """The one way a file of the ledger is written."""
+    beside = f"{name}.new"
+    files.write(beside, data)
+    files.sync(beside)
+    files.rename(beside, name)
+    files.sync_folder(folder)
+
+
+def _remove(files: Files, uid: str) -> None:
+    files.remove(f"{FOLDER}/{uid}.json")
+    files.sync_folder(FOLDER)
+
+
+def _load(files: Files) -> Book:
+    files.make_folder(FOLDER)
+    damage: list[str] = []
+    host: HostRecord | None = None
+    if HOST_FILE in files.listing(""):
+        host = _read(files, HostRecord, HOST_FILE, damage)
+    instances: dict[str, InstanceRecord] = {}
+    for name in files.listing(FOLDER):
+        path = f"{FOLDER}/{name}"
+        if name.endswith(".new"):
+            files.remove(path)  # a write that was cut short; the record it was to replace is whole
+            continue
+        if not name.endswith(".json"):
+            continue
+        record = _read(files, InstanceRecord, path, damage)
+        if record is not None and record.uid != name.removesuffix(".json"):
+            damage.append(f"{path} is the record of {record.uid}")
+            continue
+        if record is not None:
+            instances[record.uid] = record
+    if host is None or damage:
+        # without the host's record nobody knows whether these are all the instances
+        host = replace(host or HostRecord(), revision=0, complete=False)
+    epoch = max([host.epoch, *(r.desired.placement.epoch for r in instances.values())])
+    return Book(replace(host, epoch=epoch), instances, tuple(damage))
+
+
+def _read(files: Files, kind: type[T], name: str, damage: list[str]) -> T | None:
+    try:
+        return decode(kind, files.read(name))
+    except Damaged as error:
+        damage.append(f"{name} {error}")
+        files.rename(name, f"{name}.damaged")
+        return None

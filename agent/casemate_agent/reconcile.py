@@ -1,0 +1,229 @@
+"""The plan of a host: everything that is to be done now, and why. PURE.
+
+What may live here: decisions about the host as a whole. One instance's way is in :mod:`casemate_agent.converge`.
+
+Theory of operation. ``plan`` is a function of the ledger (what is desired, and what cannot be seen), the observation and
+the time. It has no memory: called twice it answers the same, called after a crash it answers what is still to be done.
+Only instances that were idle when the observation began are planned for, because an observation made during an action is
+older than that action's effect. Foreign domains are counted and never touched. What is merely unknown (files or rules
+without a record) is cleaned away only while the ledger is known to be complete.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from casemate_agent import actions as act
+from casemate_agent.actions import Action
+from casemate_agent.admission import admit, foreign_claim, held_claims
+from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
+from casemate_agent.drivers.ports import DomainFacts
+from casemate_agent.records import (
+    Book,
+    HostState,
+    InstanceRecord,
+    Note,
+    Observation,
+    Started,
+    from_metadata,
+)
+from casemate_core.claims import Claim
+from casemate_core.spec.instance import DesiredInstance, Run
+
+__all__ = ["InstancePlan", "Plan", "Settings", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do now: instances side by side, each one's actions in order; ``cleaning`` by the uid that a leftover is
+    named by; ``host`` for the host itself. ``adopt`` goes into the ledger before anything else is planned."""
+
+    instances: Mapping[str, InstancePlan]
+    host: tuple[Action, ...] = ()
+    cleaning: Mapping[str, tuple[Action, ...]] = field(default_factory=dict)
+    adopt: tuple[InstanceRecord, ...] = ()
+    notes: tuple[Note, ...] = ()
+    host_state: HostState = field(default_factory=HostState)
+    wake_s: float = inf
+
+
+def plan(book: Book, observed: Observation, settings: Settings | None = None) -> Plan:
+    """All that is to be done on this host now."""
+    settings = settings or Settings()
+    drift = [f"LedgerDamaged: {problem}" for problem in book.damage]
+    foreign = tuple(foreign_claim(domain, observed.machine.topology) for domain in observed.foreign)
+    adopted, unreadable = _adopt(book, observed)
+    drift += unreadable
+    networks = {network.name: network for network in book.host.networks}
+    idle = observed.idle
+    admissions = admit(book.instances, _wanting(book, observed), observed.machine.topology, foreign)
+    plans = {
+        uid: converge(record, observed, networks, admissions.get(uid), settings)
+        for uid, record in sorted(book.instances.items())
+        if idle is None or uid in idle
+    }
+    for each in plans.values():
+        drift += each.drift
+    drift += _audit(book, observed, foreign)
+    cleaning = _leftovers(book, observed) if not adopted else {}
+    drift += [f"Leftover: {uid}: {', '.join(map(act.name, actions))}" for uid, actions in cleaning.items()]
+    return Plan(
+        instances=plans,
+        host=_host_actions(book, observed, settings, plans) if not adopted else (),
+        cleaning=cleaning,
+        adopt=adopted,
+        notes=tuple(Note(r.uid, "Adopted", "rebuilt from the domain's metadata", "Warning") for r in adopted),
+        host_state=HostState(
+            foreign=len(observed.foreign),
+            drift=tuple(drift),
+            conditions=_conditions(book, observed),
+            foreign_claims=foreign,
+            disk_free_mib=observed.files.free_mib if observed.files is not None else 0,
+        ),
+        wake_s=min((each.wake_s for each in plans.values()), default=inf),
+    )
+
+
+def _wanting(book: Book, observed: Observation) -> list[str]:
+    """Instances that should run, do not, and hold no claim for the placement that they have now."""
+    if observed.domains is None:
+        return []
+    found = []
+    for uid, r in book.instances.items():
+        domain = observed.domains.get(uid)
+        placement = r.desired.placement
+        holds = r.claim == placement.claim and (r.claim_epoch, r.claim_generation) == (
+            placement.epoch,
+            placement.generation,
+        )
+        if r.removed or r.desired.run is not Run.STARTED or holds or (domain is not None and domain.phase in ACTIVE):
+            continue
+        found.append(uid)
+    return found
+
+
+def _adopt(book: Book, observed: Observation) -> tuple[tuple[InstanceRecord, ...], list[str]]:
+    """Records for our domains that the ledger does not know; and the drift of those whose metadata cannot be read."""
+    adopted, drift = [], []
+    for uid, domain in sorted((observed.domains or {}).items()):
+        if uid in book.instances or (observed.idle is not None and not observed.quiet):
+            continue
+        desired = from_metadata(domain.record)
+        if desired is None or desired.uid != uid:
+            drift.append(f"UnknownDomain: {domain.name}: carries our mark and no readable record; it is left alone")
+            continue
+        adopted.append(_record_of(desired, domain, observed))
+    return tuple(adopted), drift
+
+
+def _record_of(desired: DesiredInstance, domain: DomainFacts, observed: Observation) -> InstanceRecord:
+    """A record as good as a domain can give it. Whether a domain that is off should run is not known until the manager
+    says so; the metadata is as old as the definition, so it stays off."""
+    running = domain.phase in ACTIVE
+    return InstanceRecord(
+        desired=replace(desired, run=Run.STARTED if running else Run.STOPPED),
+        claim=desired.placement.claim,
+        claim_epoch=desired.placement.epoch,
+        claim_generation=desired.placement.generation,
+        started=Started(observed.machine.boot_id, observed.time_s) if running else None,
+        starts=1 if running else 0,
+        adopted=True,
+    )
+
+
+def _leftovers(book: Book, observed: Observation) -> dict[str, tuple[Action, ...]]:
+    """Files and rules named by an instance that has neither record nor domain."""
+    if not book.host.complete or not observed.quiet or observed.domains is None:
+        return {}
+    if observed.files is None or observed.networks is None:
+        return {}
+    known = set(book.instances) | set(observed.domains) | {domain.uuid for domain in observed.foreign}
+    reason = "no instance of this host"
+    found: dict[str, tuple[Action, ...]] = {}
+    for uid in sorted((set(observed.files.overlays) | set(observed.files.seeds) | set(observed.guarded)) - known):
+        actions: list[Action] = []
+        if observed.guarded.get(uid):
+            actions.append(act.Unguard(uid, reason))
+        if uid in observed.files.overlays or uid in observed.files.seeds:
+            actions.append(act.RemoveFiles(uid, reason))
+        found[uid] = tuple(actions)
+    return found
+
+
+def _host_actions(
+    book: Book, observed: Observation, settings: Settings, plans: Mapping[str, InstancePlan]
+) -> tuple[Action, ...]:
+    """Housekeeping, done only while nothing else is under way or about to be."""
+    files, networks = observed.files, observed.networks
+    if not observed.quiet or not book.host.complete or any(each.actions for each in plans.values()):
+        return ()
+    actions: list[Action] = []
+    if files is not None and files.strays:
+        actions.append(act.RemoveStrays(f"{len(files.strays)} stray files"))
+    if (
+        files is not None
+        and observed.domains is not None
+        and files.free_mib < settings.low_disk_fraction * files.total_mib
+    ):
+        used = _images_used(book, observed)
+        actions += [act.RemoveImage(d, "unused, and the disk is filling up") for d in sorted(set(files.images) - used)]
+    if networks is not None:
+        wanted = {network.name for network in book.host.networks}
+        wanted |= {nic.network for r in book.instances.values() for nic in r.desired.nics}
+        actions += [
+            act.RemoveNetwork(n, "no longer a network of this host") for n in sorted(set(networks.bridges) - wanted)
+        ]
+    return tuple(actions)
+
+
+def _images_used(book: Book, observed: Observation) -> set[str]:
+    desired = [r.desired for r in book.instances.values()]
+    desired += [d for domain in (observed.domains or {}).values() if (d := from_metadata(domain.record)) is not None]
+    files = [f for d in desired for i in (d.image, *d.archives) for f in (i.file, i.kernel, i.initrd) if f is not None]
+    return {f.digest for f in files}
+
+
+def _audit(book: Book, observed: Observation, foreign: tuple[Claim, ...]) -> list[str]:
+    """Broken invariants between ledger and machine, numbered.
+
+    A1 no resource is in two claims, and all claims fit the machine. A2 a running domain has the claim that the ledger
+    holds for it. A3 no record was placed under a later term than the ledger has seen.
+    """
+    claims = held_claims(book.instances.values(), foreign)
+    found = [f"A1 ClaimsOverlap: {violation}" for violation in claims.check(observed.machine.topology)]
+    for uid, domain in (observed.domains or {}).items():
+        record = book.instances.get(uid)
+        applied = from_metadata(domain.record)
+        if record is None or applied is None or domain.phase not in ACTIVE:
+            continue
+        if record.claim != applied.placement.claim:
+            found.append(f"A2 ClaimMismatch: {uid}: its domain was made from another claim than the ledger holds")
+    for uid, record in book.instances.items():
+        if record.claim_epoch > book.host.epoch:
+            found.append(
+                f"A3 EpochLost: {uid}: placed under term {record.claim_epoch}, the host knows {book.host.epoch}"
+            )
+    return found
+
+
+def _conditions(book: Book, observed: Observation) -> tuple[tuple[str, str, str, str], ...]:
+    """(type, status, reason, message) of the host."""
+    conditions = [
+        (
+            f"{port.capitalize()}Reachable",
+            "False" if port in observed.silent else "True",
+            "NoAnswer" if port in observed.silent else "",
+            observed.silent.get(port, ""),
+        )
+        for port in ("hypervisor", "images", "networks")
+    ]
+    complete = book.host.complete
+    conditions.append(
+        (
+            "LedgerComplete",
+            "True" if complete else "False",
+            "" if complete else "WaitingForSnapshot",
+            "; ".join(book.damage),
+        )
+    )
+    return tuple(conditions)

@@ -1,0 +1,237 @@
+"""What an agent remembers: values only.
+
+What may live here: the frozen records that the ledger keeps on disk, the observation that a round of the agent works on,
+and pure questions about them. No I/O, no clock, no decisions (those are in :mod:`casemate_agent.reconcile`).
+
+Theory of operation. The agent is level-triggered: what it does next follows from what it wants (the desired records),
+what is there (the observation), and the little that cannot be seen by looking: which claim it gave to whom, when it asked
+a guest to power off, which attempts failed and when, and in which boot of the host it last started a domain. That little
+is an :class:`InstanceRecord`. It is on disk, fsynced, before the act that it announces.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, StoredFiles
+from casemate_core.claims import Claim
+from casemate_core.errors import CallerError
+from casemate_core.plain import from_plain, to_plain
+from casemate_core.spec.instance import DesiredInstance, HostNetwork, PodState
+
+RECORD_VERSION = 1
+"""Version of the ledger's files. A reader takes this version and older ones; a newer one is left alone and reported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last attempts at an action, all failed. ``permanent`` ones fail again until the instance is changed."""
+
+    action: str
+    count: int
+    at_s: float
+    reason: str
+    message: str
+    permanent: bool = False
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The last start of the domain: in which boot of the host, when (seconds since the epoch)."""
+
+    boot_id: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What is about to be done, written before it is done. After a crash it tells the reader of a log what was under way;
+    nothing is repeated because of it, the plan is made anew from what is observed."""
+
+    actions: tuple[str, ...]
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A placement that does not fit this host: must not happen, so it is told with its numbers and never papered over."""
+
+    epoch: int
+    generation: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRecord:
+    """The agent's memory of one instance; one file of the ledger."""
+
+    desired: DesiredInstance
+    #: The manager no longer wants it here: it is ended, and then forgotten.
+    removed: bool = False
+    #: The claim that this host's resources are held under; None until it was checked.
+    claim: Claim | None = None
+    claim_epoch: int = 0
+    claim_generation: int = 0
+    refusal: Refusal | None = None
+    #: When the stop that is under way began, and when the guest was asked last to power off; 0 where it was not.
+    stop_since_s: float = 0.0
+    stop_asked_s: float = 0.0
+    started: Started | None = None
+    starts: int = 0
+    #: How often in a row the domain ended by itself soon after its start, and when that was noticed last.
+    exits: int = 0
+    exited_s: float = 0.0
+    failure: Failure | None = None
+    intent: Intent | None = None
+    #: Phase last reported, and since when: so that a restart of the agent is no change.
+    phase: str = ""
+    phase_since_s: float = 0.0
+    #: Rebuilt from a domain's metadata because the ledger had lost it.
+    adopted: bool = False
+
+    @property
+    def uid(self) -> str:
+        return self.desired.uid
+
+
+@dataclass(frozen=True, slots=True)
+class HostRecord:
+    """The agent's memory of its host: the fencing epoch, the revision that is on disk, networks, the session counter."""
+
+    epoch: int = 0
+    revision: int = 0
+    session: int = 0
+    networks: tuple[HostNetwork, ...] = ()
+    #: The desired state on disk is known to be all of it. False from the loss of a file until the manager's snapshot:
+    #: until then nothing that is merely unknown is cleaned away.
+    complete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """The whole ledger as one value."""
+
+    host: HostRecord = field(default_factory=HostRecord)
+    instances: Mapping[str, InstanceRecord] = field(default_factory=dict)
+    #: What was wrong with the files, in words.
+    damage: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredUpdate:
+    """A message of desired state: all of it (``snapshot``), or the records that changed."""
+
+    epoch: int
+    revision: int
+    snapshot: bool
+    instances: tuple[DesiredInstance, ...] = ()
+    removed: tuple[str, ...] = ()
+    networks: tuple[HostNetwork, ...] = ()
+    removed_networks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GuestView:
+    """What a guest has said since its helper connected; empty where it has not."""
+
+    connected: bool = False
+    boot_id: str = ""
+    cloud_init: str = ""
+    pods: tuple[PodState, ...] = ()
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What the machine looks like, asked of every driver once. A part that did not answer is None: unknown, not empty."""
+
+    time_s: float
+    machine: MachineFacts
+    #: Owned domains by uuid.
+    domains: Mapping[str, DomainFacts] | None
+    foreign: tuple[DomainFacts, ...] = ()
+    files: StoredFiles | None = None
+    networks: NetworkFacts | None = None
+    #: Guarded taps of ours by the uid of the instance, in the order of its interfaces.
+    guarded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    guests: Mapping[str, GuestView] = field(default_factory=dict)
+    attached: frozenset[str] = frozenset()
+    virtualisation: str = ""
+    #: Instances that had no action under way when the observation began. Only these may be planned for.
+    idle: frozenset[str] | None = None
+    #: True where no action at all was under way.
+    quiet: bool = True
+    #: Ports that did not answer, with the reason.
+    silent: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that happened and is worth an event."""
+
+    uid: str
+    reason: str
+    message: str
+    severity: str = "Normal"
+    pod: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What the agent reports of its host beside the instances."""
+
+    foreign: int = 0
+    drift: tuple[str, ...] = ()
+    #: (type, status, reason, message), status ``True`` or ``False``.
+    conditions: tuple[tuple[str, str, str, str], ...] = ()
+    foreign_claims: tuple[Claim, ...] = ()
+    disk_free_mib: int = 0
+
+
+def pods_revision(desired: DesiredInstance) -> str:
+    """Names the pod set of an instance: equal sets have equal names, across restarts and releases."""
+    body: dict[str, Any] = {
+        "pods": [to_plain(dict(pod)) for pod in desired.pods],
+        "peers": to_plain(desired.peers),
+        "archives": [a.file.digest for a in desired.archives],
+    }
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def domain_digest(desired: DesiredInstance) -> str:
+    """Names everything of an instance that its domain and its files are made from: two records with equal digests need
+    no restart between them. Pods and peers are live, run is a level of its own, and stamps alone change nothing."""
+    body = {
+        "cpus": desired.cpus,
+        "memory_mib": desired.memory_mib,
+        "image": to_plain(desired.image),
+        "archives": [to_plain(a) for a in desired.archives],
+        "nics": to_plain(desired.nics),
+        "ssh_keys": list(desired.ssh_keys),
+        "user_data": desired.user_data,
+        "virtualisation": desired.virtualisation.value,
+        "cpu_policy": desired.cpu_policy,
+        "page_kib": desired.page_kib,
+        "claim": to_plain(desired.placement.claim),
+    }
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_metadata(desired: DesiredInstance) -> str:
+    """The record as a domain's metadata carries it: JSON, whole, so that a lost ledger is rebuilt from the domain."""
+    return json.dumps(to_plain(desired), sort_keys=True, separators=(",", ":"))
+
+
+@lru_cache(maxsize=1024)
+def from_metadata(text: str) -> DesiredInstance | None:
+    """The record that a domain's metadata carries; None where it is not readable."""
+    try:
+        return from_plain(DesiredInstance, json.loads(text), ignore_unknown=True)
+    except (ValueError, TypeError, CallerError):
+        return None
