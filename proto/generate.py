@@ -6,10 +6,14 @@
 Generated and committed: ``*_pb2.py``, ``*_pb2_grpc.py`` and their ``.pyi`` beside the ``.proto`` files, and
 ``schema_docs.json``: the comments of the schema, which ``casemate explain`` shows (descriptors loaded at run time carry
 none).
+
+From the same sources it writes two pages for people: ``docs/reference.md`` (every kind and field) and
+``docs/pod-fields.md`` (the Pod fields that are run).
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -77,6 +81,55 @@ def comments(descriptors: descriptor_pb2.FileDescriptorSet) -> dict[str, str]:
     return found
 
 
+def pages() -> dict[Path, bytes]:
+    """The pages for people, from the modules as they are on disk."""
+    sys.path.insert(0, str(ROOT))
+    from casemate_core.spec.pod import FIELDS
+    from casemate_wire import schema
+    from casemate_wire.explain import Explanation, explain
+
+    def rows(explanation: Explanation, depth: int) -> list[str]:
+        found = []
+        for field in explanation.fields:
+            words = f" One of `{'`, `'.join(field.words)}`." if field.words else ""
+            served = "" if field.served else " *Not served by this release.*"
+            needed = " **Required.**" if field.required else ""
+            name = field.path.partition(".")[2]
+            found.append(f"| `{name}` | {field.type} | {field.update} | {field.doc}{needed}{words}{served} |")
+            if "object" in field.type and depth < 6:
+                found += rows(explain(field.path), depth + 1)
+        return found
+
+    lines = [
+        "# Objects",
+        "",
+        "Made from the schema by `python proto/generate.py`; `casemate explain` shows the same text.",
+        "",
+    ]
+    for kind in schema.KIND_FIELDS:
+        explanation = explain(kind.lower())
+        note = "" if explanation.served else " *Not served by this release.*"
+        lines += [f"## {kind}", "", f"{explanation.doc}{note}", ""]
+        if explanation.served:
+            lines += ["| field | type | a change is | meaning |", "|---|---|---|---|", *rows(explanation, 0), ""]
+    pod = [
+        "# Pod fields",
+        "",
+        "A pod is a Kubernetes v1 Pod manifest. These fields are run; any other is refused by its path, never ignored.",
+        "Made from `casemate_core.spec.pod.FIELDS` by `python proto/generate.py`.",
+        "",
+        "| field | takes |",
+        "|---|---|",
+        *(f"| `{path}` | {takes.strip('|').replace('|', ' or ')} |" for path, takes in FIELDS.items()),
+        "",
+    ]
+    docs = Path("..") / "docs"
+    return {
+        docs / "reference.md": ("\n".join(lines).rstrip() + "\n").encode(),
+        docs / "pod-fields.md": "\n".join(pod).encode(),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="only say what is stale")
@@ -90,11 +143,15 @@ def main() -> int:
         for pattern in ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
         for p in (ROOT / SCHEMA).glob(pattern)
     }
+    if not args.check:
+        for path, data in fresh.items():
+            (ROOT / path).write_bytes(data)
+    fresh |= pages()
     stale = sorted(str(p) for p, data in fresh.items() if not (ROOT / p).exists() or (ROOT / p).read_bytes() != data)
     orphans = sorted(str(p) for p in present - set(fresh))
     if args.check:
         for name in (*stale, *orphans):
-            sys.stderr.write(f"stale: proto/{name}; run: python proto/generate.py\n")
+            sys.stderr.write(f"stale: {os.path.normpath(f'proto/{name}')}; run: python proto/generate.py\n")
         return 1 if stale or orphans else 0
     for path, data in fresh.items():
         (ROOT / path).write_bytes(data)

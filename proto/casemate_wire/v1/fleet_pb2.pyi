@@ -440,6 +440,7 @@ class NetworkSpec(_message.Message):
     physical: _builtins.str
     """Physical network of the hosts, for `physical`."""
     vlan: _builtins.int
+    """VLAN tag on that network, 1 to 4094."""
     @_builtins.property
     def dns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Name servers for the guests."""
@@ -465,6 +466,8 @@ Global___NetworkSpec: _TypeAlias = NetworkSpec  # noqa: Y015
 
 @_typing.final
 class NetworkStatus(_message.Message):
+    """Addresses of a network."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADDRESSES_USED_FIELD_NUMBER: _builtins.int

@@ -1,0 +1,129 @@
+"""The hosts' stream at the border: values come back from messages, and messages without shape are refused."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from casemate_core.claims import Claim
+from casemate_core.spec import instance as i
+from casemate_core.spec.views import Condition
+from casemate_core.topology_loaders import from_line
+from casemate_wire import stream
+from casemate_wire.codec import hosts
+from casemate_wire.v1 import hosts_pb2
+
+UID = "0c1d2e3f-0000-4000-8000-000000000001"
+words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
+times = st.integers(0, 2**31).map(float)
+counts = st.integers(0, 2**31 - 1)
+uids = st.uuids().map(str)
+files = st.builds(i.File, words, st.binary(min_size=32, max_size=32).map(lambda b: f"sha256:{b.hex()}"))
+images = st.builds(
+    i.ImageRef, words, st.sampled_from(["disk", "oci-archive"]), files, st.sampled_from(["raw", "qcow2"]),
+    st.none() | files, st.none() | files, words,
+)  # fmt: skip
+addresses = st.ip_addresses(v=4).map(str)
+nics = st.builds(
+    i.Nic, words, st.binary(min_size=6, max_size=6).map(lambda b: b.hex(":")), addresses, st.integers(1, 32), addresses,
+    st.lists(addresses, max_size=2).map(tuple), st.integers(576, 9000), words,
+)  # fmt: skip
+claims = st.builds(Claim, uids, st.integers(0, 9), st.integers(0, 9), disk_mib=st.integers(0, 10**6))
+desired = st.builds(
+    i.DesiredInstance, uid=uids, tenant=words, environment=words, name=words, ordinal=counts, generation=counts, run=st.sampled_from(i.Run),
+    cpus=counts, memory_mib=counts, disk_mib=counts, image=images,
+    placement=st.builds(i.Placement, claims, counts, counts, words), archives=st.lists(images, max_size=2).map(tuple),
+    nics=st.lists(nics, max_size=2).map(tuple), pods=st.just(({"metadata": {"name": "web"}, "spec": {"n": 1}},)),
+    ssh_keys=st.lists(words, max_size=2).map(tuple), user_data=words, virtualisation=st.sampled_from(i.Virtualisation),
+    cpu_policy=words, page_kib=counts, peers=st.lists(st.builds(i.Peer, words, addresses), max_size=2).map(tuple),
+)  # fmt: skip
+networks = st.builds(
+    i.HostNetwork, words, words, st.ip_addresses(v=4).map(lambda a: f"{a}/32"), addresses, st.integers(576, 9000)
+)
+parameters = st.dictionaries(words, words, max_size=2)
+to_host = st.one_of(
+    st.builds(stream.Welcome, counts, counts, st.booleans(), times, counts),
+    st.builds(
+        stream.Desired, counts, counts, st.booleans(), st.lists(desired, max_size=2).map(tuple), st.lists(uids, max_size=2).map(tuple),
+        st.lists(networks, max_size=2).map(tuple), st.lists(words, max_size=2).map(tuple), st.booleans(),
+    ),
+    st.builds(stream.Operate, words, words, uids, parameters, times),
+    st.builds(stream.OpenChannel, ticket=words, kind=words, instance=uids, parameters=parameters),
+    st.builds(stream.Credit, counts),
+    st.builds(stream.Rejected, words, words, times),
+    st.builds(stream.FactsAck, counts),
+)  # fmt: skip
+containers = st.builds(
+    i.ContainerState, words, words, words, st.booleans(), counts, st.integers(-1, 255), words, words, times, times
+)
+pods = st.builds(
+    i.PodState, words, words, st.booleans(), words, words, times, st.lists(containers, max_size=2).map(tuple)
+)
+states = st.builds(
+    i.InstanceState, uids, counts, st.sampled_from(i.Phase), words, words, st.sampled_from(["", "kvm", "tcg"]), words, counts, counts, times,
+    st.booleans(), words, st.lists(pods, max_size=2).map(tuple), counts, counts, st.none() | claims,
+)  # fmt: skip
+reports = st.builds(
+    stream.HostReport, counts, st.lists(claims, max_size=2).map(tuple), st.lists(words, max_size=2).map(tuple),
+    st.lists(st.builds(Condition, words, st.just("True"), words, words), max_size=2).map(tuple), counts,
+)  # fmt: skip
+from_host = st.one_of(
+    st.builds(stream.Hello, words, words, counts, counts, words, counts, words, words, st.sampled_from(["kvm", "tcg", "simulated"])),
+    st.builds(stream.Inventory, words, st.just(from_line("1s 1c/s 4k/c 2t 16G"))),
+    st.builds(
+        stream.Facts, counts, st.booleans(), st.lists(states, max_size=2).map(tuple), st.lists(uids, max_size=2).map(tuple),
+        st.none() | reports, st.booleans(),
+    ),
+    st.builds(stream.Outcome, words, words, st.just("Done"), words, words, st.booleans()),
+    st.builds(stream.HostEvent, words, words, words, words, words, st.sampled_from(["Normal", "Warning"]), times, words),
+    st.builds(stream.Measurement, times, times, counts, st.lists(st.builds(stream.InstanceMeasurement, uids, counts, counts), max_size=2).map(tuple)),
+    st.builds(stream.Ack, counts, counts),
+    st.builds(stream.Credit, counts),
+    st.builds(stream.Bye, words),
+)  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(to_host)
+def test_what_the_manager_says_comes_back(value: stream.ToHost) -> None:
+    message = hosts_pb2.ToHost.FromString(hosts.to_host_to_wire(value).SerializeToString())
+    assert hosts.to_host_from_wire(message) == value
+
+
+@settings(max_examples=60)
+@given(from_host)
+def test_what_a_host_says_comes_back(value: stream.FromHost) -> None:
+    message = hosts_pb2.FromHost.FromString(hosts.from_host_to_wire(value).SerializeToString())
+    assert hosts.from_host_from_wire(message) == value
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
+    for kind, decode in ((hosts_pb2.FromHost, hosts.from_host_from_wire), (hosts_pb2.ToHost, hosts.to_host_from_wire)):
+        try:
+            message = kind.FromString(data)
+        except Exception:
+            continue
+        try:
+            decode(message)
+        except hosts.BadMessage:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("uid", "../../etc"), ("claim", None), ("run", "sometimes"), ("virtualisation", "maybe")],
+)
+def test_an_instance_without_shape_is_refused(field: str, value: str | None) -> None:
+    good = i.DesiredInstance(
+        UID, "t", "e", "n", 0, 1, i.Run.STARTED, 1, 64, 0, i.ImageRef("x", "disk", i.File("file:///x", "sha256:" + "0" * 64), "raw"),
+        i.Placement(Claim(UID), 1, 1),
+    )  # fmt: skip
+    message = hosts.to_host_to_wire(stream.Desired(1, 1, instances=(good,)))
+    assert hosts.to_host_from_wire(message) == stream.Desired(1, 1, instances=(good,))
+    if value is None:
+        message.desired.instances[0].ClearField(field)
+    else:
+        setattr(message.desired.instances[0], field, value)
+    with pytest.raises(hosts.BadMessage):
+        hosts.to_host_from_wire(message)
