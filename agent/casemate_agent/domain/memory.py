@@ -1,0 +1,45 @@
+"""Memory: how much, from which cells, in pages of which size. PURE."""
+
+from xml.etree.ElementTree import Element
+
+from casemate_agent.domain.elements import add
+from casemate_core.errors import InternalError
+from casemate_core.spec.instance import DesiredInstance
+
+
+def add_memory(domain: Element, desired: DesiredInstance) -> None:
+    """``<memory>``: what the guest has, in MiB."""
+    add(domain, "memory", {"unit": "MiB"}, str(desired.memory_mib))
+
+
+def add_memory_backing(domain: Element, desired: DesiredInstance) -> None:
+    """``<memoryBacking>`` and ``<numatune>``.
+
+    Pages are never merged with those of another guest (KSM): merging tells one tenant what another has in memory.
+    The cells are those of the claim, strictly: memory elsewhere is what somebody else was promised.
+    """
+    claim = desired.placement.claim
+    sizes = {pages.page_kib for pages in claim.pages}
+    if len(sizes) > 1:
+        raise InternalError(f"{desired.uid}: claim mixes pages of {sorted(sizes)} KiB")
+    backing = add(domain, "memoryBacking")
+    if sizes:
+        add(add(backing, "hugepages"), "page", {"size": sizes.pop(), "unit": "KiB"})
+    add(backing, "nosharepages")
+    if claim.cells:
+        nodes = ",".join(map(str, claim.cells))
+        add(add(domain, "numatune"), "memory", {"mode": "strict", "nodeset": nodes})
+
+
+def add_balloon(devices: Element, desired: DesiredInstance) -> None:
+    """A balloon for guests in ordinary pages alone, and only to hand free pages back.
+
+    With free page reporting a guest that freed memory gives it back to the host while it runs, which is what makes
+    overcommitted plain memory work. Where pages are set aside for the guest (huge pages) nothing can be given back, and a
+    guest with dedicated processors is not interrupted for it: these have no balloon.
+    """
+    claim = desired.placement.claim
+    if claim.pages or claim.vcpus:
+        add(devices, "memballoon", {"model": "none"})
+    else:
+        add(devices, "memballoon", {"model": "virtio", "freePageReporting": "on"})
