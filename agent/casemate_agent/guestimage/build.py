@@ -247,7 +247,7 @@ class _Build:
         return version
 
     def customise(self) -> None:
-        """Lay ``files/rootfs`` over the new root, enable and mask what `recipe` names, drop what only the build needed."""
+        """Lay ``files/rootfs`` over the new root, enable and mask what `recipe` names, drop what the build needed."""
         shutil.copytree(Path(__file__).parent / "files" / "rootfs", self.root, dirs_exist_ok=True)
         units = self.root / "etc/systemd/system"
         for unit in recipe.DISABLED_WANTS:
@@ -269,8 +269,8 @@ class _Build:
             (units / stage).write_text("".join(line for line in lines if line.strip() != "Before=sysinit.target"))
         _replace_link(units / "default.target", "/usr/lib/systemd/system/multi-user.target")
         (self.root / "etc/hostname").write_text("casemate\n")
-        # An empty id is filled at the first boot, so that no two guests share one; so are the server's keys.
-        (self.root / "etc/machine-id").write_text("uninitialized\n")
+        # An empty id is filled at every boot, from the UUID of the virtual machine; the server's keys at their first use.
+        (self.root / "etc/machine-id").write_text("")
         for secret in (self.root / "etc/ssh").glob("ssh_host_*"):
             secret.unlink()
         (self.root / "etc/resolv.conf").unlink(missing_ok=True)
