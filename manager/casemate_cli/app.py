@@ -1,0 +1,107 @@
+"""The verbs of `casemate`: names and one-line help, each verb's module imported when it is called for."""
+
+import importlib
+from typing import Final
+
+import click
+
+#: Verb → (module under casemate_cli.verbs, attribute, one-line help). Groups of `--help` in this order.
+VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
+    "Objects": {
+        "apply": ("apply", "apply", "Make or change objects from files, a folder, or standard input."),
+        "diff": ("diff", "diff", "Show what apply would change; exit 3 if anything."),
+        "get": ("get", "get", "Show objects as a table, JSON, YAML, names, or by a path."),
+        "describe": ("describe", "describe", "Tell the story of an object."),
+        "explain": ("explain", "explain", "Document a kind or a field."),
+        "edit": ("edit", "edit", "Change an object in an editor."),
+        "label": ("label", "label", "Set or remove labels."),
+        "delete": ("delete", "delete", "End objects."),
+        "wait": ("wait", "wait", "Wait until objects are as you want them."),
+    },
+    "Environments": {
+        "start": ("run", "start", "Start the instances of environments."),
+        "stop": ("run", "stop", "Stop the instances of environments; disks stay."),
+        "logs": ("logs", "logs", "Show what a container wrote."),
+        "events": ("events", "events", "Show what happened."),
+        "why": ("why", "why", "Say why an instance is where it is, or is nowhere; exit 2 if nowhere."),
+    },
+    "Fleet": {
+        "host": ("hosts", "host", "See the hosts."),
+        "cordon": ("hosts", "cordon", "Place nothing new on hosts."),
+        "uncordon": ("hosts", "uncordon", "Let hosts take instances again."),
+    },
+    "This program": {
+        "dev": ("dev", "dev", "A private fleet on this machine."),
+        "context": ("context", "context", "Name managers, and choose one."),
+        "completion": ("completion", "completion", "Print a completion script for a shell."),
+        "version": ("version", "version", "Show versions of this program and of the manager."),
+    },
+}
+
+
+class Verbs(click.Group):
+    """A group that knows its commands by name, and imports one when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for family in VERBS.values() for name in family]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for family in VERBS.values():
+            if cmd_name in family:
+                module, attribute, _ = family[cmd_name]
+                command: click.Command = getattr(importlib.import_module(f"casemate_cli.verbs.{module}"), attribute)
+                return command
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, family in VERBS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, text) for name, (_, _, text) in family.items()], col_max=14)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if (
+            args
+            and not args[0].startswith("-")
+            and self.get_command(ctx, args[0]) is None
+            and not ctx.resilient_parsing
+        ):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1, 0.6)
+            ctx.fail(f"there is no verb {args[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from casemate_cli.verbs.version import client_version
+
+        click.echo(f"casemate {client_version()}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 ok, 1 error, 2 unschedulable, 3 difference found, 4 not found, 5 denied, 6 timeout, "
+    "7 conflict, 8 unreachable.",
+)
+@click.option(
+    "--manager", metavar="HOST:PORT", help="Manager to talk to. [env: CASEMATE_MANAGER; default: 127.0.0.1:7443]"
+)
+@click.option("--context", metavar="NAME", help="Context of the configuration file to use.")
+@click.option("--tenant", metavar="NAME", help="Tenant to speak for. [env: CASEMATE_TENANT; default: default]")
+@click.option("--request-timeout", type=float, metavar="SECONDS", help="Longest time for one call. [default: 30]")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.pass_context
+def root(
+    ctx: click.Context, manager: str | None, context: str | None, tenant: str | None, request_timeout: float | None
+) -> None:
+    """Run container pods inside virtual machines, on a fleet of hosts.
+
+    Data goes to standard output, talk to standard error. `casemate VERB --help` tells more about a verb, and
+    `casemate explain environment` documents what you can write in a manifest.
+    """
+    ctx.obj = {"manager": manager, "context": context, "tenant": tenant, "request_timeout": request_timeout}

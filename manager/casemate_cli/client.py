@@ -1,0 +1,175 @@
+"""The connection to a manager: one channel, deadlines, a short retry, and errors turned into failures.
+
+A call that the manager did not answer (UNAVAILABLE) is tried again with full jitter for `Settings.retry_s`. That is safe for
+every call: reads change nothing, and requests that change something carry a request key, with which they have one effect
+however often they arrive. gRPC is imported when a `Client` is made, not before.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from casemate_cli import failure
+from casemate_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from casemate_wire.v1 import operators_pb2 as pb
+
+#: A page of a long list holds many objects with their manifests; gRPC's default of 4 MiB is too small for 1,000 of them.
+MAX_MESSAGE_BYTES = 64 << 20
+#: The manager's page size for lists; the first page is shown while the next ones are fetched.
+PAGE_SIZE = 500
+
+
+class Client:
+    """Calls of one invocation. A context manager that closes its channel."""
+
+    def __init__(self, settings: Settings) -> None:
+        import grpc
+
+        from casemate_wire.v1 import operators_pb2_grpc
+
+        self.settings = settings
+        self._channel = grpc.insecure_channel(
+            settings.manager,
+            options=(
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                # A refused connection is tried again at once, not after a second.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 500),
+                # A follow that lasts for hours notices a peer that vanished.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                # A proxy in the environment is meant for the web, not for a manager on loopback.
+                ("grpc.enable_http_proxy", 0),
+            ),
+        )
+        self.stub = operators_pb2_grpc.FleetStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    def call(self, method: Callable[..., Any], request: Any, doing: str = "") -> Any:
+        """The answer to one unary call. Raises Failure."""
+        import grpc
+
+        give_up_s = time.monotonic() + self.settings.retry_s
+        wait_s = 0.05
+        while True:
+            try:
+                return method(request, timeout=self.settings.request_timeout_s)
+            except grpc.RpcError as error:
+                if not _transient(error) or time.monotonic() + wait_s > give_up_s:
+                    raise failure.from_rpc(error, self.settings.manager, doing) from None
+                time.sleep(random.uniform(0, wait_s))
+                wait_s = min(wait_s * 2, 0.5)
+
+    def stream(self, method: Callable[..., Any], request: Any, doing: str = "", timeout_s: float | None = None) -> Any:
+        """Messages of a server stream, until it ends. Raises Failure; the call ends with the iteration."""
+        import grpc
+
+        call = method(request, timeout=timeout_s)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise failure.from_rpc(error, self.settings.manager, doing) from None
+        finally:
+            call.cancel()
+
+    # --- what several verbs ask ---------------------------------------------------------------------------------------
+
+    def get(self, kind: str, name: str, tenant: str) -> "pb.Resource":
+        """One object. Raises Failure with code NOT_FOUND."""
+        from casemate_wire.v1 import operators_pb2 as pb
+
+        answer: pb.Resource = self.call(self.stub.Get, pb.GetRequest(kind=kind, name=name, tenant=tenant))
+        return answer
+
+    def pages(
+        self, kind: str, *, tenant: str, selector: str = "", owner: str = "", page_size: int = PAGE_SIZE
+    ) -> "Iterator[pb.ListResponse]":
+        """Pages of a list, in the manager's order. An empty tenant means all of them."""
+        from casemate_wire.v1 import operators_pb2 as pb
+
+        request = pb.ListRequest(kind=kind, tenant=tenant, selector=selector, owner=owner, page_size=page_size)
+        while True:
+            page: pb.ListResponse = self.call(self.stub.List, request)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def listed(self, kind: str, *, tenant: str, selector: str = "", owner: str = "") -> "list[pb.Resource]":
+        """All objects of a list."""
+        return [r for page in self.pages(kind, tenant=tenant, selector=selector, owner=owner) for r in page.resources]
+
+    def watch(
+        self,
+        kind: str,
+        *,
+        tenant: str,
+        selector: str = "",
+        name: str = "",
+        token: str = "",
+        deadline_s: float | None = None,
+    ) -> "Iterator[pb.WatchEvent]":
+        """Changes from `token` on (from a snapshot where it is empty), resumed when the stream breaks.
+
+        `deadline_s` is on the monotonic clock; after it a Failure with code TIMEOUT is raised. A break is mended for
+        `retry_s` since the last event; then the manager counts as unreachable.
+        """
+        from casemate_wire.v1 import operators_pb2 as pb
+
+        request = pb.WatchRequest(kind=kind, tenant=tenant, selector=selector, name=name, resume_token=token)
+        broken_since_s: float | None = None
+        while True:
+            left_s = None if deadline_s is None else max(0.001, deadline_s - time.monotonic())
+            try:
+                for event in self.stream(self.stub.Watch, request, timeout_s=left_s):
+                    broken_since_s = None
+                    if event.resume_token:
+                        request.resume_token = event.resume_token
+                    yield event
+                now_s = time.monotonic()  # the manager ended the stream, as it does when it goes down
+                broken_since_s = broken_since_s if broken_since_s is not None else now_s
+                if now_s - broken_since_s > self.settings.retry_s:
+                    raise failure.unreachable(self.settings.manager, "the stream ended")
+            except failure.Failure as broken:
+                now_s = time.monotonic()
+                if broken.code is not failure.Exit.UNREACHABLE:
+                    raise
+                broken_since_s = broken_since_s if broken_since_s is not None else now_s
+                if now_s - broken_since_s > self.settings.retry_s:
+                    raise
+            time.sleep(random.uniform(0.05, 0.3))
+
+    def apply(
+        self, resources: "list[pb.Resource]", *, key: str, dry_run: bool = False, doing: str = ""
+    ) -> "pb.ApplyResponse":
+        """Make or change objects: all of them or none. `key` names the request for its whole life, retries included."""
+        from casemate_wire.v1 import operators_pb2 as pb
+
+        answer: pb.ApplyResponse = self.call(
+            self.stub.Apply, pb.ApplyRequest(request_key=key, resources=resources, dry_run=dry_run), doing
+        )
+        return answer
+
+
+def _transient(error: Any) -> bool:
+    return bool(error.code().name == "UNAVAILABLE")
+
+
+def request_key() -> str:
+    """A fresh name for one request."""
+    import uuid
+
+    return f"cli-{uuid.uuid4()}"

@@ -1,0 +1,134 @@
+"""`casemate describe`: the story of an object, from what was asked through what is so to what happened."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from casemate_cli import completing, kinds, options, output, term
+from casemate_cli.columns import NONE, WORD_COLOURS, Table, age, columns
+from casemate_cli.failure import Failure
+from casemate_cli.kinds import Target
+
+if TYPE_CHECKING:
+    from casemate_cli.client import Client
+
+#: The last events of an object are told; older ones are counted.
+MAX_EVENTS = 25
+#: Free objects of a status that would fill the screen; `get -o json` has them.
+_TOO_LONG = frozenset({"topology", "claim", "manifest"})
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="KIND NAME...", shell_complete=completing.kind_or_name)
+@options.connection
+@click.pass_context
+def describe(ctx: click.Context, arguments: tuple[str, ...]) -> None:
+    """Tell the story of an object: what was asked, what is so, what it consists of, and what happened.
+
+    \b
+    Examples:
+      casemate describe env hello
+      casemate describe inst/hello-0 host/h1
+    """
+    from casemate_cli.client import Client
+
+    settings = options.settings(ctx)
+    wanted = kinds.targets(arguments)
+    if any(not t.name for t in wanted):
+        raise Failure("no object is named", remedy="write it as KIND NAME or KIND/NAME")
+    with Client(settings) as client:
+        for i, target in enumerate(wanted):
+            if i:
+                term.out("")
+            _describe(client, target, settings.tenant if target.kind.of_tenant else "")
+
+
+def _describe(client: "Client", target: Target, tenant: str) -> None:
+    from casemate_wire import manifest, schema
+
+    resource = client.get(target.kind.name, target.name, tenant)
+    message: Any = schema.object_of(resource)
+    plain = manifest.to_plain(resource)
+    metadata = plain.get("metadata", {})
+    head = {
+        "Name": metadata.get("name", ""),
+        "Kind": target.kind.name,
+        "Tenant": metadata.get("tenant", ""),
+        "Uid": metadata.get("uid", ""),
+        "Age": age(message.metadata.created),
+        "Generation": metadata.get("generation", ""),
+        "Labels": _pairs(metadata.get("labels", {})),
+        "Annotations": _pairs(metadata.get("annotations", {})),
+        "Deleting": f"for {age(message.metadata.deleting)}" if message.metadata.deleting.seconds else "",
+    }
+    for key, value in head.items():
+        if value:
+            term.out(f"{key + ':':<13}{term.clean(str(value))}")
+    status = dict(plain.get("status", {}))
+    conditions = status.pop("conditions", [])
+    _section("Spec", plain.get("spec", {}))
+    _section("Status", status)
+    _conditions(message, conditions)
+    for kind in {"Environment": ("Instance", "Pod"), "Host": ("Instance",), "Instance": ("Pod",)}.get(
+        target.kind.name, ()
+    ):
+        _parts(client, kind, tenant, target.name)
+    _events(client, target, tenant)
+
+
+def _pairs(values: dict[str, str]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in sorted(values.items()))
+
+
+def _section(title: str, values: Any) -> None:
+    shown = {k: v for k, v in values.items() if k not in _TOO_LONG} if isinstance(values, dict) else values
+    if not shown:
+        return
+    term.out(term.paint(f"{title}:", "bold"))
+    for line in output.to_yaml(shown).splitlines():
+        term.out(f"  {term.clean(line)}")
+
+
+def _conditions(message: Any, plain: list[dict[str, str]]) -> None:
+    if not plain:
+        return
+    term.out(term.paint("Conditions:", "bold"))
+    for condition in message.status.conditions:
+        status = term.paint(f"{term.clean(condition.status):<8}", WORD_COLOURS.get(condition.status, ""))
+        why = ": ".join(w for w in (condition.reason, condition.message) if w)
+        term.out(f"  {term.clean(condition.type):<14}{status}{age(condition.since):<8}{term.clean(why)}")
+
+
+def _parts(client: "Client", kind_name: str, tenant: str, owner: str) -> None:
+    from casemate_wire import schema
+
+    kind = kinds.BY_NAME[kind_name]
+    found = client.listed(kind_name, tenant=tenant, owner=owner)
+    if not found:
+        return
+    term.out(term.paint(f"{kind.plural.capitalize()}:", "bold"))
+    chosen = columns(kind_name, wide=False, with_tenant=False)
+    table = Table(["  " + chosen[0].heading, *(c.heading for c in chosen[1:])])
+    rows = [[c.value(schema.object_of(r)) for c in chosen] for r in found]
+    table.write([["  " + row[0], *row[1:]] for row in rows])
+
+
+def _events(client: "Client", target: Target, tenant: str) -> None:
+    from casemate_wire.v1 import operators_pb2 as pb
+
+    request = pb.EventsRequest(tenant=tenant, kind=target.kind.name, name=target.name)
+    events = list(client.stream(client.stub.Events, request, timeout_s=client.settings.request_timeout_s))
+    term.out(term.paint("Events:", "bold") + ("" if events else " none"))
+    if len(events) > MAX_EVENTS:
+        term.out(f"  ({len(events) - MAX_EVENTS} earlier ones: casemate events {target})")
+    for row in _event_rows(events[-MAX_EVENTS:]):
+        term.out("  " + row)
+
+
+def _event_rows(events: list[Any]) -> Iterator[str]:
+    for event in events:
+        when = age(event.last if event.last.seconds else event.time)
+        times = f" (x{event.count})" if event.count > 1 else ""
+        severity = term.paint(f"{event.severity or NONE:<8}", WORD_COLOURS.get(event.severity, ""))
+        yield f"{when:<8}{severity}{term.clean(event.reason):<20} {term.clean(event.message)}{times}"

@@ -1,0 +1,81 @@
+"""`casemate events`: what happened, oldest first."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from casemate_cli import completing, kinds, options, output, term
+from casemate_cli.columns import NONE, Table, age
+from casemate_cli.failure import Exit, Failure
+
+if TYPE_CHECKING:
+    from casemate_wire.v1.fleet_pb2 import Event
+
+_HEADINGS = ("AGE", "SEVERITY", "OBJECT", "REASON", "SOURCE", "MESSAGE")
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[KIND NAME]", shell_complete=completing.kind_or_name)
+@click.option("-f", "--follow", is_flag=True, help="Go on, until interrupted.")
+@click.option("-A", "--all-tenants", is_flag=True, help="Events of all tenants.")
+@click.option(
+    "-o", "--output", "form", type=click.Choice(["table", "json"]), default="table", help="Form; json is a line each."
+)
+@options.connection
+@click.pass_context
+def events(ctx: click.Context, arguments: tuple[str, ...], follow: bool, all_tenants: bool, form: str) -> int:
+    """Show what happened, oldest first.
+
+    \b
+    Examples:
+      casemate events
+      casemate events env/hello -f
+    """
+    from casemate_cli.client import Client
+    from casemate_wire import manifest
+    from casemate_wire.v1 import operators_pb2 as pb
+
+    settings = options.settings(ctx)
+    request = pb.EventsRequest(tenant="" if all_tenants else settings.tenant, follow=follow)
+    if arguments:
+        wanted = kinds.targets(arguments)
+        if len(wanted) != 1:
+            raise Failure("events of one object at a time", remedy="name it as KIND NAME")
+        request.kind, request.name = wanted[0].kind.name, wanted[0].name
+        if not wanted[0].kind.of_tenant:
+            request.tenant = ""
+    table = Table(_HEADINGS)
+    timeout_s = None if follow else settings.request_timeout_s
+    rows: list[tuple[str, ...]] = []
+    with Client(settings) as client:
+        try:
+            for event in client.stream(client.stub.Events, request, timeout_s=timeout_s):
+                if form == "json":
+                    term.out(output.to_json(manifest.message_to_plain(event), indent=None))
+                    sys.stdout.flush()
+                    continue
+                row = _row(event)
+                if follow:
+                    table.write([row])
+                    sys.stdout.flush()
+                else:
+                    rows.append(row)
+        except KeyboardInterrupt:
+            return Exit.OK if follow else Exit.INTERRUPTED
+    table.write(rows)
+    if not rows and form == "table" and not follow:
+        term.say("nothing has happened")
+    return Exit.OK
+
+
+def _row(e: "Event") -> tuple[str, ...]:
+    times = f" (x{e.count})" if e.count > 1 else ""
+    return (
+        age(e.last if e.last.seconds else e.time),
+        e.severity or NONE,
+        f"{e.regarding.kind.lower()}/{e.regarding.name}" if e.regarding.kind else NONE,
+        e.reason or NONE,
+        e.source or NONE,
+        e.message + times,
+    )
