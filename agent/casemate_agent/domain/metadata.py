@@ -6,7 +6,7 @@ placement, and holds the record it was made from as JSON, so that an agent whose
 Anyone who may open libvirt's read-only socket (by default every user of the host) can read a domain's XML. So the record
 in it leaves out what may hold secrets: ``user_data``, which lies on the seed alone, and ``pods``, whose environment
 variables may. The complete record lies in a file that only root reads; the metadata has its digest, so that the two are
-never mixed up (see ``record_digest``).
+never mixed up (see ``record_digest``), and an instance that has neither is rebuilt from the metadata alone.
 
 JSON is written in ASCII: whatever a tenant named a thing, no character of it can be markup, a control character, or one
 that XML cannot hold.
@@ -37,13 +37,13 @@ class Ownership:
 
 
 def full_record(desired: DesiredInstance) -> str:
-    """The complete record but for ``user_data``, as one line of ASCII JSON."""
-    return json.dumps(to_plain(replace(desired, user_data="")), ensure_ascii=True, sort_keys=True)
+    """The complete record, as one line of ASCII JSON. May hold secrets: for files that only root reads."""
+    return json.dumps(to_plain(desired), ensure_ascii=True, sort_keys=True, separators=(",", ":"))
 
 
 def public_record(desired: DesiredInstance) -> str:
-    """``full_record`` without pods: what every user of the host may see."""
-    return full_record(replace(desired, pods=()))
+    """``full_record`` without user-data and pods: what every user of the host may see."""
+    return full_record(replace(desired, user_data="", pods=()))
 
 
 def record_digest(record: str) -> str:

@@ -1,0 +1,516 @@
+"""libvirt as the agent's hypervisor.
+
+For: ``ports.Hypervisor``. What may live here: calls of libvirt-python, the one connection and its events, the translation
+of errors. What a domain looks like is ``casemate_agent.domain``; what to do with it is decided elsewhere.
+
+Theory of operation. libvirt-python blocks, so every call runs in a ``DeadlineExecutor``; objects of libvirt live and die in
+its threads only, because letting go of a connection is itself a call that may hang. libvirt's own event loop runs in one
+daemon thread for the whole process. It is apart from asyncio on purpose: keep-alive answers and the detection of a dead
+libvirtd must work while our loop is busy, and libvirt allows one event implementation for a process's whole life, which
+an asyncio loop is not.
+
+One connection is kept. When libvirt says that it closed (keep-alive sees a libvirtd that hangs after about 15 s) or a call
+finds it broken, it is dropped, and a task opens a new one with growing pauses; meanwhile calls fail at once with
+Unavailable, so that a libvirtd that is away for a minute costs nobody more than that. When it is back, one event with an
+empty uuid says: look at everything again.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self, TypeVar
+from xml.etree.ElementTree import fromstring
+
+import libvirt
+
+from casemate_agent.domain import HostShape, domain_xml, parse_domain
+from casemate_agent.domain.facts import machine_type
+from casemate_agent.domain.metadata import full_record, record_digest
+from casemate_agent.domain.names import channel_path, check_uid
+from casemate_agent.drivers.deadline import DeadlineExecutor
+from casemate_agent.drivers.files import write_private
+from casemate_agent.drivers.kvm import Virtualisation, probe
+from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase
+from casemate_core.errors import DeadlineExceeded, InternalError, MachineError, NotFound, Unavailable
+from casemate_core.spec.instance import DesiredInstance
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+DEFAULT_URI = "qemu:///system"
+#: Seconds between keep-alive messages, and how many may stay unanswered.
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_COUNT = 2
+#: An open connection answers in milliseconds; the first one after libvirtd's start probes QEMU for up to 10 s.
+OPEN_DEADLINE_S = 30.0
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 5.0
+#: Events kept for a reader that is slow; beyond it they become one "look at everything".
+MAX_QUEUED_EVENTS = 1024
+
+PHASES = {
+    libvirt.VIR_DOMAIN_NOSTATE: DomainPhase.SHUT_OFF,
+    libvirt.VIR_DOMAIN_RUNNING: DomainPhase.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: DomainPhase.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: DomainPhase.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTDOWN: DomainPhase.SHUTTING_DOWN,
+    libvirt.VIR_DOMAIN_SHUTOFF: DomainPhase.SHUT_OFF,
+    libvirt.VIR_DOMAIN_CRASHED: DomainPhase.CRASHED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: DomainPhase.PAUSED,
+}
+EVENT_WORDS = {
+    libvirt.VIR_DOMAIN_EVENT_DEFINED: "defined",
+    libvirt.VIR_DOMAIN_EVENT_UNDEFINED: "undefined",
+    libvirt.VIR_DOMAIN_EVENT_STARTED: "started",
+    libvirt.VIR_DOMAIN_EVENT_SUSPENDED: "suspended",
+    libvirt.VIR_DOMAIN_EVENT_RESUMED: "resumed",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED: "stopped",
+    libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "shutting down",
+    libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: "suspended by the guest",
+    libvirt.VIR_DOMAIN_EVENT_CRASHED: "crashed",
+}
+STOPPED_WORDS = {
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: "the guest powered off",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: "destroyed",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED: "QEMU ended unexpectedly",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED: "migrated away",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED: "saved",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED: "failed to start",
+}
+#: Errors that say that the connection, not the call, is broken.
+BROKEN = {
+    libvirt.VIR_ERR_NO_CONNECT,
+    libvirt.VIR_ERR_INVALID_CONN,
+    libvirt.VIR_ERR_RPC,
+    libvirt.VIR_ERR_AUTH_FAILED,
+    libvirt.VIR_ERR_AUTH_UNAVAILABLE,
+}
+#: Errors that say that our XML is wrong.
+OUR_FAULT = {libvirt.VIR_ERR_XML_ERROR, libvirt.VIR_ERR_XML_DETAIL, libvirt.VIR_ERR_XML_INVALID_SCHEMA}
+
+
+class HypervisorFailed(MachineError):
+    """libvirt or QEMU refused; ``code`` is libvirt's (virErrorNumber)."""
+
+    reason = "HypervisorFailed"
+
+    def __init__(self, what: str, text: str, code: int) -> None:
+        self.code = code
+        super().__init__(f"{what}: {text}")
+
+
+class _Broken(Unavailable):
+    """The connection to libvirtd is gone."""
+
+
+class _EventLoop:
+    """libvirt's event loop: one daemon thread, for as long as the process lives."""
+
+    _lock = threading.Lock()
+    _running = False
+
+    @classmethod
+    def ensure(cls) -> None:
+        with cls._lock:
+            if cls._running:
+                return
+            # libvirt writes each error to stderr unless told not to; we raise them.
+            libvirt.registerErrorHandler(lambda _context, _error: None, None)
+            libvirt.virEventRegisterDefaultImpl()
+            # Without any timer the loop would sleep until the first descriptor shows up, and miss those added meanwhile.
+            libvirt.virEventAddTimeout(1000, lambda _timer, _opaque: None, None)
+            threading.Thread(target=cls._run, name="asyncio_libvirt_events", daemon=True).start()
+            cls._running = True
+
+    @staticmethod
+    def _run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtSettings:
+    """Where libvirt and our folders are. ``probe_cache`` is the file that remembers whether KVM works."""
+
+    uri: str = DEFAULT_URI
+    run_dir: str = "/run/casemate"
+    instances_dir: str = "/var/lib/casemate/instances"
+    probe_cache: str = "/var/lib/casemate/virtualisation.json"
+    scope: str = "main"
+
+
+class LibvirtHypervisor:
+    """``ports.Hypervisor`` on one libvirtd. Use as ``async with``; one event loop."""
+
+    def __init__(self, settings: LibvirtSettings) -> None:
+        self._settings = settings
+        self._calls = DeadlineExecutor("libvirt")
+        self._connection: Any = None
+        self._connected = asyncio.Event()
+        self._lost = asyncio.Event()
+        self._why_away = "not connected yet"
+        self._keeper: asyncio.Task[None] | None = None
+        self._readers: set[asyncio.Queue[DomainEvent]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._shape: HostShape | None = None
+        self._virtualisation: Virtualisation | None = None
+        self._probing = asyncio.Lock()
+        self._pids: dict[tuple[str, int], int] = {}
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        _EventLoop.ensure()
+        self._keeper = self._loop.create_task(self._keep_connected(), name="libvirt connection")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._keeper is not None
+        self._keeper.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._keeper
+        await self._drop("closed")
+        self._calls.close()
+
+    # --- the port -----------------------------------------------------------------------------------------------------
+
+    async def domains(self, deadline_s: float) -> tuple[DomainFacts, ...]:
+        return await self._call("list domains", self._domains, deadline_s)
+
+    async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
+        async with _Remaining(deadline_s) as left:
+            shape = await self.shape(left())
+            await self._call("define domain", lambda c: self._define(c, desired, files, shape), left())
+
+    async def start(self, uid: str, deadline_s: float) -> None:
+        def start(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is None:
+                raise NotFound("domain", uid)
+            if not domain.isActive():
+                Path(self._settings.run_dir).mkdir(mode=0o711, parents=True, exist_ok=True)
+                try:
+                    domain.create()
+                except libvirt.libvirtError:
+                    # Two starts may meet; what counts is that it runs.
+                    if not domain.isActive():
+                        raise
+
+        await self._call("start domain", start, deadline_s)
+
+    async def shutdown(self, uid: str, deadline_s: float) -> None:
+        def shutdown(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is not None and domain.isActive():
+                domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+
+        await self._call("shut down domain", shutdown, deadline_s)
+
+    async def destroy(self, uid: str, deadline_s: float) -> None:
+        def destroy(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is not None and domain.isActive():
+                try:
+                    domain.destroy()
+                except libvirt.libvirtError:
+                    if domain.isActive():
+                        raise
+
+        await self._call("destroy domain", destroy, deadline_s)
+
+    async def undefine(self, uid: str, deadline_s: float) -> None:
+        def undefine(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is not None:
+                domain.undefineFlags(
+                    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+                    | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+                )
+            # After the domain: as long as there is one, its record must be found.
+            self._record_path(uid).unlink(missing_ok=True)
+            Path(channel_path(self._settings.run_dir, uid)).unlink(missing_ok=True)
+
+        await self._call("undefine domain", undefine, deadline_s)
+
+    def events(self) -> AsyncIterator[DomainEvent]:
+        # Registered now, not when the first event is asked for: nothing in between is missed.
+        reader: asyncio.Queue[DomainEvent] = asyncio.Queue(MAX_QUEUED_EVENTS)
+        self._readers.add(reader)
+        return self._read(reader)
+
+    async def virtualisation(self, deadline_s: float) -> str:
+        async with _Remaining(deadline_s) as left, self._probing:
+            if self._virtualisation is None:
+                cache = Path(self._settings.probe_cache)
+                # Not on the connection's threads: it runs QEMU, and nothing of libvirt.
+                self._virtualisation = await self._calls.run("probe KVM", lambda: probe(cache), left())
+                if self._virtualisation.kind != "kvm":
+                    log.warning("KVM is not usable, guests are emulated: %s", self._virtualisation.reason)
+        return self._virtualisation.kind
+
+    @property
+    def virtualisation_reason(self) -> str:
+        """Why ``virtualisation`` said what it said, for the host's conditions."""
+        return self._virtualisation.reason if self._virtualisation else ""
+
+    async def capabilities(self, deadline_s: float) -> str:
+        """libvirt's XML about the host."""
+        return await self._call("read capabilities", lambda c: str(c.getCapabilities()), deadline_s)
+
+    # --- what domains here are made with ------------------------------------------------------------------------------
+
+    async def shape(self, deadline_s: float) -> HostShape:
+        """What of this host the XML of its domains depends on; asked of libvirt once."""
+        if self._shape is None:
+            async with _Remaining(deadline_s) as left:
+                kind = "kvm" if await self.virtualisation(left()) == "kvm" else "qemu"
+                machine, emulator = await self._call("read capabilities", lambda c: _machine(c, kind), left())
+            self._shape = HostShape(
+                kind=kind,
+                machine=machine,
+                emulator=emulator,
+                run_dir=self._settings.run_dir,
+                instances_dir=self._settings.instances_dir,
+                scope=self._settings.scope,
+            )
+        return self._shape
+
+    def _record_path(self, uid: str) -> Path:
+        return Path(self._settings.instances_dir) / check_uid(uid) / "record.json"
+
+    def _define(self, connection: Any, desired: DesiredInstance, files: DomainFiles, shape: HostShape) -> None:
+        existing = _lookup(connection, desired.uid)
+        if existing is not None:
+            # A guest keeps the machine that it was installed on, whatever QEMU is here now.
+            machine = machine_type(existing.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+            shape = replace(shape, machine=machine or shape.machine)
+        # Before the domain, whose metadata has its digest: a domain without its record says nothing of its pods.
+        write_private(self._record_path(desired.uid), full_record(desired).encode())
+        connection.defineXMLFlags(domain_xml(desired, files, shape), libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def _domains(self, connection: Any) -> tuple[DomainFacts, ...]:
+        found = []
+        pids: dict[tuple[str, int], int] = {}
+        for domain in connection.listAllDomains():
+            try:
+                state, _ = domain.state()
+                xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+                number = domain.ID() if domain.isActive() else -1
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                    continue  # gone since the list was made
+                raise
+            pid = 0
+            if number >= 0:
+                key = (domain.UUIDString(), number)
+                pid = self._pids.get(key) or _qemu_pid(key[0])
+                pids[key] = pid
+            facts, owner = parse_domain(xml, PHASES.get(state, DomainPhase.CRASHED), pid)
+            if owner is not None:
+                facts = replace(facts, record=self._record(owner.uid, owner.record, owner.digest))
+            found.append(facts)
+        self._pids = pids
+        return tuple(sorted(found, key=lambda facts: facts.uuid))
+
+    def _record(self, uid: str, public: str, digest: str) -> str:
+        """The record that the domain was defined with: the private file where it is that one, else the public part.
+
+        Where the file is lost and held more than the metadata, nothing: half a record would take a guest's pods away.
+        """
+        with suppress(OSError, UnicodeDecodeError, InternalError):
+            text = self._record_path(uid).read_text()
+            if record_digest(text) == digest:
+                return text
+        return public if record_digest(public) == digest else ""
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    async def _read(self, reader: "asyncio.Queue[DomainEvent]") -> AsyncIterator[DomainEvent]:
+        try:
+            while True:
+                yield await reader.get()
+        finally:
+            self._readers.discard(reader)
+
+    def _publish(self, event: DomainEvent) -> None:
+        for reader in self._readers:
+            if reader.full():
+                while not reader.empty():
+                    reader.get_nowait()
+                reader.put_nowait(DomainEvent("", "", "events were lost: the reader is slow"))
+            reader.put_nowait(event)
+
+    def _on_lifecycle(self, _connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+        """In libvirt's thread."""
+        words = EVENT_WORDS.get(event, f"event {event}")
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            words = f"{words}: {STOPPED_WORDS.get(detail, detail)}"
+        self._threadsafe(self._publish, DomainEvent(domain.UUIDString(), domain.name(), words))
+
+    def _on_close(self, _connection: Any, reason: int, _opaque: Any) -> None:
+        """In libvirt's thread."""
+        words = {
+            libvirt.VIR_CONNECT_CLOSE_REASON_ERROR: "an error on the socket",
+            libvirt.VIR_CONNECT_CLOSE_REASON_EOF: "libvirtd ended",
+            libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE: "libvirtd does not answer",
+            libvirt.VIR_CONNECT_CLOSE_REASON_CLIENT: "closed",
+        }
+        self._threadsafe(self._mark_lost, words.get(reason, f"reason {reason}"))
+
+    def _threadsafe(self, call: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    # --- the connection -----------------------------------------------------------------------------------------------
+
+    def _mark_lost(self, why: str) -> None:
+        if self._connected.is_set():
+            log.warning("connection to libvirt lost: %s", why)
+        self._why_away = why
+        self._connected.clear()
+        self._lost.set()
+
+    async def _keep_connected(self) -> None:
+        """Open the connection, wait until it is lost, and again."""
+        pause_s, opened_before = FIRST_PAUSE_S, False
+        while True:
+            self._lost.clear()
+            try:
+                self._connection = await self._calls.run("connect", self._open, OPEN_DEADLINE_S, discard=_close)
+            except (MachineError, libvirt.libvirtError) as error:
+                self._why_away = str(error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                continue
+            pause_s = FIRST_PAUSE_S
+            if not self._lost.is_set():
+                self._connected.set()
+                if opened_before:
+                    log.info("connection to libvirt is back")
+                    self._publish(DomainEvent("", "", "the connection to libvirt is back"))
+                opened_before = True
+            await self._lost.wait()
+            await self._drop(self._why_away)
+
+    def _open(self) -> Any:
+        connection = libvirt.open(self._settings.uri)
+        try:
+            connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
+            connection.registerCloseCallback(self._on_close, None)
+            connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None)
+        except BaseException:
+            _close(connection)
+            raise
+        return connection
+
+    async def _drop(self, why: str) -> None:
+        """Let go of the connection in a thread of its own: closing it is a call, too."""
+        connection, self._connection = self._connection, None
+        self._connected.clear()
+        self._why_away = why
+        if connection is not None:
+            holder = [connection]
+            del connection
+            with suppress(MachineError):
+                await self._calls.run("close the connection", lambda: _close(holder.pop()), 5.0)
+
+    async def _call(self, what: str, call: Callable[[Any], T], deadline_s: float) -> T:
+        """Run ``call`` with the connection in a thread; translate its errors."""
+        async with _Remaining(deadline_s) as left:
+            if not self._connected.is_set() and self._why_away == "not connected yet":
+                # Right after the start; later a lost connection is told at once.
+                try:
+                    await asyncio.wait_for(self._connected.wait(), left())
+                except TimeoutError:
+                    raise Unavailable(f"{what}: libvirt: {self._why_away}") from None
+            connection = self._connection
+            if not self._connected.is_set() or connection is None:
+                raise Unavailable(f"{what}: libvirt is away: {self._why_away}")
+            try:
+                return await self._calls.run(what, lambda: _translated(what, call, connection), left())
+            except _Broken as error:
+                if connection is self._connection:
+                    self._mark_lost(str(error))
+                raise
+
+
+class _Remaining:
+    """What is left of a deadline over several steps."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._end = asyncio.get_running_loop().time() + deadline_s
+
+    async def __aenter__(self) -> Callable[[], float]:
+        return self._left
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+    def _left(self) -> float:
+        left = self._end - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise DeadlineExceeded("no time left")
+        return left
+
+
+def _translated(what: str, call: Callable[[Any], T], connection: Any) -> T:
+    try:
+        return call(connection)
+    except libvirt.libvirtError as error:
+        code, domain = error.get_error_code(), error.get_error_domain()
+        text = error.get_error_message() or str(error)
+        # ``from None``: the error's traceback holds libvirt's objects, and they must not leave this thread.
+        if code in OUR_FAULT:
+            raise InternalError(f"{what}: {text}") from None
+        if code in BROKEN or domain == libvirt.VIR_FROM_RPC or "client socket is closed" in text:
+            raise _Broken(f"{what}: {text}") from None
+        if code == libvirt.VIR_ERR_NO_DOMAIN:
+            raise NotFound("domain", text) from None
+        raise HypervisorFailed(what, text, code) from None
+
+
+def _lookup(connection: Any, uid: str) -> Any:
+    try:
+        return connection.lookupByUUIDString(uid)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return None
+        raise
+
+
+def _close(connection: Any) -> None:
+    with suppress(libvirt.libvirtError):
+        connection.unregisterCloseCallback()
+    with suppress(libvirt.libvirtError):
+        connection.close()
+
+
+def _machine(connection: Any, kind: str) -> tuple[str, str]:
+    """(versioned machine type of q35, path of the emulator) for guests of this kind."""
+    element = fromstring(connection.getDomainCapabilities(None, "x86_64", "q35", kind, 0))
+    return element.findtext("machine", "q35"), element.findtext("path", "/usr/bin/qemu-system-x86_64")
+
+
+def _qemu_pid(uuid: str) -> int:
+    """Process of the domain's QEMU: libvirt gives it the uuid as an argument. 0 where there is none (yet)."""
+    wanted = uuid.encode()
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            arguments = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        for flag, value in pairwise(arguments):
+            if flag == b"-uuid" and value == wanted:
+                return int(entry.name)
+    return 0
