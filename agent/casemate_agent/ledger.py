@@ -28,12 +28,13 @@ from casemate_agent.files import Files
 from casemate_agent.records import (
     RECORD_VERSION,
     Book,
-    DesiredUpdate,
     HostRecord,
     InstanceRecord,
 )
 from casemate_core.errors import CallerError, MachineError
 from casemate_core.plain import from_plain, to_plain
+from casemate_wire.session import next_counter
+from casemate_wire.stream import Desired
 
 log = logging.getLogger("casemate.agent.ledger")
 
@@ -136,13 +137,13 @@ class Ledger:
     def get(self, uid: str) -> InstanceRecord | None:
         return self._instances.get(uid)
 
-    async def accept(self, update: DesiredUpdate) -> frozenset[str]:
+    async def accept(self, update: Desired) -> frozenset[str]:
         """Make an update durable; returns the uids whose record changed. Raises StaleEpoch, LedgerFailed."""
         async with self._lock:
             host = self._host
             if update.epoch < host.epoch:
                 raise StaleEpoch(update.epoch, host.epoch)
-            if update.epoch == host.epoch and update.revision < host.revision and host.complete:
+            if not update.snapshot and update.epoch == host.epoch and update.revision < host.revision:
                 return frozenset()  # a repetition of what was accepted before
             if update.epoch > host.epoch:
                 # first of all: from here on nobody of an older term is obeyed, even if the rest is cut short
@@ -153,7 +154,7 @@ class Ledger:
                 changed.add(record.uid)
             networks = {} if update.snapshot else {n.name: n for n in host.networks}
             networks |= {n.name: n for n in update.networks}
-            for name in update.removed_networks:
+            for name in update.networks_removed:
                 networks.pop(name, None)
             after = replace(
                 self._host,
@@ -167,7 +168,7 @@ class Ledger:
                 self._damage = ()
             return frozenset(changed)
 
-    def _changes(self, update: DesiredUpdate) -> list[InstanceRecord]:
+    def _changes(self, update: Desired) -> list[InstanceRecord]:
         changes = []
         named = {desired.uid for desired in update.instances}
         for desired in update.instances:
@@ -227,9 +228,9 @@ class Ledger:
             return True
 
     async def next_session(self, now_s: float) -> int:
-        """A counter that only grows, even if the ledger is lost: never below the clock's seconds."""
+        """Raise the session counter and make it durable; for each dial anew."""
         async with self._lock:
-            await self._save_host(replace(self._host, session=max(self._host.session + 1, int(now_s))))
+            await self._save_host(replace(self._host, session=next_counter(self._host.session or None, now_s)))
             return self._host.session
 
     async def _save_host(self, host: HostRecord) -> None:

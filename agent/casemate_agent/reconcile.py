@@ -20,7 +20,6 @@ from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
 from casemate_agent.drivers.ports import DomainFacts
 from casemate_agent.records import (
     Book,
-    HostState,
     InstanceRecord,
     Note,
     Observation,
@@ -29,6 +28,8 @@ from casemate_agent.records import (
 )
 from casemate_core.claims import Claim
 from casemate_core.spec.instance import DesiredInstance, Run
+from casemate_core.spec.views import Condition
+from casemate_wire.stream import HostReport
 
 __all__ = ["InstancePlan", "Plan", "Settings", "plan"]
 
@@ -43,7 +44,7 @@ class Plan:
     cleaning: Mapping[str, tuple[Action, ...]] = field(default_factory=dict)
     adopt: tuple[InstanceRecord, ...] = ()
     notes: tuple[Note, ...] = ()
-    host_state: HostState = field(default_factory=HostState)
+    report: HostReport = field(default_factory=HostReport)
     wake_s: float = inf
 
 
@@ -55,12 +56,11 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None) ->
     adopted, unreadable = _adopt(book, observed)
     drift += unreadable
     networks = {network.name: network for network in book.host.networks}
-    idle = observed.idle
     admissions = admit(book.instances, _wanting(book, observed), observed.machine.topology, foreign)
     plans = {
         uid: converge(record, observed, networks, admissions.get(uid), settings)
         for uid, record in sorted(book.instances.items())
-        if idle is None or uid in idle
+        if uid not in observed.busy
     }
     for each in plans.values():
         drift += each.drift
@@ -73,7 +73,7 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None) ->
         cleaning=cleaning,
         adopt=adopted,
         notes=tuple(Note(r.uid, "Adopted", "rebuilt from the domain's metadata", "Warning") for r in adopted),
-        host_state=HostState(
+        report=HostReport(
             foreign=len(observed.foreign),
             drift=tuple(drift),
             conditions=_conditions(book, observed),
@@ -106,7 +106,7 @@ def _adopt(book: Book, observed: Observation) -> tuple[tuple[InstanceRecord, ...
     """Records for our domains that the ledger does not know; and the drift of those whose metadata cannot be read."""
     adopted, drift = [], []
     for uid, domain in sorted((observed.domains or {}).items()):
-        if uid in book.instances or (observed.idle is not None and not observed.quiet):
+        if uid in book.instances or uid in observed.busy:
             continue
         desired = from_metadata(domain.record)
         if desired is None or desired.uid != uid:
@@ -133,11 +133,11 @@ def _record_of(desired: DesiredInstance, domain: DomainFacts, observed: Observat
 
 def _leftovers(book: Book, observed: Observation) -> dict[str, tuple[Action, ...]]:
     """Files and rules named by an instance that has neither record nor domain."""
-    if not book.host.complete or not observed.quiet or observed.domains is None:
+    if not book.host.complete or observed.domains is None:
         return {}
     if observed.files is None or observed.networks is None:
         return {}
-    known = set(book.instances) | set(observed.domains) | {domain.uuid for domain in observed.foreign}
+    known = set(book.instances) | set(observed.domains) | observed.busy | {domain.uuid for domain in observed.foreign}
     reason = "no instance of this host"
     found: dict[str, tuple[Action, ...]] = {}
     for uid in sorted((set(observed.files.overlays) | set(observed.files.seeds) | set(observed.guarded)) - known):
@@ -155,7 +155,7 @@ def _host_actions(
 ) -> tuple[Action, ...]:
     """Housekeeping, done only while nothing else is under way or about to be."""
     files, networks = observed.files, observed.networks
-    if not observed.quiet or not book.host.complete or any(each.actions for each in plans.values()):
+    if observed.busy or not book.host.complete or any(each.actions for each in plans.values()):
         return ()
     actions: list[Action] = []
     if files is not None and files.strays:
@@ -206,10 +206,10 @@ def _audit(book: Book, observed: Observation, foreign: tuple[Claim, ...]) -> lis
     return found
 
 
-def _conditions(book: Book, observed: Observation) -> tuple[tuple[str, str, str, str], ...]:
-    """(type, status, reason, message) of the host."""
+def _conditions(book: Book, observed: Observation) -> tuple[Condition, ...]:
+    """What is well or not with the host's parts."""
     conditions = [
-        (
+        Condition(
             f"{port.capitalize()}Reachable",
             "False" if port in observed.silent else "True",
             "NoAnswer" if port in observed.silent else "",
@@ -217,13 +217,8 @@ def _conditions(book: Book, observed: Observation) -> tuple[tuple[str, str, str,
         )
         for port in ("hypervisor", "images", "networks")
     ]
-    complete = book.host.complete
-    conditions.append(
-        (
-            "LedgerComplete",
-            "True" if complete else "False",
-            "" if complete else "WaitingForSnapshot",
-            "; ".join(book.damage),
-        )
-    )
+    if book.host.complete:
+        conditions.append(Condition("LedgerComplete", "True"))
+    else:
+        conditions.append(Condition("LedgerComplete", "False", "WaitingForSnapshot", "; ".join(book.damage)))
     return tuple(conditions)

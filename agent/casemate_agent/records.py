@@ -22,6 +22,9 @@ from casemate_core.errors import CallerError
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, PodState
 
+HOST = ""
+"""Stands for the host itself where instances are named by uid."""
+
 RECORD_VERSION = 1
 """Version of the ledger's files. A reader takes this version and older ones; a newer one is left alone and reported."""
 
@@ -122,19 +125,6 @@ class Book:
 
 
 @dataclass(frozen=True, slots=True)
-class DesiredUpdate:
-    """A message of desired state: all of it (``snapshot``), or the records that changed."""
-
-    epoch: int
-    revision: int
-    snapshot: bool
-    instances: tuple[DesiredInstance, ...] = ()
-    removed: tuple[str, ...] = ()
-    networks: tuple[HostNetwork, ...] = ()
-    removed_networks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class GuestView:
     """What a guest has said since its helper connected; empty where it has not."""
 
@@ -161,10 +151,9 @@ class Observation:
     guests: Mapping[str, GuestView] = field(default_factory=dict)
     attached: frozenset[str] = frozenset()
     virtualisation: str = ""
-    #: Instances that had no action under way when the observation began. Only these may be planned for.
-    idle: frozenset[str] | None = None
-    #: True where no action at all was under way.
-    quiet: bool = True
+    #: Instances that had an action under way when the observation began (and ``HOST``, for the host's own). They are not
+    #: planned for: what was seen of them may be older than the action's effect.
+    busy: frozenset[str] = frozenset()
     #: Ports that did not answer, with the reason.
     silent: Mapping[str, str] = field(default_factory=dict)
 
@@ -178,18 +167,6 @@ class Note:
     message: str
     severity: str = "Normal"
     pod: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class HostState:
-    """What the agent reports of its host beside the instances."""
-
-    foreign: int = 0
-    drift: tuple[str, ...] = ()
-    #: (type, status, reason, message), status ``True`` or ``False``.
-    conditions: tuple[tuple[str, str, str, str], ...] = ()
-    foreign_claims: tuple[Claim, ...] = ()
-    disk_free_mib: int = 0
 
 
 def pods_revision(desired: DesiredInstance) -> str:

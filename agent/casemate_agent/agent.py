@@ -1,0 +1,295 @@
+"""The agent of one host: observe → reconcile → execute → report, in one TaskGroup.
+
+What may live here: the loop, what wakes it, and the feed of what it reports. No decisions, no gRPC.
+
+Theory of operation. A round observes the machine, plans, and starts jobs; it does not wait for them. What ends a job, what
+the hypervisor or a guest says, a change of what is desired, and a timer all wake the next round; wakes that come during a
+round make one more round. While a driver hangs, its part of the machine is unknown and the rest goes on: the stream to
+the manager is another task. What is to be reported is kept merged in a :class:`Feed`, so a manager that is away costs no
+memory beyond one state for each instance.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any, TypeVar
+
+from casemate_agent import actions as act
+from casemate_agent.converge import ActionOutcome, Settings
+from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
+from casemate_agent.execute import Executor, Trace, log_steps
+from casemate_agent.ledger import Ledger
+from casemate_agent.observe import Observer
+from casemate_agent.reconcile import Plan, plan
+from casemate_agent.records import HOST, GuestView, Note, Observation
+from casemate_core.errors import CasemateError
+from casemate_core.spec.instance import InstanceState
+from casemate_wire.session import Outbox
+from casemate_wire.stream import Desired, HostEvent, HostReport, Outcome
+
+log = logging.getLogger("casemate.agent")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often the loop looks without being woken, in seconds."""
+
+    resync_s: float = 30.0
+    #: Least time between rounds, so that a talkative guest cannot keep the hypervisor busy.
+    least_s: float = 0.05
+    retry_s: float = 5.0
+
+
+@dataclass(slots=True)
+class Feed:
+    """What is to be reported, merged: the last state of each instance, and who changed since someone listened last."""
+
+    outbox: Outbox = field(default_factory=Outbox)
+    states: dict[str, InstanceState] = field(default_factory=dict)
+    report: HostReport = field(default_factory=HostReport)
+    #: Changed since the listener took them.
+    changed: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
+    report_changed: bool = False
+    #: A whole observation was made since the agent began: before that, nothing that it could say is whole.
+    whole: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def state(self, state: InstanceState) -> None:
+        if self.states.get(state.uid) != state:
+            self.states[state.uid] = state
+            self.changed.add(state.uid)
+            self.gone.discard(state.uid)
+            self.news.set()
+
+    def forget(self, uid: str) -> None:
+        """The instance is gone from this host without a trace."""
+        self.states.pop(uid, None)
+        self.changed.discard(uid)
+        self.gone.add(uid)
+        self.news.set()
+
+    def tell(self, report: HostReport) -> None:
+        if self.report != report:
+            self.report = report
+            self.report_changed = True
+            self.news.set()
+
+    def note(self, note: HostEvent | Outcome) -> None:
+        self.outbox.add(note)
+        self.news.set()
+
+    def take(self) -> tuple[list[InstanceState], list[str], HostReport | None]:
+        """What changed since the last call."""
+        states = [self.states[uid] for uid in sorted(self.changed) if uid in self.states]
+        gone = sorted(self.gone)
+        report = self.report if self.report_changed else None
+        self.changed.clear()
+        self.gone.clear()
+        self.report_changed = False
+        return states, gone, report
+
+
+class Agent:
+    """One host's agent. ``run`` it in a task; hand desired state to ``accept``; read ``feed``."""
+
+    def __init__(
+        self,
+        name: str,
+        drivers: Drivers,
+        ledger: Ledger,
+        now: Callable[[], float],
+        settings: Settings | None = None,
+        pace: Pace | None = None,
+        trace: Trace = log_steps,
+    ) -> None:
+        self.name = name
+        self.drivers = drivers
+        self.ledger = ledger
+        self.feed = Feed()
+        self.now = now
+        self._settings = settings or Settings()
+        self._pace = pace or Pace()
+        self._observer = Observer(drivers)
+        self._executor = Executor(drivers, ledger, now, self._job_done, trace)
+        self._guests: dict[str, GuestView] = {}
+        self._wake = asyncio.Event()
+        self._events = 0
+        self._refused: dict[str, tuple[int, int]] = {}
+        self._boot_id = ""
+        self.machine: MachineFacts | None = None
+        self.virtualisation = ""
+        #: Set when the ledger lost something while a session was up: the manager must tell the whole state again.
+        self.resync = asyncio.Event()
+
+    async def accept(self, desired: Desired) -> None:
+        """Make desired state durable, then act on it. Raises StaleEpoch, LedgerFailed."""
+        changed = await self.ledger.accept(desired)
+        for uid in desired.removed:
+            if self.ledger.get(uid) is None:
+                self.feed.forget(uid)  # it never was here, or is gone already: say so again
+        for uid in changed:
+            self._executor.interrupt(uid)
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again soon."""
+        self._wake.set()
+
+    def note(self, note: Note) -> None:
+        """Report an event."""
+        self._events += 1
+        now_s = self.now()
+        severity = logging.WARNING if note.severity == "Warning" else logging.INFO
+        log.log(severity, "%s %s: %s", note.uid, note.reason, note.message, extra={"instance": note.uid})
+        self.feed.note(
+            HostEvent(
+                id=f"{self.name}-{int(now_s * 1e6):x}-{self._events}",
+                instance=note.uid,
+                pod=note.pod,
+                reason=note.reason,
+                message=note.message[:1000],
+                severity=note.severity,
+                time_s=now_s,
+            )
+        )
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await self._identify()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(
+                self._watch("hypervisor", self.drivers.hypervisor.events, self._domain_event), name="domains"
+            )
+            group.create_task(self._watch("guests", self.drivers.guests.events, self._guest_event), name="guests")
+            while True:
+                self._wake.clear()
+                wake_s = await self._round(group)
+                await self._pause(wake_s)
+
+    async def _identify(self) -> None:
+        while True:
+            try:
+                self.machine = await self._observer.machine()
+                self._boot_id = self.machine.boot_id
+                return
+            except (CasemateError, TimeoutError, OSError) as error:
+                log.warning("the host's facts cannot be read, trying again: %s", error)
+                await asyncio.sleep(self._pace.retry_s)
+
+    async def _round(self, group: asyncio.TaskGroup) -> float:
+        """One look and what follows from it; the time to look again at the latest (seconds since the epoch)."""
+        busy = self._executor.busy
+        observed = await self._observer.observe(self.now(), self.ledger.book.instances, self._guests, busy)
+        self.virtualisation = observed.virtualisation
+        decided = plan(self.ledger.book, observed, self._settings)
+        if decided.adopt:
+            await self._adopt(decided)
+            return 0.0
+        self._report(decided, observed)
+        for each in decided.instances.values():
+            self._executor.start(group, each, self._boot_id)
+        for uid, actions in decided.cleaning.items():
+            self._executor.start_bare(group, uid, actions)
+        self._executor.start_bare(group, HOST, decided.host)
+        return decided.wake_s
+
+    async def _adopt(self, decided: Plan) -> None:
+        try:
+            await self.ledger.adopt(decided.adopt)
+        except CasemateError as error:
+            log.error("domains of ours cannot be taken back into the ledger: %s", error)
+            await asyncio.sleep(self._pace.retry_s)
+            return
+        for note in decided.notes:
+            self.note(note)
+        self.resync.set()
+
+    def _report(self, decided: Plan, observed: Observation) -> None:
+        for uid, each in decided.instances.items():
+            state = each.state
+            running = self._executor.running(uid)
+            if running is not None:
+                state = replace(state, reason=act.name(running))
+            self.feed.state(state)
+            for note in each.notes:
+                self.note(note)
+            self._report_refusal(each.record.uid, each.record.refusal)
+        self.feed.tell(decided.report)
+        if observed.domains is not None and not self.feed.whole:
+            self.feed.whole = True
+            self.feed.news.set()
+
+    def _report_refusal(self, uid: str, refusal: Any) -> None:
+        if refusal is None:
+            self._refused.pop(uid, None)
+        elif self._refused.get(uid) != (refusal.epoch, refusal.generation):
+            self._refused[uid] = (refusal.epoch, refusal.generation)
+            self.feed.note(
+                Outcome("", uid, "Failed", "PlacementRefused", refusal.message[:1000], placement_refused=True)
+            )
+
+    async def _pause(self, wake_s: float) -> None:
+        """Until woken, the time comes, or the next look is due; never shorter than the least pace."""
+        await asyncio.sleep(self._pace.least_s)
+        timeout_s = max(0.0, min(self._pace.resync_s, wake_s - self.now() if wake_s < inf else inf))
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    def _job_done(self, uid: str, outcomes: tuple[ActionOutcome, ...]) -> None:
+        for outcome in outcomes:
+            if not outcome.ok:
+                message = f"{act.name(outcome.action)}: {outcome.message}"
+                self.note(Note(uid, outcome.reason, message, "Warning"))
+            elif isinstance(outcome.action, act.Start):
+                self.note(Note(uid, "Started", "the domain was started"))
+            elif isinstance(outcome.action, act.Destroy):
+                self.note(Note(uid, "Destroyed", outcome.action.reason, "Warning"))
+            elif isinstance(outcome.action, act.ForgetClaim) and self.ledger.get(uid) is None:
+                self._guests.pop(uid, None)
+                self._refused.pop(uid, None)
+                self.feed.forget(uid)
+            elif isinstance(outcome.action, act.DetachGuest):
+                self._guests.pop(uid, None)
+        self.wake()
+
+    async def _watch(self, what: str, events: Callable[[], AsyncIterator[T]], take: Callable[[T], None]) -> None:
+        """Follow a driver's events for ever; where they break off, look for ourselves and listen again."""
+        while True:
+            try:
+                async for event in events():
+                    take(event)
+            except (CasemateError, OSError) as error:
+                log.warning("events of the %s broke off: %s", what, error)
+            self.wake()
+            await asyncio.sleep(self._pace.retry_s)
+
+    def _domain_event(self, event: Any) -> None:
+        log.debug("domain %s: %s", event.name or "(connection)", event.reason)
+        self.wake()
+
+    def _guest_event(self, event: Any) -> None:
+        uid = event.uid
+        view = self._guests.get(uid, GuestView())
+        match event:
+            case GuestHello(boot_id=boot_id, cloud_init=cloud_init):
+                if view.boot_id and view.boot_id != boot_id:
+                    self.note(Note(uid, "GuestRebooted", "the guest was rebooted"))
+                    view = GuestView()
+                view = replace(view, connected=True, boot_id=boot_id, cloud_init=cloud_init)
+            case GuestPods(pods=pods, revision=revision):
+                view = replace(view, connected=True, pods=pods, revision=revision)
+            case GuestGone():
+                view = replace(view, connected=False)
+            case GuestNote():
+                self.note(Note(uid, event.reason, event.message, event.severity, event.pod))
+        if uid in self.drivers.guests.attached() or view.connected is False:
+            self._guests[uid] = view
+        self.wake()

@@ -1,0 +1,293 @@
+"""Carries out plans.
+
+What may live here: one call of a driver for each kind of action, deadlines, and the order of durable writes around them.
+What to do is decided in :mod:`casemate_agent.reconcile`.
+
+Theory of operation. Each instance has at most one job at a time; jobs of different instances run side by side, within a
+bound. A job writes the record with its intent (durable), then runs its actions in order up to the first that fails, then
+writes what must be remembered of the outcomes. An action ends as an outcome, never as a lost exception: what a driver
+raises becomes a failure with its reason; a driver that neither answers nor raises is given up at its deadline, its effect
+unknown, to be seen by the next observation.
+
+Every step is told to ``trace`` before and after it is made: the log hangs there, and whatever else wants to follow an
+agent step by step. An exception of ``trace`` is not caught.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from casemate_agent import actions as act
+from casemate_agent.actions import Action
+from casemate_agent.converge import ActionOutcome, InstancePlan, remember
+from casemate_agent.drivers.ports import Drivers
+from casemate_agent.ledger import Ledger
+from casemate_core.errors import CallerError, CasemateError, DeadlineExceeded
+
+log = logging.getLogger("casemate.agent.execute")
+
+
+class Point(StrEnum):
+    """Points of execution, in the order in which a job passes them."""
+
+    BEFORE_INTENT = "before-intent"
+    AFTER_INTENT = "after-intent"
+    BEFORE_ACTION = "before-action"
+    AFTER_ACTION = "after-action"
+    BEFORE_OUTCOME = "before-outcome"
+    AFTER_OUTCOME = "after-outcome"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where a job is. ``action`` is None at the points of the record."""
+
+    point: Point
+    uid: str
+    action: Action | None = None
+    outcome: ActionOutcome | None = None
+
+
+Trace = Callable[[Step], None]
+
+
+def log_steps(step: Step) -> None:
+    """The default trace: failures as warnings, what was done as info, the rest as debug."""
+    outcome, action = step.outcome, step.action
+    if action is None:
+        log.debug("%s %s", step.point.value, step.uid or "host")
+        return
+    extra = {"instance": step.uid, "action": act.name(action), "step": step.point.value}
+    if outcome is None:
+        log.debug("%s %s: %s", act.name(action), step.uid or "host", action.reason, extra=extra)
+    elif outcome.interrupted:
+        log.info("%s %s interrupted", act.name(action), step.uid, extra=extra)
+    elif outcome.ok:
+        log.info(
+            "%s %s done in %.3f s: %s", act.name(action), step.uid or "host", outcome.took_s, action.reason, extra=extra
+        )
+    else:
+        log.warning(
+            "%s %s failed: %s: %s", act.name(action), step.uid or "host", outcome.reason, outcome.message, extra=extra
+        )
+
+
+#: Deadlines by kind of action, in seconds. The default is for calls that only touch this host's memory and small files.
+DEADLINES_S: dict[type, float] = {
+    act.FetchImage: 3600.0,
+    act.ApplyPods: 900.0,
+    act.Start: 120.0,
+    act.CreateOverlay: 120.0,
+    act.RemoveFiles: 120.0,
+    act.RemoveStrays: 120.0,
+}
+DEADLINE_S = 30.0
+
+#: Actions that are given up when what is wanted of their instance changes: they can be long, and can be left half done.
+INTERRUPTIBLE = (act.FetchImage, act.ApplyPods)
+
+
+class Executor:
+    """Runs jobs for one host. ``now`` is the wall clock; ``done`` is called with the outcomes of each job as it ends."""
+
+    def __init__(
+        self,
+        drivers: Drivers,
+        ledger: Ledger,
+        now: Callable[[], float],
+        done: Callable[[str, tuple[ActionOutcome, ...]], None],
+        trace: Trace = log_steps,
+        concurrency: int = 16,
+    ) -> None:
+        self._drivers = drivers
+        self._ledger = ledger
+        self._now = now
+        self._done = done
+        self._trace = trace
+        self._slots = asyncio.Semaphore(concurrency)
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, Action] = {}
+        self._interrupted: set[str] = set()
+        self._fetches: dict[str, asyncio.Task[None]] = {}
+        self._waiting: dict[str, int] = {}
+        self._network_lock = asyncio.Lock()
+
+    @property
+    def busy(self) -> frozenset[str]:
+        """Who has a job."""
+        return frozenset(self._jobs)
+
+    def running(self, uid: str) -> Action | None:
+        """The action that is under way for an instance."""
+        return self._running.get(uid)
+
+    def start(self, group: asyncio.TaskGroup, plan: InstancePlan, boot_id: str) -> None:
+        """Begin the job of an instance's plan, unless there is nothing to do or to write."""
+        uid = plan.base.uid
+        if uid in self._jobs or (not plan.actions and plan.record == plan.base):
+            return
+        self._begin(group, uid, self._run_plan(plan, boot_id))
+
+    def start_bare(self, group: asyncio.TaskGroup, uid: str, actions: tuple[Action, ...]) -> None:
+        """Begin a job that has no record: leftovers (by the uid that names them), or the host's own (``HOST``)."""
+        if uid not in self._jobs and actions:
+            self._begin(group, uid, self._run_bare(uid, actions))
+
+    def interrupt(self, uid: str) -> None:
+        """What is wanted of the instance changed: give up an action that would hold it up for long."""
+        if isinstance(self._running.get(uid), INTERRUPTIBLE) and uid not in self._interrupted:
+            self._interrupted.add(uid)
+            self._jobs[uid].cancel()
+
+    def _begin(self, group: asyncio.TaskGroup, uid: str, job: Coroutine[Any, Any, None]) -> None:
+        self._jobs[uid] = group.create_task(job, name=f"job-{uid or 'host'}")
+
+    async def _run_plan(self, plan: InstancePlan, boot_id: str) -> None:
+        uid = plan.base.uid
+        outcomes: list[ActionOutcome] = []
+        try:
+            async with self._slots:
+                self._trace(Step(Point.BEFORE_INTENT, uid))
+                if not await self._ledger.save(plan.base, plan.record):
+                    return  # it was changed since it was planned for
+                self._trace(Step(Point.AFTER_INTENT, uid))
+                await self._run_actions(uid, plan.actions, outcomes)
+                if outcomes:
+                    self._trace(Step(Point.BEFORE_OUTCOME, uid))
+                    await self._ledger.amend(uid, lambda record: remember(record, tuple(outcomes), boot_id))
+                    self._trace(Step(Point.AFTER_OUTCOME, uid))
+        except CasemateError as error:
+            # the ledger's disk: nothing was acknowledged, the next round tries again
+            log.error("%s: %s", uid, error, extra={"instance": uid})
+        finally:
+            self._jobs.pop(uid, None)
+            self._done(uid, tuple(outcomes))
+
+    async def _run_bare(self, uid: str, actions: tuple[Action, ...]) -> None:
+        outcomes: list[ActionOutcome] = []
+        try:
+            async with self._slots:
+                await self._run_actions(uid, actions, outcomes)
+        finally:
+            self._jobs.pop(uid, None)
+            self._done(uid, tuple(outcomes))
+
+    async def _run_actions(self, uid: str, actions: tuple[Action, ...], outcomes: list[ActionOutcome]) -> None:
+        for action in actions:
+            self._trace(Step(Point.BEFORE_ACTION, uid, action))
+            self._running[uid] = action
+            try:
+                outcome = await self._attempt(uid, action)
+            finally:
+                self._running.pop(uid, None)
+                self._interrupted.discard(uid)
+            outcomes.append(outcome)
+            self._trace(Step(Point.AFTER_ACTION, uid, action, outcome))
+            if not outcome.ok or outcome.interrupted:
+                return
+
+    async def _attempt(self, uid: str, action: Action) -> ActionOutcome:
+        """One action, to its outcome."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        deadline_s = DEADLINES_S.get(type(action), DEADLINE_S)
+
+        def ended(reason: str = "", message: str = "", **more: bool) -> ActionOutcome:
+            return ActionOutcome(uid, action, self._now(), loop.time() - began, reason, message, **more)
+
+        try:
+            # a little longer than the driver's own deadline: this one is for a driver that does not keep it
+            async with asyncio.timeout(deadline_s + 2):
+                await self._act(action, deadline_s)
+            return ended()
+        except TimeoutError:
+            return ended(DeadlineExceeded.reason, f"no end after {deadline_s:.0f} s; its effect is unknown")
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if uid not in self._interrupted or task is None or task.uncancel() > 0:
+                raise  # the agent ends
+            return ended(interrupted=True)
+        except CallerError as error:
+            return ended(error.reason, str(error), permanent=True)
+        except CasemateError as error:
+            return ended(error.reason, str(error))
+        except OSError as error:
+            return ended("MachineFailed", f"{type(error).__name__}: {error}")
+        except Exception as error:
+            # a defect in a driver must not end the agent: it is told, and the action is tried again later
+            log.exception("%s %s: defect", act.name(action), uid)
+            return ended("Internal", f"{type(error).__name__}: {error}")
+
+    async def _act(self, action: Action, deadline_s: float) -> None:
+        drivers = self._drivers
+        hypervisor, images, networks, guests = drivers.hypervisor, drivers.images, drivers.networks, drivers.guests
+        match action:
+            case act.FetchImage():
+                await self._fetch(action, deadline_s)
+            case act.EnsureNetwork(network=network):
+                async with self._network_lock:
+                    await networks.ensure_network(network, deadline_s)
+            case act.CreateOverlay(desired=desired):
+                await images.create_overlay(desired.uid, desired.image, desired.disk_mib, deadline_s)
+            case act.WriteSeed(desired=desired):
+                await images.write_seed(desired, deadline_s)
+            case act.Guard(desired=desired):
+                async with self._network_lock:
+                    await networks.guard(desired.uid, desired.nics, deadline_s)
+            case act.Define(desired=desired):
+                await hypervisor.define(desired, images.files(desired), deadline_s)
+            case act.Start(uid=uid):
+                await hypervisor.start(uid, deadline_s)
+            case act.AttachGuest(uid=uid, channel_path=path):
+                await guests.attach(uid, path)
+            case act.ApplyPods(desired=desired, revision=revision):
+                peers = {peer.name: peer.address for peer in desired.peers}
+                await guests.apply(desired.uid, tuple(desired.pods), len(desired.archives), revision, peers, deadline_s)
+            case act.Shutdown(uid=uid):
+                await hypervisor.shutdown(uid, deadline_s)
+            case act.Destroy(uid=uid):
+                await hypervisor.destroy(uid, deadline_s)
+            case act.Undefine(uid=uid):
+                await hypervisor.undefine(uid, deadline_s)
+            case act.DetachGuest(uid=uid):
+                await guests.detach(uid)
+            case act.Unguard(uid=uid):
+                async with self._network_lock:
+                    await networks.unguard(uid, deadline_s)
+            case act.RemoveFiles(uid=uid):
+                await images.remove_instance(uid, deadline_s)
+            case act.ForgetClaim(uid=uid):
+                await self._ledger.forget(uid)
+            case act.RemoveStrays():
+                await images.remove_strays(deadline_s)
+            case act.RemoveImage(digest=digest):
+                await images.remove_image(digest, deadline_s)
+            case act.RemoveNetwork(name=name):
+                async with self._network_lock:
+                    await networks.remove_network(name, deadline_s)
+
+    async def _fetch(self, action: act.FetchImage, deadline_s: float) -> None:
+        """One fetch a digest, however many instances wait for it; it goes on while any of them does."""
+        digest = action.image.file.digest
+        task = self._fetches.get(digest)
+        if task is None:
+            task = asyncio.create_task(
+                self._drivers.images.fetch(action.image, deadline_s), name=f"fetch-{digest[:19]}"
+            )
+            self._fetches[digest] = task
+            self._waiting[digest] = 0
+        self._waiting[digest] += 1
+        try:
+            await asyncio.shield(task)
+        finally:
+            self._waiting[digest] -= 1
+            if self._waiting[digest] == 0:
+                del self._waiting[digest]
+                if self._fetches.get(digest) is task:
+                    del self._fetches[digest]
+                if not task.done():
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,110 @@
+"""Asks every driver once, and returns one frozen observation.
+
+What may live here: the questions, their deadlines, and nothing that decides. A driver that does not answer in time makes
+its part of the observation unknown; it never makes the observation fail, and never holds up the event loop.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from casemate_agent.drivers.ports import Drivers, MachineFacts
+from casemate_agent.records import GuestView, InstanceRecord, Observation
+from casemate_core.errors import CasemateError
+
+log = logging.getLogger("casemate.agent.observe")
+
+T = TypeVar("T")
+
+#: Interfaces whose taps are looked for on behalf of an instance of which only files are left.
+MOST_NICS = 8
+
+
+@dataclass(slots=True)
+class Observer:
+    """Observes one host. ``deadline_s`` bounds each driver's answer."""
+
+    drivers: Drivers
+    deadline_s: float = 10.0
+    #: Kept from the last good answer: a host does not change while its facts cannot be read.
+    _machine: MachineFacts | None = None
+    _virtualisation: str = ""
+    _taps: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    async def machine(self) -> MachineFacts:
+        """The host's facts. Raises MachineError where they were never read and cannot be now."""
+        facts = await asyncio.wait_for(self.drivers.machine.observe(self.deadline_s), self.deadline_s + 1)
+        self._machine = facts
+        return facts
+
+    async def observe(
+        self,
+        now_s: float,
+        records: Mapping[str, InstanceRecord],
+        guests: Mapping[str, GuestView],
+        busy: frozenset[str],
+    ) -> Observation:
+        """Look at everything. ``busy`` are the instances with an action under way at this moment."""
+        drivers, deadline_s, silent = self.drivers, self.deadline_s, dict[str, str]()
+        machine = self._machine or await self.machine()
+        if not self._virtualisation:
+            self._virtualisation = (
+                await self._ask("virtualisation", drivers.hypervisor.virtualisation(60.0), 60.0, {}) or ""
+            )
+        domains, files, networks = await asyncio.gather(
+            self._ask("hypervisor", drivers.hypervisor.domains(deadline_s), deadline_s, silent),
+            self._ask("images", drivers.images.observe(deadline_s), deadline_s, silent),
+            self._ask("networks", drivers.networks.observe(deadline_s), deadline_s, silent),
+        )
+        guarded: dict[str, tuple[str, ...]] = {}
+        if networks is not None and networks.guards:
+            uids = {*records, *(files.overlays if files else ()), *(files.seeds if files else ())}
+            guarded = self._guarded(uids, networks.guards)
+        return Observation(
+            time_s=now_s,
+            machine=machine,
+            domains=None if domains is None else {d.uuid: d for d in domains if d.owned},
+            foreign=() if domains is None else tuple(d for d in domains if not d.owned),
+            files=files,
+            networks=networks,
+            guarded=guarded,
+            guests=dict(guests),
+            attached=drivers.guests.attached(),
+            virtualisation=self._virtualisation,
+            busy=busy,
+            silent=silent,
+        )
+
+    def _guarded(self, uids: Iterable[str], guards: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+        found = {}
+        wanted = set(uids)
+        for uid in wanted:
+            taps = tuple(tap for index in range(MOST_NICS) if (tap := self._tap(uid, index)) in guards)
+            if taps:
+                found[uid] = taps
+        for gone in [key for key in self._taps if key[0] not in wanted]:
+            del self._taps[gone]
+        return found
+
+    def _tap(self, uid: str, index: int) -> str:
+        key = (uid, index)
+        if key not in self._taps:
+            self._taps[key] = self.drivers.networks.tap(uid, index)
+        return self._taps[key]
+
+    @staticmethod
+    async def _ask(port: str, answer: Awaitable[T], deadline_s: float, silent: dict[str, str]) -> T | None:
+        try:
+            # the driver keeps its own deadline; this one is for a driver that does not
+            async with asyncio.timeout(deadline_s + 1):
+                return await answer
+        except TimeoutError:
+            silent[port] = f"no answer in {deadline_s:.0f} s"
+        except CasemateError as error:
+            silent[port] = str(error)
+        except OSError as error:
+            silent[port] = f"{type(error).__name__}: {error}"
+        log.warning("%s does not answer: %s", port, silent.get(port, ""))
+        return None
