@@ -104,7 +104,7 @@ class Claim:
     gpus: tuple[str, ...] = ()
     """UUIDs of whole GPUs."""
     partition: int | None = None
-    """The fabric partition that joins exactly ``gpus``."""
+    """The fabric partition that joins GPUs of this claim."""
     shares: tuple[GpuShare, ...] = ()
     vfs: tuple[VfClaim, ...] = ()
     devices: tuple[str, ...] = ()
@@ -165,7 +165,7 @@ class Claim:
         if self.pages:
             page_kib = self.pages[0].page_kib
             rooms = [p.count + p.growth for p in self.pages]
-            counts = _split_within(-(-target_mib * 1024 // page_kib), rooms)
+            counts = split_within(-(-target_mib * 1024 // page_kib), rooms)
             return replace(
                 self,
                 pages=tuple(
@@ -173,7 +173,7 @@ class Claim:
                 ),
             )
         rooms = [m.size_mib + m.growth_mib for m in self.memory]
-        sizes = _split_within(target_mib, rooms)
+        sizes = split_within(target_mib, rooms)
         return replace(
             self,
             memory=tuple(
@@ -245,7 +245,7 @@ class OutsideRoom(CallerError):
         super().__init__(f"{asked} {what} asked, between 1 and {room} are reserved for this instance")
 
 
-def _split_within(total: int, rooms: list[int]) -> list[int]:
+def split_within(total: int, rooms: list[int]) -> list[int]:
     """``total`` over places with so much room each, as evenly as they allow; ``total`` is at most their sum."""
     parts = [0] * len(rooms)
     for rank, i in enumerate(sorted(range(len(rooms)), key=rooms.__getitem__)):

@@ -35,7 +35,7 @@ class ClaimRule(StrEnum):
     PAGES = "the huge pages held of a pool are at most its count, growth room counted"
     DISK = "the disk held is at most the disk there is"
     GPU_OWNER = "a GPU has one owner, or is held in slices that fit"
-    PARTITION = "a partition has one owner, joins exactly that owner's GPUs, and overlaps no other active one"
+    PARTITION = "a partition has one owner, joins GPUs of that owner only, and overlaps no other active one"
     VF_OWNER = "a virtual function has one owner"
     DEVICE_OWNER = "a device has one owner"
     IOMMU_GROUP = "functions of one IOMMU group have one owner"
@@ -271,7 +271,7 @@ def _gpus(topology: Topology, claims: HostClaims) -> Iterator[ClaimViolation]:
         ids[claim.partition] += 1
         members = partitions[claim.partition].gpus
         active.update(members)
-        if set(members) != set(claim.gpus):
+        if not set(members) <= set(claim.gpus):
             yield ClaimViolation(
                 ClaimRule.PARTITION, claim.owner, f"partition {claim.partition} and GPUs {list(claim.gpus)}"
             )
