@@ -1,0 +1,193 @@
+"""PURE. What can be asked of the fleet, what comes of it, and the batch that carries both.
+
+Order of a batch's parts, kept by :mod:`casemate_manager.writer`: records are committed BEFORE the answer leaves, before
+watchers and sessions hear of it. Sightings are in memory and need no commit.
+"""
+
+from dataclasses import dataclass
+
+from casemate_core.spec.environment import Environment
+from casemate_core.spec.fleet import Host, Image, Network, Policy
+from casemate_core.spec.views import Change, ObjectRef
+from casemate_manager.fleet.observed import Sighting
+from casemate_manager.fleet.records import RecordChange
+from casemate_wire.stream import Facts, Hello, HostEvent, Inventory, Outcome
+
+Object = Environment | Image | Network | Host | Policy
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyResources:
+    """Make or change objects: all or none. ``seed`` is random and gives new objects their uids."""
+
+    request_key: str
+    objects: tuple[Object, ...]
+    seed: str
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResource:
+    """End an object; only if it has this ``uid``, where one is given."""
+
+    request_key: str
+    kind: str
+    tenant: str
+    name: str
+    uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostHello:
+    """A host dialled."""
+
+    hello: Hello
+    seed: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostInventory:
+    """A host told what it is made of."""
+
+    host: str
+    session: int
+    inventory: Inventory
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """A host told what it observes."""
+
+    host: str
+    session: int
+    facts: Facts
+
+
+@dataclass(frozen=True, slots=True)
+class HostNote:
+    """A host told of an event or an outcome."""
+
+    host: str
+    session: int
+    note: HostEvent | Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class HostGone:
+    """A host's stream ended."""
+
+    host: str
+    session: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """Do a bounded part of the work that follows from the records: make, place, end instances."""
+
+    seed: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """Forget answered requests of more than a day ago, and the oldest events beyond the limit."""
+
+
+Command = (
+    ApplyResources | DeleteResource | HostHello | HostInventory | HostFacts | HostNote | HostGone | Advance | Expire
+)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of one object: ``created``, ``changed`` or ``unchanged``."""
+
+    ref: ObjectRef
+    action: str
+    changes: tuple[Change, ...] = ()
+    warnings: tuple[str, ...] = ()
+    #: As it would be, for a dry run.
+    object: Object | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyAnswer:
+    """``revision`` 0 for a dry run."""
+
+    results: tuple[Applied, ...]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteAnswer:
+    """``pending``: hosts still have to let go."""
+
+    ref: ObjectRef
+    pending: bool
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Welcomed:
+    """The host's session is taken."""
+
+    resume: bool
+    send_inventory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """The host's session is refused."""
+
+    reason: str
+    message: str
+    retry_after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """``again``: there may be more to do now."""
+
+    again: bool
+
+
+Answer = ApplyAnswer | DeleteAnswer | Welcomed | Turned | Advanced | None
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EndSession:
+    """Close this session of a host: another superseded it, or its identity is held."""
+
+    host: str
+    session: int
+    reason: str
+    message: str
+    retry_after_s: float
+
+
+Effect = EndSession
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one command does. ``revision`` is the store's after it; 0 where no record changes.
+
+    ``done`` names environments of which no work is left, ``wake`` those that may have some.
+    """
+
+    records: tuple[RecordChange, ...] = ()
+    revision: int = 0
+    answer: Answer = None
+    sightings: tuple[Sighting, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    done: tuple[str, ...] = ()
+    wake: tuple[str, ...] = ()

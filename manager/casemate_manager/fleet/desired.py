@@ -1,0 +1,153 @@
+"""PURE. What a host should have, resolved from the records: specs, images, networks, addresses, placements.
+
+A host's record of an instance changes when any record that it is made of does; `affected` says which, so that sessions
+are told what changed and nothing else.
+"""
+
+from collections.abc import Iterable
+
+from casemate_core.spec.fleet import Network
+from casemate_core.spec.instance import (
+    DesiredInstance,
+    HostNetwork,
+    ImageRef,
+    Peer,
+    Placement,
+    Run,
+    Virtualisation,
+)
+from casemate_manager.fleet.commands import Batch
+from casemate_manager.fleet.records import (
+    Drop,
+    EnvironmentRecord,
+    InstanceRecord,
+    PlacementRecord,
+    Put,
+)
+from casemate_manager.fleet.state import State
+
+#: Peers are told to instances of environments of at most so many: each record names all others.
+MAX_PEERS = 256
+
+
+def desired_instance(state: State, placement: PlacementRecord) -> DesiredInstance:
+    """One instance, as its host should have it."""
+    instance = state.instances[placement.instance_uid]
+    environment = state.environment_of(instance).environment
+    spec = state.spec_of(instance)
+    row = state.environment_instances[environment.meta.uid]
+    peers: tuple[Peer, ...] = ()
+    if len(row) <= MAX_PEERS:
+        others = (state.instances[row[o]] for o in sorted(row) if row[o] != instance.meta.uid)
+        peers = tuple(Peer(o.meta.name, o.nics[0].address if o.nics else "") for o in others)
+    return DesiredInstance(
+        uid=instance.meta.uid,
+        tenant=instance.meta.tenant,
+        environment=environment.meta.name,
+        name=instance.meta.name,
+        ordinal=instance.ordinal,
+        generation=environment.meta.generation,
+        run=Run(spec.run),
+        cpus=spec.cpu.count,
+        memory_mib=spec.memory.size_mib,
+        disk_mib=spec.disk_mib,
+        image=_image(state, spec.image),
+        placement=Placement(placement.claim, placement.epoch, placement.generation, placement.role),
+        archives=tuple(_image(state, name) for name in spec.archives),
+        nics=instance.nics,
+        pods=tuple(dict(pod) for pod in spec.pods),
+        ssh_keys=spec.ssh_keys,
+        user_data=spec.user_data,
+        virtualisation=Virtualisation(spec.virtualisation),
+        cpu_policy=spec.cpu.policy,
+        page_kib=spec.memory.hugepages_kib,
+        peers=peers,
+    )
+
+
+def _image(state: State, name: str) -> ImageRef:
+    image = state.images[name].spec
+    return ImageRef(name, image.type, image.file, image.format, image.kernel, image.initrd, image.cmdline)
+
+
+def networks(state: State, host: str) -> tuple[HostNetwork, ...]:
+    """Networks that the host's instances attach to."""
+    names = {
+        nic.network
+        for placement in state.host_placements.get(host, {}).values()
+        for nic in state.instances[placement.instance_uid].nics
+    }
+    found = (state.networks[name] for name in sorted(names))
+    return tuple(HostNetwork(n.meta.name, n.spec.type, n.spec.subnet, n.gateway, n.spec.mtu) for n in found)
+
+
+def whole(state: State, host: str) -> tuple[tuple[DesiredInstance, ...], tuple[str, ...]]:
+    """All that a host should have, and the instances that it should end."""
+    return some(state, host, {p.instance_uid for p in state.host_placements.get(host, {}).values()})
+
+
+def since(state: State, host: str, revision: int) -> tuple[tuple[DesiredInstance, ...], tuple[str, ...]]:
+    """What changed after a revision. Instances to end are told always: the host confirms each."""
+    uids = set()
+    for placement in state.host_placements.get(host, {}).values():
+        instance = state.instances[placement.instance_uid]
+        environment = state.environment_of(instance).environment
+        changed = max(
+            placement.revision,
+            instance.meta.resource_version,
+            environment.meta.resource_version,
+            state.row_revisions.get(environment.meta.uid, 0),
+        )
+        if changed > revision or state.is_ending(instance):
+            uids.add(placement.instance_uid)
+    return some(state, host, uids)
+
+
+def some(state: State, host: str, uids: Iterable[str]) -> tuple[tuple[DesiredInstance, ...], tuple[str, ...]]:
+    """Of these instances: what the host should have, and which ones it should end."""
+    keep, end = [], []
+    for uid in sorted(uids):
+        placement = next((p for p in state.instance_placements.get(uid, {}).values() if p.host == host), None)
+        if placement is None or state.is_ending(state.instances[uid]):
+            end.append(uid)
+        else:
+            keep.append(desired_instance(state, placement))
+    return tuple(keep), tuple(end)
+
+
+def affected(state: State, batch: Batch) -> dict[str, set[str]]:
+    """Hosts whose desired state a batch changes, with the instances. ``state`` is the one before the batch is folded,
+    so that what it forgets is still known; placements that it makes are read from the batch."""
+    hosts: dict[str, set[str]] = {}
+
+    def wake(uid: str) -> None:
+        for placement in state.instance_placements.get(uid, {}).values():
+            hosts.setdefault(placement.host, set()).add(uid)
+
+    environments: set[str] = set()
+    for change in batch.records:
+        match change:
+            case Put(EnvironmentRecord() as record):
+                environments.add(record.environment.meta.uid)
+            case Put(PlacementRecord() as placement):
+                hosts.setdefault(placement.host, set()).add(placement.instance_uid)
+            case Put(InstanceRecord() as instance):
+                old = state.instances.get(instance.meta.uid)
+                if old is not None:
+                    wake(instance.meta.uid)
+                if old is None or old.nics != instance.nics:
+                    environments.add(instance.environment_uid)  # its peers' records name it
+            case Put(Network() as network):
+                for uid in state.addresses.get(network.meta.name, {}).values():
+                    wake(uid)
+            case Drop("Instance", uid):
+                environments.add(state.instances[uid].environment_uid)
+            case _:
+                pass
+    for environment in environments:
+        for uid in state.environment_instances.get(environment, {}).values():
+            wake(uid)
+    dropped = {c.key for c in batch.records if isinstance(c, Drop) and c.kind == "Instance"}
+    for uids in hosts.values():
+        uids -= dropped
+    return {host: uids for host, uids in hosts.items() if uids}

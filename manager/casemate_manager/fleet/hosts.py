@@ -1,0 +1,257 @@
+"""PURE. What hosts tell: they join, say what they are made of and what they observe, let go of instances, and leave.
+
+Facts change only what is observed, in memory. Durable is: that a host exists and its session counter (so that a cloned
+identity is known also after a restart of the manager), its inventory, its events, and that it let go of an instance.
+A message of a session that is no longer the host's current one changes nothing.
+"""
+
+from dataclasses import replace
+
+from casemate_core.spec.fleet import Host, HostSpec
+from casemate_core.spec.instance import Phase
+from casemate_core.spec.meta import Meta, check_name
+from casemate_core.spec.views import ObjectRef
+from casemate_manager.fleet.commands import (
+    Batch,
+    EndSession,
+    HostFacts,
+    HostGone,
+    HostHello,
+    HostInventory,
+    HostNote,
+    Turned,
+    Welcomed,
+)
+from casemate_manager.fleet.draft import Draft, instance_ref, make_uid
+from casemate_manager.fleet.observed import (
+    CapacityChanged,
+    ForgetInstance,
+    HeardEvent,
+    HostSeen,
+    InstanceSeen,
+    Observed,
+    SeeHost,
+    SeeInstance,
+)
+from casemate_manager.fleet.records import HostRecord, InventoryRecord
+from casemate_manager.fleet.state import State
+from casemate_wire.session import Admission, admit, resumable
+from casemate_wire.stream import HostEvent, Outcome
+
+CLONE = "two machines dialled with one identity and one session counter"
+#: How far a host's clock may be from the manager's before the manager's time is taken for its events.
+CLOCK_AHEAD_S = 60.0
+CLOCK_BEHIND_S = 86400.0
+
+
+def hello(state: State, observed: Observed, command: HostHello, now_s: float) -> Batch:
+    """A host dialled: welcome it, or turn it away."""
+    message = command.hello
+    if tuple(check_name("host", message.host)):
+        return Batch(answer=Turned("BadName", "a host's name is an RFC 1123 label", -1.0))
+    draft = Draft(state, observed, now_s)
+    known = state.hosts.get(message.host)
+    seen = observed.host(message.host)
+    ref = _host_ref(known, message.host)
+    if known is not None and known.held:
+        return Batch(answer=Turned("Held", f"the host is held: {known.held}", -1.0))
+    verdict = admit(known.session if known else 0, seen.connected, message.session)
+    if verdict is Admission.STALE:
+        assert known is not None
+        return Batch(
+            answer=Turned(
+                "StaleSession", f"session {message.session} is older than {known.session}, which was taken before", -1.0
+            )
+        )
+    if verdict is Admission.CLONE:
+        assert known is not None
+        draft.put(replace(known, held=CLONE))
+        draft.event(ref, "HostHeld", CLONE, warning=True)
+        draft.sightings.append(SeeHost(message.host, replace(seen, connected=False, whole=False)))
+        if seen.connected:
+            draft.effects.append(EndSession(message.host, seen.session, "Held", CLONE, -1.0))
+        return draft.batch(Turned("Held", CLONE, -1.0))
+    record = _joined(draft, command, known)
+    draft.put(record)
+    if verdict is Admission.SUPERSEDE:
+        draft.effects.append(
+            EndSession(message.host, seen.session, "Superseded", "a newer session of the host is there", 0.0)
+        )
+    ref = _host_ref(record, message.host)
+    if known is None:
+        draft.event(ref, "HostJoined", "the host joined the fleet")
+    elif known.boot_id and known.boot_id != message.boot_id:
+        draft.event(ref, "HostRebooted", "the host has a new boot id")
+    elif not seen.connected:
+        draft.event(ref, "HostConnected", "the host's stream is up")
+    draft.sightings.append(
+        SeeHost(message.host, HostSeen(True, message.session, False, now_s, seen.report)),
+    )
+    inventory = state.inventories.get(message.host)
+    return draft.batch(
+        Welcomed(
+            resume=resumable(message, state.epoch, state.revision),
+            send_inventory=inventory is None or inventory.digest != message.inventory_digest,
+        )
+    )
+
+
+def _joined(draft: Draft, command: HostHello, known: HostRecord | None) -> HostRecord:
+    message = command.hello
+    host = known.host if known else None
+    if host is None or not host.meta.uid:
+        host = Host(
+            Meta(
+                message.host,
+                uid=make_uid("Host", message.host, command.seed),
+                generation=1,
+                created_s=draft.now_s,
+                resource_version=draft.revision,
+            ),
+            HostSpec(),
+        )
+    return HostRecord(
+        host, message.session, message.boot_id, message.agent_version, message.kernel, message.virtualisation
+    )
+
+
+def inventory(state: State, observed: Observed, command: HostInventory, now_s: float) -> Batch:
+    """A host told what it is made of."""
+    if not _is_current(observed, command.host, command.session):
+        return Batch()
+    draft = Draft(state, observed, now_s)
+    told = command.inventory
+    known = state.inventories.get(command.host)
+    if known is None or known.digest != told.digest or known.topology != told.topology:
+        draft.put(InventoryRecord(command.host, told.digest, told.topology))
+        if known is not None:
+            draft.event(
+                _host_ref(state.hosts[command.host], command.host), "InventoryChanged", "the host's parts changed"
+            )
+    draft.sightings += [SeeHost(command.host, replace(observed.host(command.host), heard_s=now_s)), CapacityChanged()]
+    return draft.batch()
+
+
+def facts(state: State, observed: Observed, command: HostFacts, now_s: float) -> Batch:
+    """A host told what it observes."""
+    name, told = command.host, command.facts
+    if not _is_current(observed, name, command.session):
+        return Batch()
+    draft = Draft(state, observed, now_s)
+    seen = observed.host(name)
+    report = told.host or seen.report
+    draft.sightings.append(SeeHost(name, HostSeen(True, seen.session, seen.whole or told.snapshot, now_s, report)))
+    foreign = seen.report.foreign_claims if seen.report else ()
+    if (told.snapshot and not seen.whole) or (report is not None and report.foreign_claims != foreign):
+        draft.sightings.append(CapacityChanged())
+    here = {p.instance_uid for p in state.host_placements.get(name, {}).values()}
+    told_of = set()
+    wake = []
+    for instance in told.instances:
+        if instance.uid not in here:
+            continue  # not ours to speak of: the desired state already tells the host to end it
+        told_of.add(instance.uid)
+        draft.sightings.append(SeeInstance(instance.uid, InstanceSeen(name, now_s, instance)))
+        if instance.phase is Phase.STOPPED:
+            wake.append(state.environment_keys[state.instances[instance.uid].environment_uid])
+    if told.snapshot:
+        for uid in here - told_of - set(told.gone):
+            draft.sightings.append(SeeInstance(uid, InstanceSeen(name, now_s, None)))
+    for uid in told.gone:
+        if uid in here:
+            _gone(draft, name, uid)
+    return replace(draft.batch(), wake=tuple(dict.fromkeys(wake)))
+
+
+def _gone(draft: Draft, host: str, uid: str) -> None:
+    """A host says that it has no trace of an instance."""
+    state = draft.state
+    record = state.instances[uid]
+    if not state.is_ending(record):
+        draft.sightings.append(SeeInstance(uid, InstanceSeen(host, draft.now_s, None)))
+        return
+    for key, placement in state.instance_placements[uid].items():
+        if placement.host == host:
+            draft.drop("Placement", key)
+    if all(p.host == host for p in state.instance_placements[uid].values()):
+        draft.drop("Instance", uid)
+        draft.sightings.append(ForgetInstance(uid))
+        draft.event(instance_ref(record), "Deleted", f"host {host} let go of the instance", source=host)
+    draft.sightings.append(CapacityChanged())
+
+
+def note(state: State, observed: Observed, command: HostNote, now_s: float) -> Batch:
+    """A host told of an event, or how something ended."""
+    name = command.host
+    if not _is_current(observed, name, command.session):
+        return Batch()
+    draft = Draft(state, observed, now_s)
+    match command.note:
+        case HostEvent() as event:
+            if observed.heard_event(name, event.id):
+                return Batch()
+            time_s = event.time_s if now_s - CLOCK_BEHIND_S < event.time_s < now_s + CLOCK_AHEAD_S else now_s
+            draft.event(
+                _regarding(state, name, event.instance, event.pod),
+                event.reason,
+                event.message,
+                warning=event.severity == "Warning",
+                cause=event.cause,
+                source=name,
+                time_s=time_s,
+                name=event.id,
+            )
+            draft.sightings.append(HeardEvent(name, event.id))
+        case Outcome() as outcome if outcome.placement_refused:
+            draft.event(
+                _regarding(state, name, outcome.instance, ""),
+                "PlacementRefused",
+                outcome.message,
+                warning=True,
+                source=name,
+            )
+        case Outcome() as outcome:
+            draft.event(
+                _regarding(state, name, outcome.instance, ""),
+                outcome.reason or outcome.phase,
+                outcome.message,
+                warning=outcome.phase == "Failed",
+                cause=outcome.operation,
+                source=name,
+            )
+    return draft.batch()
+
+
+def gone(state: State, observed: Observed, command: HostGone, now_s: float) -> Batch:
+    """A host's stream ended: it is Unknown from now on, and nothing on it is replaced elsewhere."""
+    if not _is_current(observed, command.host, command.session):
+        return Batch()
+    draft = Draft(state, observed, now_s)
+    seen = observed.host(command.host)
+    draft.sightings.append(SeeHost(command.host, replace(seen, connected=False, whole=False)))
+    draft.event(
+        _host_ref(state.hosts.get(command.host), command.host),
+        "HostLost",
+        command.reason or "the host's stream ended",
+        warning=True,
+    )
+    return draft.batch()
+
+
+def _is_current(observed: Observed, host: str, session: int) -> bool:
+    seen = observed.host(host)
+    return seen.connected and seen.session == session
+
+
+def _host_ref(record: HostRecord | None, name: str) -> ObjectRef:
+    return ObjectRef("Host", name, "", record.host.meta.uid if record else "")
+
+
+def _regarding(state: State, host: str, uid: str, pod: str) -> ObjectRef:
+    """The instance or pod that a host speaks of; the host itself where it is none of its instances."""
+    record = state.instances.get(uid)
+    if record is None or not any(p.host == host for p in state.instance_placements.get(uid, {}).values()):
+        return _host_ref(state.hosts.get(host), host)
+    if pod:
+        return ObjectRef("Pod", f"{record.meta.name}.{pod}", record.meta.tenant)
+    return instance_ref(record)

@@ -1,0 +1,84 @@
+"""PURE. The fleet as a state machine: `apply(state, command, now) → Batch`. The one door.
+
+Everything that happens to the fleet is a command: what users ask, what hosts say, and the work that follows from both.
+A command that cannot be carried out raises and changes nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+from casemate_manager.fleet import advance, hosts, objects
+from casemate_manager.fleet.commands import (
+    Advance,
+    ApplyResources,
+    Batch,
+    Command,
+    DeleteResource,
+    Expire,
+    HostFacts,
+    HostGone,
+    HostHello,
+    HostInventory,
+    HostNote,
+)
+from casemate_manager.fleet.draft import MAX_RECORDS, Draft
+from casemate_manager.fleet.objects import ObjectRules
+from casemate_manager.fleet.observed import Observed
+from casemate_manager.fleet.placing import Placer
+from casemate_manager.fleet.state import State
+
+#: How long an answered request is known by its key.
+REQUEST_KEPT_S: Final = 86400.0
+#: Events kept, the newest ones.
+EVENTS_KEPT: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the fleet is given besides its state: how to judge objects, and how to place."""
+
+    objects: ObjectRules
+    placer: Placer
+
+
+def apply(state: State, observed: Observed, command: Command, now_s: float, rules: Rules) -> Batch:
+    """What a command does. Raises the errors of ``casemate_core.errors`` where it cannot be done; nothing changes then.
+
+    ``now_s``: seconds since the epoch. Fold the batch into the state (and its sightings into ``observed``) before the
+    next command.
+    """
+    match command:
+        case ApplyResources():
+            return objects.apply_resources(state, observed, command, now_s, rules.objects)
+        case DeleteResource():
+            return objects.delete_resource(state, observed, command, now_s)
+        case HostHello():
+            return hosts.hello(state, observed, command, now_s)
+        case HostInventory():
+            return hosts.inventory(state, observed, command, now_s)
+        case HostFacts():
+            return hosts.facts(state, observed, command, now_s)
+        case HostNote():
+            return hosts.note(state, observed, command, now_s)
+        case HostGone():
+            return hosts.gone(state, observed, command, now_s)
+        case Advance():
+            return advance.advance(state, observed, now_s, rules.placer)
+        case Expire():
+            return _expire(state, observed, now_s)
+        case _:
+            assert_never(command)
+
+
+def _expire(state: State, observed: Observed, now_s: float) -> Batch:
+    draft = Draft(state, observed, now_s)
+    for key, request in state.requests.items():
+        if len(draft) >= MAX_RECORDS:
+            break
+        if now_s - request.at_s > REQUEST_KEPT_S:
+            draft.drop("Request", key)
+    surplus = min(len(state.events) - EVENTS_KEPT, MAX_RECORDS - len(draft))
+    if surplus > 0:
+        for name in sorted(state.events)[:surplus]:
+            draft.drop("Event", name)
+    return draft.batch()

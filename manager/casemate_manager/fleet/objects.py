@@ -1,0 +1,428 @@
+"""PURE. What users apply and delete: preconditions, references between objects, changes with their effect, idempotency.
+
+All or nothing: every violation of every object is collected before anything is written. Instances are not made here but
+by `advance`, so that what one request writes stays bounded, whatever it asks for.
+"""
+
+import hashlib
+import ipaddress
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from casemate_core.errors import CallerError, Conflict, InvalidSpec, NotFound, Violation, shown
+from casemate_core.plain import from_plain, to_plain
+from casemate_core.spec.environment import Environment
+from casemate_core.spec.fleet import Host, Image, Network, Policy
+from casemate_core.spec.meta import DEFAULT_TENANT, Meta
+from casemate_core.spec.views import Change, ObjectRef
+from casemate_manager.fleet.commands import (
+    Applied,
+    ApplyAnswer,
+    ApplyResources,
+    Batch,
+    DeleteAnswer,
+    DeleteResource,
+    Object,
+)
+from casemate_manager.fleet.draft import MAX_RECORDS, Draft, make_uid
+from casemate_manager.fleet.observed import CapacityChanged, ForgetHost, Observed
+from casemate_manager.fleet.records import (
+    EnvironmentRecord,
+    HostRecord,
+    Record,
+    RequestRecord,
+    RevisionRecord,
+    tenant_key,
+)
+from casemate_manager.fleet.state import State, named
+
+#: Objects of one request; with their records of change and the request's own they stay within one batch.
+MAX_OBJECTS: Final = 60
+MAX_KEY: Final = 128
+
+#: What changes between two versions of an object, with the effect of each field (:mod:`casemate_wire.diff`).
+Diff = Callable[[Object | None, Object], tuple[Change, ...]]
+#: Violations that only the policy engine can see (expressions that do not compile).
+PolicyCheck = Callable[[Policy], Iterable[Violation]]
+
+
+class KeyReused(CallerError):
+    """The request key was used for another request."""
+
+    reason = "RequestKeyReused"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRules:
+    """What the fleet is given to judge objects with."""
+
+    diff: Diff
+    check_policy: PolicyCheck
+
+
+def apply_resources(
+    state: State, observed: Observed, command: ApplyResources, now_s: float, rules: ObjectRules
+) -> Batch:
+    """Make or change objects. Raises InvalidSpec, Conflict, KeyReused."""
+    digest = _digest(command)
+    if not command.dry_run:
+        _check_key(command.request_key)
+        if (known := state.requests.get(command.request_key)) is not None:
+            return Batch(answer=from_plain(ApplyAnswer, _answered(known, digest)))
+    _check_count(command.objects)
+    draft = Draft(state, observed, now_s)
+    given = _Given(state, command.objects)
+    results = []
+    for one in command.objects:
+        old = _stored(state, one)
+        _check_preconditions(one, old)
+        _check_references(state, given, one, old, rules)
+        results.append(_apply_one(draft, one, old, command.seed, rules))
+    if command.dry_run:
+        return Batch(answer=ApplyAnswer(tuple(results), 0))
+    told = tuple(replace(r, object=None) for r in results)
+    answer = ApplyAnswer(told, draft.revision)
+    draft.put(RequestRecord(command.request_key, digest, now_s, to_plain(answer)))
+    if len(draft) > MAX_RECORDS:
+        raise InvalidSpec(
+            (Violation("resources", str(len(command.objects)), "change too much at once", "apply fewer"),)
+        )
+    return draft.batch(answer)
+
+
+def _check_key(key: str) -> None:
+    if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
+        raise InvalidSpec((Violation("requestKey", shown(key), "is not 1 to 128 printable characters", "send a UUID"),))
+
+
+def _answered(known: RequestRecord, digest: str) -> Any:
+    if known.digest != digest:
+        raise KeyReused(f"request key {shown(known.key)!r} was used for another request")
+    return known.answer
+
+
+def _check_count(objects: tuple[Object, ...]) -> None:
+    if not 1 <= len(objects) <= MAX_OBJECTS:
+        raise InvalidSpec(
+            (Violation("resources", str(len(objects)), "is out of range", f"apply 1 to {MAX_OBJECTS} objects at once"),)
+        )
+    seen: set[tuple[str, str, str]] = set()
+    for i, one in enumerate(objects):
+        key = (type(one).__name__, one.meta.tenant, one.meta.name)
+        if key in seen:
+            raise InvalidSpec(
+                (Violation(f"resources[{i}]", named(one.meta), "is there twice", "apply each object once"),),
+                _subject(one),
+            )
+        seen.add(key)
+
+
+def _digest(command: ApplyResources) -> str:
+    plain = [[type(o).__name__, to_plain(o)] for o in command.objects]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _subject(one: Object) -> str:
+    return f"{type(one).__name__.lower()}/{one.meta.name}"
+
+
+def _stored(state: State, one: Object) -> Object | None:
+    match one:
+        case Environment():
+            record = state.environments.get(tenant_key(one.meta.tenant, one.meta.name))
+            return record.environment if record else None
+        case Image():
+            return state.images.get(one.meta.name)
+        case Network():
+            return state.networks.get(one.meta.name)
+        case Policy():
+            return state.policies.get(one.meta.name)
+        case Host():
+            host = state.hosts.get(one.meta.name)
+            return host.host if host else None
+
+
+def _check_preconditions(one: Object, old: Object | None) -> None:
+    version = one.meta.resource_version
+    if version and (old is None or old.meta.resource_version != version):
+        has = "it does not exist" if old is None else f"it has version {old.meta.resource_version}"
+        raise Conflict(f"{_subject(one)} was to be changed at version {version}, and {has}: read it and apply again")
+    if old is not None and old.meta.deleting_s:
+        raise Conflict(f"{_subject(one)} is being deleted; wait until it is gone, then apply again")
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+class _Given:
+    """Images and networks as they will be after the request."""
+
+    def __init__(self, state: State, objects: tuple[Object, ...]) -> None:
+        self.images = {**state.images, **{o.meta.name: o for o in objects if isinstance(o, Image)}}
+        self.networks = {**state.networks, **{o.meta.name: o for o in objects if isinstance(o, Network)}}
+
+
+def _check_references(state: State, given: _Given, one: Object, old: Object | None, rules: ObjectRules) -> None:
+    match one:
+        case Environment():
+            found = tuple(_check_environment(given, one))
+        case Network():
+            found = tuple(_check_network(given, one)) if old is None else ()
+        case Policy():
+            found = tuple(rules.check_policy(one))
+        case _:
+            found = ()
+    if found:
+        raise InvalidSpec(found, _subject(one))
+
+
+def _check_environment(given: _Given, one: Environment) -> Iterator[Violation]:
+    spec = one.spec
+    yield from _check_image(given, "spec.image", spec.image, "disk")
+    for i, name in enumerate(spec.archives):
+        yield from _check_image(given, f"spec.archives[{i}]", name, "oci-archive")
+    for i, nic in enumerate(spec.nics):
+        if nic.network not in given.networks:
+            yield Violation(f"spec.nics[{i}].network", nic.network, "is not known", _one_of("network", given.networks))
+    longest = len(one.meta.name) + 1 + len(str(max(spec.replicas - 1, 0)))
+    if longest > 63:
+        yield Violation(
+            "metadata.name", one.meta.name, "leaves no room for the number of an instance", "use a shorter name"
+        )
+
+
+def _check_image(given: _Given, path: str, name: str, kind: str) -> Iterator[Violation]:
+    image = given.images.get(name)
+    if image is None:
+        fitting = {n for n, i in given.images.items() if i.spec.type == kind}
+        yield Violation(path, name, "is not known", _one_of("image", fitting))
+    elif image.spec.type != kind:
+        yield Violation(path, name, f"is an image of type {image.spec.type}", f"name one of type {kind}")
+
+
+def _one_of(what: str, names: Iterable[str]) -> str:
+    known = sorted(names)
+    if not known:
+        return f"apply the {what} first"
+    return f"name one of {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
+
+
+def _check_network(given: _Given, one: Network) -> Iterator[Violation]:
+    subnet = ipaddress.IPv4Network(one.spec.subnet)
+    for name, other in given.networks.items():
+        if name != one.meta.name and subnet.overlaps(ipaddress.IPv4Network(other.spec.subnet)):
+            yield Violation(
+                "spec.subnet",
+                one.spec.subnet,
+                f"overlaps {other.spec.subnet} of network {name}",
+                "choose a subnet of its own",
+            )
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _apply_one(draft: Draft, one: Object, old: Object | None, seed: str, rules: ObjectRules) -> Applied:
+    kind = type(one).__name__
+    changes = rules.diff(old, one)
+    if old is not None:
+        fixed = tuple(
+            Violation(
+                c.path,
+                shown(json.dumps(c.after, ensure_ascii=False)),
+                "cannot be changed",
+                "delete the object and apply it again under the same or another name",
+            )
+            for c in changes
+            if c.effect == "immutable"
+        )
+        if fixed:
+            raise InvalidSpec(fixed, _subject(one))
+        if not changes:
+            return Applied(_ref(kind, old.meta), "unchanged", object=old)
+    spec_changed = old is None or any(c.path.startswith("spec") for c in changes)
+    meta = Meta(
+        one.meta.name,
+        one.meta.tenant,
+        one.meta.labels,
+        one.meta.annotations,
+        old.meta.uid if old else make_uid(kind, one.meta.tenant, one.meta.name, seed),
+        (old.meta.generation if old else 0) + spec_changed,
+        draft.revision,
+        old.meta.created_s if old else draft.now_s,
+    )
+    stored = replace(one, meta=meta)
+    warnings = _write(draft, stored, old, changes)
+    return Applied(_ref(kind, meta), "changed" if old else "created", changes if old else (), warnings, stored)
+
+
+def _ref(kind: str, meta: Meta) -> ObjectRef:
+    return ObjectRef(kind, meta.name, meta.tenant, meta.uid)
+
+
+def _write(draft: Draft, stored: Object, old: Object | None, changes: tuple[Change, ...]) -> tuple[str, ...]:
+    record: Record
+    match stored:
+        case Environment():
+            return _write_environment(draft, stored, changes if old else ())
+        case Host():
+            known = draft.state.hosts.get(stored.meta.name)
+            record = replace(known, host=stored) if known else HostRecord(stored)
+            draft.sightings.append(CapacityChanged())
+        case Policy():
+            record = stored
+            draft.sightings.append(CapacityChanged())
+        case _:
+            record = stored
+    draft.put(record)
+    return ()
+
+
+def _write_environment(draft: Draft, stored: Environment, changes: tuple[Change, ...]) -> tuple[str, ...]:
+    state, generation = draft.state, stored.meta.generation
+    known = state.environments.get(tenant_key(stored.meta.tenant, stored.meta.name))
+    if known is None:
+        draft.put(EnvironmentRecord(stored, generation, generation))
+        return ()
+    effects = {c.effect for c in changes}
+    restart = generation if "restart" in effects else known.restart_generation
+    replaced = generation if "replace" in effects else known.replace_generation
+    warnings: list[str] = []
+    old = known.environment
+    if effects & {"restart", "replace"}:
+        _keep_spec(draft, known)
+        placed = any(i.meta.uid in state.instance_placements for i in state.instances_of(old.meta.uid))
+        for effect, how in (
+            ("restart", "take effect when an instance is next stopped and started"),
+            ("replace", "take effect on new instances only"),
+        ):
+            paths = [c.path for c in changes if c.effect == effect]
+            if paths and placed:
+                warnings.append(f"{', '.join(paths)}: {how}")
+    if changes:
+        # A changed environment may fit where it did not.
+        draft.sightings.append(CapacityChanged())
+    draft.put(EnvironmentRecord(stored, restart, replaced))
+    return tuple(warnings)
+
+
+def _keep_spec(draft: Draft, known: EnvironmentRecord) -> None:
+    """Keep the old spec for the instances that still carry fields of it.
+
+    Instances say the generation at which they took their fields; a spec is kept under each generation that they name.
+    """
+    state, uid = draft.state, known.environment.meta.uid
+    current = {
+        generation
+        for instance in state.instances_of(uid)
+        for generation in (instance.restart_generation, instance.replace_generation)
+        if generation >= min(known.restart_generation, known.replace_generation)
+    }
+    for generation in current:
+        if f"{uid}/{generation}" not in state.specs:
+            draft.put(RevisionRecord(uid, generation, known.environment.spec))
+
+
+# --- deletion ---------------------------------------------------------------------------------------------------------
+
+
+def delete_resource(state: State, observed: Observed, command: DeleteResource, now_s: float) -> Batch:
+    """End an object. Raises NotFound, Conflict, InvalidSpec."""
+    _check_key(command.request_key)
+    plain = [command.kind, command.tenant, command.name, command.uid]
+    digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    if (known := state.requests.get(command.request_key)) is not None:
+        return Batch(answer=from_plain(DeleteAnswer, _answered(known, digest)))
+    draft = Draft(state, observed, now_s)
+    ref, pending = _delete(draft, command)
+    answer = DeleteAnswer(ref, pending, draft.revision)
+    draft.put(RequestRecord(command.request_key, digest, now_s, to_plain(answer)))
+    return draft.batch(answer)
+
+
+def _delete(draft: Draft, command: DeleteResource) -> tuple[ObjectRef, bool]:
+    state, kind, name = draft.state, command.kind, command.name
+    match kind:
+        case "Environment":
+            key = tenant_key(command.tenant or DEFAULT_TENANT, name)
+            record = state.environments.get(key)
+            meta = _expected(command, record.environment.meta if record else None)
+            assert record is not None
+            if not meta.deleting_s:
+                meta = replace(meta, deleting_s=draft.now_s, resource_version=draft.revision)
+                draft.put(replace(record, environment=replace(record.environment, meta=meta)))
+                draft.event(_ref(kind, meta), "Deleting", "deletion was asked for")
+            placed = any(i.meta.uid in state.instance_placements for i in state.instances_of(meta.uid))
+            return _ref(kind, meta), placed
+        case "Image":
+            image = state.images.get(name)
+            meta = _expected(command, image.meta if image else None)
+            _refuse_used(command, _users_of_image(state, name))
+        case "Network":
+            network = state.networks.get(name)
+            meta = _expected(command, network.meta if network else None)
+            _refuse_used(command, _users_of_network(state, name))
+        case "Policy":
+            policy = state.policies.get(name)
+            meta = _expected(command, policy.meta if policy else None)
+            draft.sightings.append(CapacityChanged())
+        case "Host":
+            host = state.hosts.get(name)
+            meta = _expected(command, host.host.meta if host else None)
+            _refuse_host(draft, name)
+        case _:
+            raise InvalidSpec(
+                (
+                    Violation(
+                        "kind", shown(kind), "cannot be deleted", "name Environment, Image, Network, Host or Policy"
+                    ),
+                )
+            )
+    draft.drop(kind, name)
+    draft.event(_ref(kind, meta), "Deleted", f"the {kind.lower()} was deleted")
+    return _ref(kind, meta), False
+
+
+def _expected(command: DeleteResource, meta: Meta | None) -> Meta:
+    if meta is None:
+        raise NotFound(command.kind, command.name)
+    if command.uid and command.uid != meta.uid:
+        raise Conflict(f"{command.kind.lower()} {command.name} has uid {meta.uid}, not {shown(command.uid)}")
+    return meta
+
+
+def _users_of_image(state: State, name: str) -> Iterator[str]:
+    for record in state.environments.values():
+        specs = [record.environment.spec, *(state.spec_of(i) for i in state.instances_of(record.environment.meta.uid))]
+        if any(name == spec.image or name in spec.archives for spec in specs):
+            yield named(record.environment.meta)
+
+
+def _users_of_network(state: State, name: str) -> Iterator[str]:
+    given = {state.instances[uid].environment_uid for uid in state.addresses.get(name, {}).values()}
+    for record in state.environments.values():
+        if record.environment.meta.uid in given or any(n.network == name for n in record.environment.spec.nics):
+            yield named(record.environment.meta)
+
+
+def _refuse_used(command: DeleteResource, users: Iterable[str]) -> None:
+    names = sorted(users)
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise Conflict(
+            f"{command.kind.lower()} {command.name} is used by environment {', '.join(names[:5])}{more}:"
+            " delete or change them first"
+        )
+
+
+def _refuse_host(draft: Draft, name: str) -> None:
+    count = len(draft.state.host_placements.get(name, {}))
+    if count:
+        raise Conflict(f"host {name} holds {count} instances: delete their environments first")
+    if draft.observed.host(name).connected:
+        raise Conflict(f"host {name} is connected: stop its agent first")
+    if name in draft.state.inventories:
+        draft.drop("Inventory", name)
+    draft.sightings += [ForgetHost(name), CapacityChanged()]

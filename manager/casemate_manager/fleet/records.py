@@ -1,0 +1,181 @@
+"""PURE. What the manager remembers over its own death: one frozen type for each kind of durable record.
+
+Observed state is not here: hosts tell it again (:mod:`casemate_manager.fleet.observed`). Each record has a kind and a key,
+unique for its kind, and a plain form by its type hints (:mod:`casemate_core.plain`), which is what stores write. A field
+is added with a default; a key never changes its meaning.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from casemate_core.claims import Claim
+from casemate_core.spec.environment import Environment, EnvironmentSpec
+from casemate_core.spec.fleet import Host, Image, Network, Policy
+from casemate_core.spec.instance import Nic
+from casemate_core.spec.meta import Meta
+from casemate_core.spec.views import EventView
+from casemate_core.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentRecord:
+    """An environment, and the generations at which fields that need a restart or new instances last changed."""
+
+    environment: Environment
+    restart_generation: int
+    replace_generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionRecord:
+    """The spec that an environment had at a generation of which instances still carry restart or replace fields."""
+
+    environment_uid: str
+    generation: int
+    spec: EnvironmentSpec
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRecord:
+    """One VM: its identity for life and its addresses.
+
+    ``meta.deleting_s`` is set where the instance goes and its environment stays (scale down). ``restart_generation`` and
+    ``replace_generation`` say of which generations of the environment it carries the fields that need a restart or
+    a new instance. ``placements`` counts its placements.
+    """
+
+    meta: Meta
+    environment: str
+    environment_uid: str
+    ordinal: int
+    nics: tuple[Nic, ...]
+    restart_generation: int
+    replace_generation: int
+    placements: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRecord:
+    """The exact resources of one host given to one instance. ``revision`` is the store's at its last change."""
+
+    instance_uid: str
+    host: str
+    claim: Claim
+    epoch: int
+    generation: int
+    role: str = "active"
+    created_s: float = 0.0
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostRecord:
+    """A host and what its last Hello said. ``held`` says why no session is taken; ``session`` its highest counter."""
+
+    host: Host
+    session: int = 0
+    boot_id: str = ""
+    agent_version: str = ""
+    kernel: str = ""
+    virtualisation: str = ""
+    held: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryRecord:
+    """What a host is made of, as it last said."""
+
+    host: str
+    digest: str
+    topology: Topology
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """An answered request: the same key again gets the same answer. ``digest`` tells another request with the key."""
+
+    key: str
+    digest: str
+    at_s: float
+    answer: Mapping[str, Any] = field(default_factory=dict)
+
+
+Record = (
+    EnvironmentRecord
+    | RevisionRecord
+    | InstanceRecord
+    | PlacementRecord
+    | HostRecord
+    | InventoryRecord
+    | RequestRecord
+    | Image
+    | Network
+    | Policy
+    | EventView
+)
+
+#: Kind word of each record type, as stores write it.
+KINDS: Final[dict[str, type[Any]]] = {
+    "Environment": EnvironmentRecord,
+    "Revision": RevisionRecord,
+    "Instance": InstanceRecord,
+    "Placement": PlacementRecord,
+    "Host": HostRecord,
+    "Inventory": InventoryRecord,
+    "Request": RequestRecord,
+    "Image": Image,
+    "Network": Network,
+    "Policy": Policy,
+    "Event": EventView,
+}
+_WORDS: Final = {kind: word for word, kind in KINDS.items()}
+
+
+def kind_of(record: Record) -> str:
+    """Kind word of a record."""
+    return _WORDS[type(record)]
+
+
+def tenant_key(tenant: str, name: str) -> str:
+    """Key of a tenant's object."""
+    return f"{tenant}/{name}"
+
+
+def key_of(record: Record) -> str:
+    """Key of a record, unique for its kind."""
+    match record:
+        case EnvironmentRecord():
+            return tenant_key(record.environment.meta.tenant, record.environment.meta.name)
+        case RevisionRecord():
+            return f"{record.environment_uid}/{record.generation}"
+        case InstanceRecord():
+            return record.meta.uid
+        case PlacementRecord():
+            return f"{record.instance_uid}/{record.generation}"
+        case HostRecord():
+            return record.host.meta.name
+        case InventoryRecord():
+            return record.host
+        case RequestRecord():
+            return record.key
+        case EventView() | Image() | Network() | Policy():
+            return record.meta.name
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Write this record."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget this record."""
+
+    kind: str
+    key: str
+
+
+RecordChange = Put | Drop

@@ -1,0 +1,372 @@
+"""PURE. The records in memory, with the indexes by which the fleet finds them, and the invariants that they keep.
+
+Theory of operation. A ``State`` changes only by ``fold`` of a batch that `machine.apply` made from it. The writer keeps two
+over the same records: the *working* one, folded at once so that the next command of a group sees it, and the *committed*
+one, folded after the commit, which is all that readers, watchers and sessions see. When a commit fails the working state
+is thrown away. Records are frozen and shared; folding costs the size of the batch.
+
+Indexes are derived and never stored. ``work`` names environments that may have something to do; it may name too many.
+"""
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from casemate_core.claims import HostClaims
+from casemate_core.errors import InternalError
+from casemate_core.spec.environment import Environment, EnvironmentSpec
+from casemate_core.spec.fleet import Image, Network, Policy
+from casemate_core.spec.meta import Meta
+from casemate_core.spec.views import EventView
+from casemate_manager.fleet.commands import Batch
+from casemate_manager.fleet.observed import Observed
+from casemate_manager.fleet.records import (
+    Drop,
+    EnvironmentRecord,
+    HostRecord,
+    InstanceRecord,
+    InventoryRecord,
+    PlacementRecord,
+    Put,
+    Record,
+    RequestRecord,
+    RevisionRecord,
+    key_of,
+    tenant_key,
+)
+
+EventIdentity = tuple[str, str, str, str, str]
+
+
+def event_identity(event: EventView) -> EventIdentity:
+    """What makes two events the same one, seen again."""
+    ref = event.regarding
+    return (ref.kind, ref.tenant, ref.name, event.reason, event.message)
+
+
+@dataclass(slots=True)
+class State:
+    """All records. ``epoch`` is the manager's term, ``revision`` counts the batches that were folded."""
+
+    epoch: int
+    revision: int = 0
+    environments: dict[str, EnvironmentRecord] = field(default_factory=dict)
+    specs: dict[str, RevisionRecord] = field(default_factory=dict)
+    instances: dict[str, InstanceRecord] = field(default_factory=dict)
+    placements: dict[str, PlacementRecord] = field(default_factory=dict)
+    hosts: dict[str, HostRecord] = field(default_factory=dict)
+    inventories: dict[str, InventoryRecord] = field(default_factory=dict)
+    requests: dict[str, RequestRecord] = field(default_factory=dict)
+    images: dict[str, Image] = field(default_factory=dict)
+    networks: dict[str, Network] = field(default_factory=dict)
+    policies: dict[str, Policy] = field(default_factory=dict)
+    events: dict[str, EventView] = field(default_factory=dict)
+    # --- derived ---
+    environment_keys: dict[str, str] = field(default_factory=dict)
+    environment_instances: dict[str, dict[int, str]] = field(default_factory=dict)
+    instance_names: dict[str, str] = field(default_factory=dict)
+    instance_placements: dict[str, dict[str, PlacementRecord]] = field(default_factory=dict)
+    host_placements: dict[str, dict[str, PlacementRecord]] = field(default_factory=dict)
+    claims: dict[str, HostClaims] = field(default_factory=dict)
+    #: Network name -> address as a number -> uid of the instance that has it.
+    addresses: dict[str, dict[int, str]] = field(default_factory=dict)
+    cursors: dict[str, int] = field(default_factory=dict)
+    macs: dict[str, str] = field(default_factory=dict)
+    pending: dict[str, None] = field(default_factory=dict)
+    #: Environment's uid -> revision at which its row of instances or an address in it last changed.
+    row_revisions: dict[str, int] = field(default_factory=dict)
+    event_names: dict[EventIdentity, str] = field(default_factory=dict)
+    work: dict[str, None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, epoch: int, revision: int, records: Iterable[Record]) -> "State":
+        """The state that was stored. Raises InternalError where records contradict each other."""
+        state = cls(epoch)
+        for record in sorted(records, key=_load_order):
+            state._put(record)
+        state.revision = revision
+        state.row_revisions = dict.fromkeys(state.environment_keys, revision)
+        state.work = dict.fromkeys(state.environments)
+        if broken := state.check():
+            raise InternalError("the stored records contradict each other: " + "; ".join(broken[:10]))
+        return state
+
+    def fold(self, batch: Batch) -> None:
+        """Take what a batch does. It must have been made from this state."""
+        if batch.records:
+            self.revision = batch.revision
+        for change in batch.records:
+            if isinstance(change, Put):
+                self._put(change.record)
+            else:
+                self._drop(change)
+        for key in batch.done:
+            self.work.pop(key, None)
+        for key in batch.wake:
+            if key in self.environments:
+                self.work[key] = None
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def environment_of(self, instance: InstanceRecord) -> EnvironmentRecord:
+        """The environment of an instance."""
+        return self.environments[self.environment_keys[instance.environment_uid]]
+
+    def instances_of(self, environment_uid: str) -> Iterator[InstanceRecord]:
+        """Instances of an environment, by ordinal."""
+        row = self.environment_instances.get(environment_uid, {})
+        return (self.instances[row[ordinal]] for ordinal in sorted(row))
+
+    def placement_of(self, uid: str) -> PlacementRecord | None:
+        """The active placement of an instance."""
+        return next((p for p in self.instance_placements.get(uid, {}).values() if p.role == "active"), None)
+
+    def is_ending(self, instance: InstanceRecord) -> bool:
+        """Whether the instance is to end: by itself, or with its environment."""
+        return bool(instance.meta.deleting_s or self.environment_of(instance).environment.meta.deleting_s)
+
+    def spec_of(self, instance: InstanceRecord) -> EnvironmentSpec:
+        """The spec that is in force for an instance: live fields are today's, others those that it was made with."""
+        record = self.environment_of(instance)
+        now = record.environment.spec
+        restart = self._spec_at(record, instance.restart_generation, record.restart_generation)
+        replaced = self._spec_at(record, instance.replace_generation, record.replace_generation)
+        if restart is now and replaced is now:
+            return now
+        return EnvironmentSpec(
+            cpu=restart.cpu,
+            memory=restart.memory,
+            image=replaced.image,
+            replicas=now.replicas,
+            nics=restart.nics,
+            archives=restart.archives,
+            disk_mib=replaced.disk_mib,
+            pods=now.pods,
+            ssh_keys=replaced.ssh_keys,
+            user_data=replaced.user_data,
+            run=now.run,
+            placement=now.placement,
+            priority=now.priority,
+            virtualisation=restart.virtualisation,
+            gang=now.gang,
+        )
+
+    def _spec_at(self, record: EnvironmentRecord, generation: int, current: int) -> EnvironmentSpec:
+        if generation >= current:
+            return record.environment.spec
+        return self.specs[f"{record.environment.meta.uid}/{generation}"].spec
+
+    def host_claims(self, host: str, observed: Observed) -> HostClaims:
+        """Who holds what on a host, foreign VMs included."""
+        claims = self.claims.get(host, HostClaims.empty())
+        report = observed.host(host).report
+        if report is None or not report.foreign_claims:
+            return claims
+        return HostClaims.of([*claims, *report.foreign_claims], claims.epoch)
+
+    # --- folding ------------------------------------------------------------------------------------------------------
+
+    def _put(self, record: Record) -> None:
+        key = key_of(record)
+        match record:
+            case EnvironmentRecord():
+                self.environments[key] = record
+                self.environment_keys[record.environment.meta.uid] = key
+                self.work[key] = None
+            case RevisionRecord():
+                self.specs[key] = record
+            case InstanceRecord():
+                self._put_instance(record)
+            case PlacementRecord():
+                self._put_placement(key, record)
+            case HostRecord():
+                self.hosts[key] = record
+            case InventoryRecord():
+                self.inventories[key] = record
+            case RequestRecord():
+                self.requests[key] = record
+            case Image():
+                self.images[key] = record
+            case Network():
+                self.networks[key] = record
+            case Policy():
+                self.policies[key] = record
+            case EventView():
+                self.events[key] = record
+                self.event_names[event_identity(record)] = key
+
+    def _put_instance(self, record: InstanceRecord) -> None:
+        uid = record.meta.uid
+        old = self.instances.get(uid)
+        if old is not None:
+            self._free_addresses(old)
+        if old is None or old.nics != record.nics:
+            self.row_revisions[record.environment_uid] = self.revision
+        self.instances[uid] = record
+        self.environment_instances.setdefault(record.environment_uid, {})[record.ordinal] = uid
+        self.instance_names[tenant_key(record.meta.tenant, record.meta.name)] = uid
+        for nic in record.nics:
+            number = int(ipaddress.IPv4Address(nic.address))
+            self.addresses.setdefault(nic.network, {})[number] = uid
+            self.cursors[nic.network] = number
+            self.macs[nic.mac] = uid
+        if uid not in self.instance_placements:
+            self.pending[uid] = None
+        self._wake(record)
+
+    def _free_addresses(self, record: InstanceRecord) -> None:
+        for nic in record.nics:
+            self.addresses[nic.network].pop(int(ipaddress.IPv4Address(nic.address)), None)
+            self.macs.pop(nic.mac, None)
+
+    def _put_placement(self, key: str, record: PlacementRecord) -> None:
+        old = self.placements.get(key)
+        if old is not None:
+            self.claims[old.host] = self.claims[old.host].remove(old.claim.owner)
+        self.placements[key] = record
+        self.instance_placements.setdefault(record.instance_uid, {})[key] = record
+        self.host_placements.setdefault(record.host, {})[key] = record
+        self.claims[record.host] = self.claims.get(record.host, HostClaims.empty()).add(record.claim)
+        self.pending.pop(record.instance_uid, None)
+
+    def _drop(self, change: Drop) -> None:
+        kind, key = change.kind, change.key
+        if kind == "Instance":
+            self._drop_instance(key)
+        elif kind == "Placement":
+            record = self.placements.pop(key)
+            uid = record.instance_uid
+            del self.instance_placements[uid][key]
+            if not self.instance_placements[uid]:
+                del self.instance_placements[uid]
+                if uid in self.instances:
+                    self.pending[uid] = None
+            del self.host_placements[record.host][key]
+            self.claims[record.host] = self.claims[record.host].remove(record.claim.owner)
+            if uid in self.instances:
+                self._wake(self.instances[uid])
+        elif kind == "Environment":
+            environment = self.environments.pop(key).environment
+            del self.environment_keys[environment.meta.uid]
+            self.environment_instances.pop(environment.meta.uid, None)
+            self.row_revisions.pop(environment.meta.uid, None)
+            self.work.pop(key, None)
+        elif kind == "Event":
+            event = self.events.pop(key)
+            if self.event_names.get(event_identity(event)) == key:
+                del self.event_names[event_identity(event)]
+        else:
+            del self._table(kind)[key]
+
+    def _drop_instance(self, uid: str) -> None:
+        record = self.instances.pop(uid)
+        self._free_addresses(record)
+        self.row_revisions[record.environment_uid] = self.revision
+        row = self.environment_instances.get(record.environment_uid, {})
+        if row.get(record.ordinal) == uid:
+            del row[record.ordinal]
+        name = tenant_key(record.meta.tenant, record.meta.name)
+        if self.instance_names.get(name) == uid:
+            del self.instance_names[name]
+        self.pending.pop(uid, None)
+        self._wake(record)
+
+    def _wake(self, record: InstanceRecord) -> None:
+        if key := self.environment_keys.get(record.environment_uid):
+            self.work[key] = None
+
+    def _table(self, kind: str) -> dict[str, Record]:
+        tables: dict[str, Any] = {
+            "Revision": self.specs,
+            "Host": self.hosts,
+            "Inventory": self.inventories,
+            "Request": self.requests,
+            "Image": self.images,
+            "Network": self.networks,
+            "Policy": self.policies,
+        }
+        table: dict[str, Record] = tables[kind]
+        return table
+
+    # --- invariants ---------------------------------------------------------------------------------------------------
+
+    def check(self) -> list[str]:
+        """Every broken invariant, in words; empty where all hold."""
+        return [*self._check_instances(), *self._check_placements()]
+
+    def _check_instances(self) -> Iterator[str]:
+        addresses: dict[tuple[str, str], str] = {}
+        macs: dict[str, str] = {}
+        ordinals: dict[tuple[str, int], str] = {}
+        for uid, record in self.instances.items():
+            if record.environment_uid not in self.environment_keys:
+                yield f"instance {uid} has no environment"
+                continue
+            environment = self.environment_of(record)
+            for generation, current in (
+                (record.restart_generation, environment.restart_generation),
+                (record.replace_generation, environment.replace_generation),
+            ):
+                if generation < current and f"{record.environment_uid}/{generation}" not in self.specs:
+                    yield f"instance {uid} is of generation {generation}, whose spec is gone"
+            if ordinals.setdefault((record.environment_uid, record.ordinal), uid) != uid:
+                yield f"ordinal {record.ordinal} of {record.environment} has two instances"
+            for nic in record.nics:
+                if addresses.setdefault((nic.network, nic.address), uid) != uid:
+                    yield f"address {nic.address} of {nic.network} has two owners"
+                if macs.setdefault(nic.mac, uid) != uid:
+                    yield f"MAC {nic.mac} has two owners"
+                network = self.networks.get(nic.network)
+                if network is None:
+                    yield f"instance {uid} has an interface on {nic.network}, which is gone"
+                elif ipaddress.IPv4Address(nic.address) not in ipaddress.IPv4Network(network.spec.subnet):
+                    yield f"address {nic.address} is not of {nic.network}"
+                elif nic.address == network.gateway:
+                    yield f"address {nic.address} of instance {uid} is the gateway's"
+        given = sum(len(numbers) for numbers in self.addresses.values())
+        if given != len(addresses):
+            yield f"{given} addresses are indexed and {len(addresses)} given"
+
+    def _check_placements(self) -> Iterator[str]:
+        active: dict[str, str] = {}
+        for key, record in self.placements.items():
+            if record.instance_uid not in self.instances:
+                yield f"placement {key} has no instance"
+            if record.host not in self.hosts:
+                yield f"placement {key} is on {record.host}, which is gone"
+            if record.role == "active" and active.setdefault(record.instance_uid, key) != key:
+                yield f"instance {record.instance_uid} has two active placements"
+            if record.epoch > self.epoch:
+                yield f"placement {key} is of epoch {record.epoch}, after {self.epoch}"
+            if record.claim.owner != record.instance_uid or record.claim.epoch != record.epoch:
+                yield f"placement {key} carries a claim of {record.claim.owner}, epoch {record.claim.epoch}"
+        for host, claims in self.claims.items():
+            inventory = self.inventories.get(host)
+            if inventory is not None and len(claims):
+                yield from (f"host {host}: {violation}" for violation in claims.check(inventory.topology))
+        waiting = {uid for uid in self.instances if uid not in self.instance_placements}
+        if waiting != set(self.pending):
+            yield "the index of waiting instances is wrong"
+
+
+def _load_order(record: Record) -> tuple[int, int, str]:
+    """(what others refer to first; placements by epoch, since claims refuse to go back; key)"""
+    match record:
+        case InstanceRecord():
+            return 1, 0, key_of(record)
+        case PlacementRecord():
+            return 2, record.epoch, key_of(record)
+        case _:
+            return 0, 0, key_of(record)
+
+
+def named(meta: Meta) -> str:
+    """``tenant/name`` or ``name``, for messages."""
+    return f"{meta.tenant}/{meta.name}" if meta.tenant else meta.name
+
+
+def environment_named(state: State, tenant: str, name: str) -> Environment | None:
+    """An environment by its name."""
+    record = state.environments.get(tenant_key(tenant, name))
+    return record.environment if record else None
