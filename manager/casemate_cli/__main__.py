@@ -30,7 +30,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command line; the exit code."""
     try:
         result = root.main(args=arguments, prog_name="casemate", standalone_mode=False)
-        sys.stdout.flush()
+        term.flush()
         return result if isinstance(result, int) else Exit.OK
     except Failure as failure:
         tell(failure)
@@ -46,8 +46,8 @@ def run(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         term.say("interrupted")
         return Exit.INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away, as `head` does: there is nobody to tell. Python's own flush at exit must not complain.
+    except term.ReaderGone:
+        # Python's own flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.OK
 

@@ -9,7 +9,7 @@ import click
 VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
     "Objects": {
         "apply": ("apply", "apply", "Make or change objects from files, a folder, or standard input."),
-        "diff": ("diff", "diff", "Show what apply would change; exit 3 if anything."),
+        "diff": ("apply", "diff", "Show what apply would change; exit 3 if anything."),
         "get": ("get", "get", "Show objects as a table, JSON, YAML, names, or by a path."),
         "describe": ("describe", "describe", "Tell the story of an object."),
         "explain": ("explain", "explain", "Document a kind or a field."),

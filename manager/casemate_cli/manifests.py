@@ -65,7 +65,7 @@ def _source(name: str) -> str:
 
 def load(names: tuple[str, ...], *, recursive: bool, tenant: str) -> "list[pb.Resource]":
     """All objects of the files, ready to be applied. Raises Failure with everything wrong in all of them."""
-    from casemate_wire import manifest, schema
+    from casemate_wire import manifest
 
     found: list[pb.Resource] = []
     violations: list[Violation] = []
@@ -76,6 +76,22 @@ def load(names: tuple[str, ...], *, recursive: bool, tenant: str) -> "list[pb.Re
             violations += invalid.violations
     if violations:
         raise from_violations("nothing was applied: the manifests are refused", violations)
+    return _ready(found, tenant)
+
+
+def parse(text: bytes, source: str, *, tenant: str) -> "list[pb.Resource]":
+    """All objects of one text, ready to be applied. Raises Failure."""
+    from casemate_wire import manifest
+
+    try:
+        return _ready(manifest.load(text, source), tenant)
+    except InvalidSpec as invalid:
+        raise from_violations(f"{source} is refused", invalid.violations) from None
+
+
+def _ready(found: "list[pb.Resource]", tenant: str) -> "list[pb.Resource]":
+    from casemate_wire import schema
+
     if not found:
         raise Failure("there is no object in what was given", remedy="a manifest begins with apiVersion and kind")
     for resource in found:

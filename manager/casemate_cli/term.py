@@ -51,9 +51,24 @@ def paint(text: str, colour: str, stream: IO[str] | None = None) -> str:
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
+class ReaderGone(Exception):
+    """Whoever read our standard output has closed it, as `head` does: there is nothing left to do, and no error."""
+
+
 def out(text: str, end: str = "\n") -> None:
-    """Data, to standard output. The caller has cleaned it where a terminal may obey it."""
-    sys.stdout.write(text + end)
+    """Data, to standard output. The caller has cleaned it where a terminal may obey it. Raises ReaderGone."""
+    try:
+        sys.stdout.write(text + end)
+    except BrokenPipeError:
+        raise ReaderGone from None
+
+
+def flush() -> None:
+    """Have what was written so far seen now. Raises ReaderGone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ReaderGone from None
 
 
 def say(text: str, colour: str = "") -> None:

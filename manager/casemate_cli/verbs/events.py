@@ -1,6 +1,5 @@
 """`casemate events`: what happened, oldest first."""
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -53,12 +52,12 @@ def events(ctx: click.Context, arguments: tuple[str, ...], follow: bool, all_ten
             for event in client.stream(client.stub.Events, request, timeout_s=timeout_s):
                 if form == "json":
                     term.out(output.to_json(manifest.message_to_plain(event), indent=None))
-                    sys.stdout.flush()
+                    term.flush()
                     continue
                 row = _row(event)
                 if follow:
                     table.write([row])
-                    sys.stdout.flush()
+                    term.flush()
                 else:
                     rows.append(row)
         except KeyboardInterrupt:

@@ -165,7 +165,6 @@ def _merged(missing: list[Failure]) -> Failure:
 
 def _watch(client: "Client", target: Target, tenant: str, selector: str, view: View) -> int:
     """A row for each object, then one for each change, until interrupted."""
-    import sys
 
     from casemate_wire.v1 import operators_pb2 as pb
 
@@ -188,7 +187,7 @@ def _watch(client: "Client", target: Target, tenant: str, selector: str, view: V
                 term.out("---\n" + output.to_yaml(output.plain(event.resource)), end="")
             else:
                 output.write([event.resource], view.form, listed=False)
-            sys.stdout.flush()
+            term.flush()
     except KeyboardInterrupt:  # the way to end it, not a failure
         return Exit.OK
     return Exit.OK

@@ -71,7 +71,7 @@ def logs(
                 lead += f"[{line.pod}/{line.container}] " if prefix else ""
                 text = term.clean(line.text, keep="\t") if hostile_to else line.text
                 term.out((term.clean(lead) if lead else "") + text)
-                sys.stdout.flush()
+                term.flush()
         except KeyboardInterrupt:
             return Exit.OK if follow else Exit.INTERRUPTED
     return Exit.OK

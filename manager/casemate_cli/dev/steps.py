@@ -1,0 +1,280 @@
+"""The steps of `casemate dev up`, each of which adopts what is there already."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from casemate_cli.dev import preflight, processes
+from casemate_cli.dev.state import Fleet, Folder
+from casemate_cli.failure import Detail, Exit, Failure
+from casemate_cli.term import Progress
+
+if TYPE_CHECKING:
+    from casemate_cli.client import Client
+    from casemate_wire.v1 import operators_pb2 as pb
+
+#: Name of the host that a fleet on real VMs has.
+HOST = "dev"
+#: A simulated host, where `--shape` says nothing else (casemate_core.topology_loaders.line).
+SHAPE = "2s 8k/c 2t 64G disk=1T"
+MANAGER = "manager"
+AGENT = "agent"
+#: Longest time until a process answers.
+START_S = 60.0
+
+
+def run_program(folder: Folder, name: str, argv: Sequence[str], progress: Progress) -> str:
+    """Run a program to its end, its talk shown as progress and kept in the logs; its standard output. Raises Failure."""
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    log = folder.log(name)
+    last: list[str] = []
+    with log.open("a") as kept:
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd="/",
+            env=processes.environment(folder),
+        )
+        assert child.stdout is not None
+        assert child.stderr is not None
+        for line in child.stderr:
+            kept.write(line)
+            kept.flush()
+            if line.strip():
+                last = [*last[-7:], line.rstrip()]
+                progress.update(line.strip())
+        answer = child.stdout.read()
+        code = child.wait()
+        child.stdout.close()
+        child.stderr.close()
+    if code:
+        raise Failure(
+            f"{name} failed (exit code {code})",
+            details=[Detail(problem=line) for line in last],
+            remedy=f"the whole log is in {log}",
+        )
+    return answer.strip()
+
+
+def guest_image(folder: Folder, cache: Path) -> Path:
+    """Folder with the manifests of the guest image and the example's container; built where it is not in the cache."""
+    with Progress("guest image") as progress:
+        answer = run_program(
+            folder,
+            "guest-image",
+            [sys.executable, "-m", "casemate_agent.guestimage", "build", "--out", str(cache / "guest")],
+            progress,
+        )
+        found = Path(answer).parent
+        progress.done(f"guest image in {found}")
+    return found
+
+
+def libvirt(folder: Folder, cache: Path) -> dict[str, Any]:
+    """The private libvirtd: its `uri` and the `scope` of names on this machine."""
+    import json
+
+    with Progress("private libvirtd") as progress:
+        answer = run_program(
+            folder,
+            "libvirt",
+            [
+                sys.executable,
+                "-m",
+                "casemate_agent.sandbox",
+                "up",
+                "--dir",
+                str(folder.libvirt),
+                "--cache",
+                str(cache / "libvirt"),
+            ],
+            progress,
+        )
+        try:
+            facts: dict[str, Any] = json.loads(answer.splitlines()[-1])
+        except (ValueError, IndexError):
+            raise Failure("the private libvirtd did not say how to reach it", details=[Detail(value=answer)]) from None
+        progress.done(f"private libvirtd in {folder.libvirt}")
+    return facts
+
+
+def manager(folder: Folder, fleet: Fleet) -> None:
+    """The manager, until it answers."""
+    argv = [sys.executable, "-m", "casemate_manager", "serve"]
+    argv += ["--state-dir", str(folder.manager), "--listen", fleet.manager]
+    with Progress("manager") as progress:
+        _adopt_or_start(folder, MANAGER, argv, before=lambda: preflight.check_port(fleet.port))
+        _until(folder, MANAGER, lambda: _answers(fleet))
+        progress.done(f"manager on {fleet.manager}")
+
+
+def agent(folder: Folder, fleet: Fleet, extra: Sequence[str], hosts: int, client: "Client") -> None:
+    """The agent (or the process with all simulated hosts), until the manager sees its hosts Ready."""
+    argv = [sys.executable, "-m", "casemate_agent", "run", "--manager", fleet.manager]
+    argv += ["--state-dir", str(folder.agent), *extra]
+    what = "agent" if not fleet.simulated else f"{fleet.simulated} simulated hosts"
+    with Progress(what) as progress:
+        _adopt_or_start(folder, AGENT, argv)
+        _until(folder, AGENT, lambda: ready_hosts(client) >= hosts)
+        progress.done(f"{what} joined")
+
+
+def _adopt_or_start(folder: Folder, name: str, argv: Sequence[str], before: Callable[[], None] = lambda: None) -> None:
+    if processes.running(folder, name) is None:
+        before()
+        processes.start(folder, name, argv)
+
+
+def _until(folder: Folder, name: str, met: Callable[[], bool]) -> None:
+    """Return when `met`; raise Failure when the process ends before, or START_S are over."""
+    give_up_s = time.monotonic() + START_S
+    while not met():
+        if processes.running(folder, name) is None:
+            raise Failure(
+                f"the {name} ended at its start", details=_log(folder, name), remedy=f"see {folder.log(name)}"
+            )
+        if time.monotonic() > give_up_s:
+            raise Failure(
+                f"the {name} does not answer after {START_S:g} s",
+                code=Exit.TIMEOUT,
+                details=_log(folder, name),
+                remedy=f"see {folder.log(name)}",
+            )
+        time.sleep(0.1)
+
+
+def _log(folder: Folder, name: str) -> list[Detail]:
+    return [Detail(problem=line) for line in processes.tail(folder.log(name), 6)]
+
+
+def connect(fleet: Fleet, retry_s: float = 2.0) -> "Client":
+    """A client of this fleet's manager."""
+    from casemate_cli.client import Client
+    from casemate_cli.settings import Settings
+
+    return Client(Settings(manager=fleet.manager, retry_s=retry_s))
+
+
+def _answers(fleet: Fleet) -> bool:
+    from casemate_wire.v1 import operators_pb2 as pb
+
+    with connect(fleet, retry_s=0.0) as client:
+        try:
+            client.call(client.stub.Version, pb.VersionRequest())
+        except Failure:
+            return False
+    return True
+
+
+def ready_hosts(client: "Client") -> int:
+    """How many hosts the manager sees Ready."""
+    return sum(r.host.status.phase == "Ready" for r in client.listed("Host", tenant=""))
+
+
+# --- what the fleet is given to run ----------------------------------------------------------------------------------
+
+
+def hello_manifest() -> bytes:
+    """The first example, as it is shipped."""
+    return resources.files("casemate_cli.dev").joinpath("hello.yaml").read_bytes()
+
+
+def simulated_images() -> bytes:
+    """Images for hosts that hold no bytes: sources and digests that nobody fetches or compares."""
+    return resources.files("casemate_cli.dev").joinpath("simulated-images.yaml").read_bytes()
+
+
+def network_manifest(subnet: str) -> bytes:
+    """The network that instances are on where they name none."""
+    text = f"""\
+apiVersion: casemate/v1
+kind: Network
+metadata: {{name: default}}
+spec: {{type: nat, subnet: {subnet}}}
+"""
+    return text.encode()
+
+
+def apply(client: "Client", text: bytes, source: str) -> "list[pb.ApplyResult]":
+    """Apply manifests that this program ships or built."""
+    from casemate_cli import manifests
+    from casemate_cli.client import request_key
+
+    parsed = manifests.parse(text, source, tenant="default")
+    return list(client.apply(parsed, key=request_key(), doing=f"applying {source}").results)
+
+
+def apply_image(client: "Client", path: Path) -> str:
+    """Make an image known; a remark where another build of it is in use already, else empty."""
+    from casemate_cli import manifests
+
+    wanted = manifests.parse(path.read_bytes(), str(path), tenant="")[0]
+    try:
+        known = client.get("Image", wanted.image.metadata.name, "")
+    except Failure as failure:
+        if failure.code is not Exit.NOT_FOUND:
+            raise
+        apply(client, path.read_bytes(), str(path))
+        return ""
+    if known.image.spec.digest == wanted.image.spec.digest:
+        return ""
+    name = wanted.image.metadata.name
+    return f"image {name} was built anew since this fleet began; it keeps the old one until casemate dev down"
+
+
+def until_ready(client: "Client", name: str, timeout_s: float) -> "list[pb.Resource]":
+    """Wait until the environment is Ready, its changes of phase shown; its instances. Raises Failure (TIMEOUT)."""
+    give_up_s = time.monotonic() + timeout_s
+    with Progress(f"environment {name}") as progress:
+        while True:
+            environment = client.get("Environment", name, "default").environment
+            instances = client.listed("Instance", tenant="default", owner=name)
+            pods = client.listed("Pod", tenant="default", owner=name)
+            if environment.status.phase == "Ready" and instances:
+                progress.done(f"environment {name} is Ready")
+                return instances
+            told = [f"environment {name} {environment.status.phase or 'Pending'}"]
+            told += [f"{r.instance.metadata.name} {r.instance.status.phase}" for r in instances]
+            told += [f"pod {r.pod.metadata.name} {r.pod.status.phase or 'Pending'}" for r in pods]
+            progress.update(", ".join(told))
+            if time.monotonic() > give_up_s:
+                conditions = [
+                    Detail(f"condition {c.type}", c.status, c.message or c.reason)
+                    for c in (
+                        *environment.status.conditions,
+                        *(c for r in instances for c in r.instance.status.conditions),
+                    )
+                    if c.status != "True"
+                ]
+                raise Failure(
+                    f"environment {name} is not Ready after {timeout_s:g} s: {', '.join(told)}",
+                    code=Exit.TIMEOUT,
+                    details=conditions,
+                    remedy=f"see casemate describe env/{name}, and casemate dev status for the logs",
+                )
+            time.sleep(0.3)
+
+
+def fetch(url: str, timeout_s: float) -> str:
+    """The first answer of a web server, as text. Raises Failure when there is none in time."""
+    import urllib.error
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    give_up_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            with opener.open(url, timeout=5) as answer:
+                return str(answer.read(4096).decode("utf-8", "replace"))
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > give_up_s:
+                reason = getattr(error, "reason", error)
+                raise Failure(f"{url} does not answer: {reason}", code=Exit.TIMEOUT) from None
+            time.sleep(0.3)
