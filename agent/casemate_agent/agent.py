@@ -55,7 +55,8 @@ class Feed:
     changed: set[str] = field(default_factory=set)
     gone: set[str] = field(default_factory=set)
     report_changed: bool = False
-    #: A whole observation was made since the agent began: before that, nothing that it could say is whole.
+    #: Everything that this host has is in ``states``. While it is not, the agent does not connect: what it said would be
+    #: taken for all there is.
     whole: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -106,6 +107,7 @@ class Agent:
         settings: Settings | None = None,
         pace: Pace | None = None,
         trace: Trace = log_steps,
+        concurrency: int = 16,
     ) -> None:
         self.name = name
         self.drivers = drivers
@@ -115,7 +117,7 @@ class Agent:
         self._settings = settings or Settings()
         self._pace = pace or Pace()
         self._observer = Observer(drivers)
-        self._executor = Executor(drivers, ledger, now, self._job_done, trace)
+        self._executor = Executor(drivers, ledger, now, self._job_done, trace, concurrency)
         self._guests: dict[str, GuestView] = {}
         self._wake = asyncio.Event()
         self._events = 0
@@ -220,7 +222,7 @@ class Agent:
                 self.note(note)
             self._report_refusal(each.record.uid, each.record.refusal)
         self.feed.tell(decided.report)
-        if observed.domains is not None and not self.feed.whole:
+        if not self.feed.whole and (observed.domains is not None or self.ledger.host.complete):
             self.feed.whole = True
             self.feed.news.set()
 

@@ -249,6 +249,8 @@ def _keep(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
     if applied is None:
         d.drift.append(f"MetadataUnreadable: domain {domain.name}: its record cannot be read; it is left as it is")
     wanted = pods_revision(desired)
+    if r.adopted:
+        wanted = guest.revision  # rebuilt from a domain, which does not say which pods: the guest knows, and goes on
     if guest.connected and guest.revision != wanted:
         d.actions.append(act.ApplyPods(desired, wanted, "the guest works on another pod set"))
     if domain.phase is DomainPhase.PAUSED:
@@ -265,12 +267,12 @@ def _keep(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
         d.says(Phase.RUNNING, "ApplyingPods")
     else:
         waiting = [pod.name for pod in guest.pods if not pod.ready]
-        missing = len(desired.pods) - len(guest.pods)
+        missing = 0 if r.adopted else len(desired.pods) - len(guest.pods)
         if waiting or missing > 0:
             d.says(Phase.RUNNING, "PodsNotReady", f"waiting for {', '.join(waiting[:5]) or f'{missing} pods'}")
         else:
             d.says(Phase.READY)
-    if applied is not None and domain_digest(applied) != domain_digest(desired) and not d.reason:
+    if applied is not None and not r.adopted and domain_digest(applied) != domain_digest(desired) and not d.reason:
         d.reason, d.message = "RestartPending", "changes wait for the next stop and start"
 
 

@@ -1,0 +1,133 @@
+"""The agent's process: the one place that picks real drivers.
+
+``casemate-agent run`` is a plain foreground process. It ends cleanly on SIGTERM and SIGINT, and leaves every VM running.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+from casemate_agent.agent import Agent
+from casemate_agent.config import BadConfig, Config, load
+from casemate_agent.converge import Settings
+from casemate_agent.drivers.ports import Drivers
+from casemate_agent.files import OsFiles
+from casemate_agent.ledger import Ledger, threaded
+from casemate_agent.link import Link
+from casemate_agent.logs import set_up
+from casemate_agent.transport import GrpcTransport, checked_address
+from casemate_core.errors import CallerError, CasemateError
+
+log = logging.getLogger("casemate.agent")
+
+
+def version() -> str:
+    """Of the installed package."""
+    from importlib.metadata import version as installed
+
+    return installed("casemate")
+
+
+def simulated_drivers(config: Config, name: str) -> Drivers:
+    """A whole host in memory."""
+    from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
+    from casemate_core.topology_loaders import from_line
+
+    topology = replace(from_line(config.simulated), name=name)
+    pace = SimulatedPace(boot_s=config.boot_s)
+    return SimulatedHost(name, topology, time.time, pace).drivers()
+
+
+async def run_host(config: Config, name: str, drivers: Drivers, state_dir: Path) -> None:
+    """One host's agent and its link, until cancelled."""
+    ledger = await Ledger.load(OsFiles(state_dir / "ledger"), threaded())
+    agent = Agent(
+        name, drivers, ledger, time.time, Settings(stop_grace_s=config.stop_grace_s), concurrency=config.concurrency
+    )
+    async with asyncio.TaskGroup() as group:
+        group.create_task(agent.run(), name=f"agent-{name}")
+        if config.manager:
+            link = Link(agent, GrpcTransport(config.manager), time.time, Random(), version())
+            group.create_task(link.run(), name=f"link-{name}")
+
+
+async def run(config: Config) -> None:
+    """All hosts of this process, until SIGTERM or SIGINT."""
+    if config.manager:
+        checked_address(config.manager)
+    state_dir = Path(config.state_dir)
+    names = [config.name] if config.hosts == 1 else [f"{config.name}-{number}" for number in range(1, config.hosts + 1)]
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    hosts = []
+    for name in names:
+        if config.simulated:
+            drivers = simulated_drivers(config, name)
+        else:
+            raise BadConfig("simulated: say which host to simulate")
+        where = state_dir if config.hosts == 1 else state_dir / name
+        hosts.append(asyncio.create_task(run_host(config, name, drivers, where), name=f"host-{name}"))
+    log.info("casemate-agent %s: %s", version(), ", ".join(names[:8]) + (" …" if len(names) > 8 else ""))
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        done, _ = await asyncio.wait({stopping, *hosts}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopping}:
+            task.result()
+    finally:
+        stopping.cancel()
+        for task in hosts:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(stopping, *hosts, return_exceptions=True)
+    log.info("stopped; instances go on")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="casemate-agent", description="Runs the instances of one host.")
+    top.add_argument("--version", action="version", version=f"casemate-agent {version()}")
+    verbs = top.add_subparsers(dest="verb", required=True)
+    run_verb = verbs.add_parser("run", help="run in the foreground")
+    run_verb.add_argument("--config", default="", help="TOML file with the settings below; flags go before it")
+    run_verb.add_argument("--name", help="name of this host")
+    run_verb.add_argument("--manager", help="host:port of the manager, on loopback")
+    run_verb.add_argument("--state-dir", help="where the ledger, images and disks are (default /var/lib/casemate)")
+    run_verb.add_argument("--run-dir", help="where sockets are (default /run/casemate)")
+    run_verb.add_argument("--libvirt-uri", help="libvirt to use (default qemu:///system)")
+    run_verb.add_argument("--simulated", metavar="LINE", help='simulate hosts, such as "2s 16k/c 2t 256G"')
+    run_verb.add_argument("--hosts", type=int, help="how many simulated hosts")
+    run_verb.add_argument("--boot-s", type=float, help="seconds that a simulated guest boots")
+    run_verb.add_argument("--stop-grace-s", type=float, help="seconds for a guest to power off before it is ended")
+    run_verb.add_argument("--log-format", choices=["console", "json"])
+    run_verb.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 ended as asked, 1 error, 2 wrong settings."""
+    flags = vars(parser().parse_args(arguments))
+    flags.pop("verb")
+    try:
+        config = load(flags.pop("config"), flags)
+        set_up(config.log_format, config.log_level)
+        asyncio.run(run(config))
+    except CallerError as error:
+        print(f"casemate-agent: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except (CasemateError, ExceptionGroup) as error:
+        log.error("%s", error, exc_info=error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

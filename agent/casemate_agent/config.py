@@ -1,0 +1,70 @@
+"""What an agent is told when it starts: a TOML file, and flags that go before it.
+
+What may live here: names, defaults and checks of settings. Nothing reads settings anywhere else.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from casemate_core.errors import CallerError
+
+
+class BadConfig(CallerError):
+    """A setting has no meaning."""
+
+    reason = "BadConfig"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of an agent's process.
+
+    ``name`` is the host's; simulated hosts are numbered after it. ``manager`` is ``host:port`` on loopback; empty: the
+    agent keeps what is on its disk running, and is told nothing new.
+    """
+
+    name: str = ""
+    manager: str = ""
+    state_dir: str = "/var/lib/casemate"
+    run_dir: str = "/run/casemate"
+    libvirt_uri: str = "qemu:///system"
+    log_format: str = "console"
+    log_level: str = "info"
+    stop_grace_s: float = 60.0
+    concurrency: int = 16
+    #: One line that describes the hosts to simulate (casemate_core.topology_loaders.line); empty: this machine.
+    simulated: str = ""
+    hosts: int = 1
+    #: How long a simulated guest boots.
+    boot_s: float = 2.0
+
+
+def load(path: str, flags: Mapping[str, Any]) -> Config:
+    """Settings from a file (none where ``path`` is empty) and from flags, which win. Raises BadConfig."""
+    given: dict[str, Any] = {}
+    if path:
+        try:
+            given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadConfig(f"{path}: {error}") from error
+    given |= {name: value for name, value in flags.items() if value is not None}
+    kinds = {field.name: type(field.default) for field in fields(Config)}
+    for name, value in given.items():
+        if name not in kinds:
+            raise BadConfig(f"{name}: there is no such setting; there are {', '.join(sorted(kinds))}")
+        right = isinstance(value, kinds[name]) or (kinds[name] is float and isinstance(value, int))
+        if not right or isinstance(value, bool):
+            raise BadConfig(f"{name}: expected {kinds[name].__name__}, got {value!r}")
+    config = replace(Config(), **given)
+    if not config.name:
+        raise BadConfig("name: say which host this is (--name)")
+    if config.log_format not in ("console", "json"):
+        raise BadConfig(f"log_format: {config.log_format!r} is neither console nor json")
+    if config.hosts < 1 or (config.hosts > 1 and not config.simulated):
+        raise BadConfig("hosts: more than one host, and at least one, only with --simulated")
+    if config.stop_grace_s < 0 or config.concurrency < 1:
+        raise BadConfig("stop_grace_s and concurrency: positive numbers")
+    return config

@@ -1,0 +1,227 @@
+"""The agent's end of the stream to the manager.
+
+What may live here: dialling, reconnecting, and moving values between the stream's protocol (``casemate_wire.session``,
+PURE) and the agent. No decisions about instances.
+
+Theory of operation. One session at a time. A session raises the counter on disk, dials, says Hello with what is on disk,
+and after Welcome tells everything; from then on what the agent's feed has merged goes up whenever there is credit, and
+desired state that comes down is acknowledged when the ledger has it. Whatever goes wrong ends the session, and the next is
+dialled after a random part of the window that the manager stated: full jitter, so that a fleet that lost its manager does
+not come back at once. Channels for logs and commands are dialled when asked for, each its own task, bounded in number.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from random import Random
+
+from casemate_agent.agent import Agent
+from casemate_agent.channels import serve_channel
+from casemate_agent.transport import BrokenOff, Stream, Transport
+from casemate_core.errors import CallerError, CasemateError
+from casemate_core.topology import Topology
+from casemate_wire.session import HostEnd, Refused
+from casemate_wire.stream import (
+    Desired,
+    FromHost,
+    Hello,
+    Inventory,
+    OpenChannel,
+    Operate,
+    Outcome,
+    ToHost,
+    Welcome,
+)
+
+log = logging.getLogger("casemate.agent.link")
+
+#: Before a manager has stated one, in seconds.
+WINDOW_S = 5.0
+#: A manager that forbids coming back is asked again so rarely, in seconds: someone may have acted.
+FORBIDDEN_S = 60.0
+#: Channels open at the same time.
+MOST_CHANNELS = 64
+
+
+def inventory_digest(topology: Topology) -> str:
+    """Names what a host is made of."""
+    text = json.dumps(topology.to_dict(), sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+class Link:
+    """Keeps an agent connected. ``random`` spreads reconnects; ``version`` is the agent's."""
+
+    def __init__(
+        self, agent: Agent, transport: Transport, now: Callable[[], float], random: Random, version: str = ""
+    ) -> None:
+        self._agent = agent
+        self._transport = transport
+        self._now = now
+        self._random = random
+        self._version = version
+        self._window_s = WINDOW_S
+        self._channels: set[asyncio.Task[None]] = set()
+        self._digest = ""
+        self.connected = False
+
+    async def run(self) -> None:
+        """Until cancelled; says good-bye then."""
+        try:
+            while True:
+                retry_s = await self._one_session()
+                await asyncio.sleep(retry_s)
+        finally:
+            for task in self._channels:
+                task.cancel()
+            await asyncio.gather(*self._channels, return_exceptions=True)
+            await self._transport.close()
+
+    async def _one_session(self) -> float:
+        """One session from dial to end; seconds to wait before the next."""
+        stream: Stream[FromHost, ToHost] | None = None
+        try:
+            await self._ready()
+            end = HostEnd(await self._hello(), self._agent.feed.outbox)
+            stream = await self._transport.session()
+            refused = await self._converse(end, stream)
+        except CasemateError as error:
+            log.warning("session ended: %s", error)
+            refused = None
+        finally:
+            self.connected = False
+            if stream is not None:
+                await stream.close()
+        if refused is not None:
+            log.warning("the manager refuses this session: %s: %s", refused.reason, refused.message)
+            if refused.retry_after_s < 0:
+                return FORBIDDEN_S
+            return refused.retry_after_s + self._random.uniform(0, self._window_s)
+        return self._random.uniform(0, self._window_s)
+
+    async def _ready(self) -> None:
+        """Until the agent has something whole to tell."""
+        feed = self._agent.feed
+        while not feed.whole:
+            feed.news.clear()
+            await feed.news.wait()
+
+    async def _hello(self) -> Hello:
+        agent = self._agent
+        machine = agent.machine
+        assert machine is not None  # a whole observation has it
+        if not self._digest:
+            self._digest = inventory_digest(machine.topology)
+        session = await agent.ledger.next_session(self._now())
+        host = agent.ledger.host
+        return Hello(
+            host=agent.name,
+            boot_id=machine.boot_id,
+            epoch=host.epoch,
+            revision=host.revision if host.complete else 0,
+            inventory_digest=self._digest,
+            session=session,
+            agent_version=self._version,
+            kernel=machine.kernel,
+            virtualisation=agent.virtualisation,
+        )
+
+    async def _converse(self, end: HostEnd, stream: Stream[FromHost, ToHost]) -> Refused | None:
+        """Both directions until either ends."""
+        self._agent.resync.clear()
+        receiver = asyncio.create_task(self._receive(end, stream), name="session-receive")
+        sender = asyncio.create_task(self._send(end, stream), name="session-send")
+        try:
+            await asyncio.wait({receiver, sender}, return_when=asyncio.FIRST_COMPLETED)
+            if receiver.done():
+                return receiver.result()
+            sender.result()
+            return None
+        except asyncio.CancelledError:
+            # the agent ends: leave on purpose, so that the manager knows at once
+            sender.cancel()
+            await asyncio.gather(sender, return_exceptions=True)
+            end.bye("agent stops")
+            await asyncio.wait_for(self._flush(end, stream), 1.0)
+            raise
+        finally:
+            receiver.cancel()
+            sender.cancel()
+            await asyncio.gather(receiver, sender, return_exceptions=True)
+
+    async def _flush(self, end: HostEnd, stream: Stream[FromHost, ToHost]) -> None:
+        for message in end.take():
+            await stream.send(message)
+
+    async def _send(self, end: HostEnd, stream: Stream[FromHost, ToHost]) -> None:
+        feed = self._agent.feed
+        while True:
+            feed.news.clear()
+            states, gone, report = feed.take()
+            end.changed(states, gone, report)
+            await self._flush(end, stream)
+            if self._agent.resync.is_set():
+                end.bye("the ledger lost something; the whole state is needed")
+                await self._flush(end, stream)
+                return
+            await feed.news.wait()
+
+    async def _receive(self, end: HostEnd, stream: Stream[FromHost, ToHost]) -> Refused | None:
+        agent, feed = self._agent, self._agent.feed
+        while (message := await stream.receive()) is not None:
+            value = end.receive(message)
+            match value:
+                case Welcome():
+                    self._window_s = max(0.1, value.reconnect_window_s)
+                    self.connected = True
+                    log.info("session open, epoch %d, resumed from revision %d", value.epoch, value.since)
+                    if value.send_inventory and agent.machine is not None:
+                        end.tell_inventory(Inventory(self._digest, agent.machine.topology))
+                    feed.take()  # all of it is in what follows
+                    end.whole(feed.states.values(), feed.report)
+                case Desired():
+                    await agent.accept(value)
+                    end.persisted(value.revision)
+                    end.consumed()
+                case OpenChannel():
+                    self._open_channel(value)
+                    end.consumed()
+                case Operate():
+                    feed.note(
+                        Outcome(
+                            value.operation,
+                            value.instance,
+                            "Failed",
+                            "Unsupported",
+                            f"{value.verb} is not an operation",
+                        )
+                    )
+                    end.consumed()
+                case Refused():
+                    return value
+                case None:
+                    pass
+            feed.news.set()
+        raise BrokenOff("the manager closed the session")
+
+    def _open_channel(self, request: OpenChannel) -> None:
+        if len(self._channels) >= MOST_CHANNELS:
+            log.warning("a channel of kind %s is not opened: %d are open", request.kind, len(self._channels))
+            return
+        task = asyncio.create_task(self._channel(request), name=f"channel-{request.kind}")
+        self._channels.add(task)
+        task.add_done_callback(self._channels.discard)
+
+    async def _channel(self, request: OpenChannel) -> None:
+        try:
+            stream = await self._transport.channel()
+            try:
+                await serve_channel(request, stream, self._agent.drivers.guests)
+            finally:
+                await stream.close()
+        except CallerError as error:
+            log.info("channel of kind %s ended: %s", request.kind, error)
+        except CasemateError as error:
+            log.info("channel of kind %s broke off: %s", request.kind, error)

@@ -1,0 +1,153 @@
+"""How an agent reaches its manager: a port, and its gRPC form.
+
+What may live here: streams of values. The protocol on them is :mod:`casemate_wire.session`; who dials and when is
+:mod:`casemate_agent.link`. Only loopback addresses are dialled as long as there is no TLS.
+"""
+
+import ipaddress
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from casemate_core.errors import CallerError, Unavailable
+from casemate_wire.channel import Frame
+from casemate_wire.stream import FromHost, ToHost
+
+if TYPE_CHECKING:
+    import grpc.aio
+
+Out = TypeVar("Out", contravariant=True)
+In = TypeVar("In", covariant=True)
+
+#: Dead peers are noticed after the two together, in milliseconds.
+KEEPALIVE_MS = 10_000
+KEEPALIVE_TIMEOUT_MS = 10_000
+#: Parts of a transfer are cut to well under this (casemate_wire.session.PART_CHARACTERS).
+MAX_MESSAGE_BYTES = 4 * 2**20
+
+
+class Stream(Protocol[Out, In]):
+    """One open stream. Both methods raise BrokenOff where it broke off."""
+
+    async def send(self, message: Out) -> None:
+        """Returns when the transport has taken the message."""
+        ...
+
+    async def receive(self) -> In | None:
+        """The next message; None where the other end has closed."""
+        ...
+
+    async def close(self) -> None:
+        """End it; what was sent is delivered where the other end still reads."""
+        ...
+
+
+class Transport(Protocol):
+    """The way to one manager."""
+
+    async def session(self) -> Stream[FromHost, ToHost]: ...
+
+    async def channel(self) -> Stream[Frame, Frame]: ...
+
+    async def close(self) -> None: ...
+
+
+class BrokenOff(Unavailable):
+    """The stream ended before it was done."""
+
+    reason = "BrokenOff"
+
+
+class NotLoopback(CallerError):
+    """Without TLS nothing leaves this machine."""
+
+    reason = "NotLoopback"
+
+
+def checked_address(address: str) -> str:
+    """``host:port`` of a manager on this machine. Raises NotLoopback."""
+    host, _, port = address.rpartition(":")
+    name = host.strip("[]")
+    try:
+        local = name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        local = False
+    if not local or not port.isdigit():
+        raise NotLoopback(f"manager {address!r}: only a loopback address and port is dialled, such as 127.0.0.1:7443")
+    return address
+
+
+class GrpcTransport:
+    """Dials a manager by gRPC, plain text, loopback only."""
+
+    def __init__(self, address: str) -> None:
+        import grpc.aio  # takes 200 ms: only for who dials
+
+        self._channel = grpc.aio.insecure_channel(
+            checked_address(address),
+            options=[
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                # we make our own jitter between sessions; gRPC's back-off must not add to it
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 500),
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+
+    async def session(self) -> Stream[FromHost, ToHost]:
+        from casemate_wire.codec.hosts import from_host_to_wire, to_host_from_wire
+        from casemate_wire.v1.hosts_pb2_grpc import HostLinkStub
+
+        call = HostLinkStub(self._channel).Session()
+        return _GrpcStream(call, from_host_to_wire, to_host_from_wire)
+
+    async def channel(self) -> Stream[Frame, Frame]:
+        from casemate_wire.codec.channels import frame_from_wire, frame_to_wire
+        from casemate_wire.v1.hosts_pb2_grpc import HostLinkStub
+
+        call = HostLinkStub(self._channel).Channel()
+        return _GrpcStream(call, frame_to_wire, frame_from_wire)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class _GrpcStream:
+    """A bidirectional call of grpc.aio as a Stream."""
+
+    def __init__(self, call, encode, decode) -> None:  # type: ignore[no-untyped-def]
+        self._call: grpc.aio.StreamStreamCall = call
+        self._encode = encode
+        self._decode = decode
+
+    async def send(self, message: object) -> None:
+        import grpc.aio
+
+        try:
+            await self._call.write(self._encode(message))
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            raise BrokenOff(f"stream to the manager broke off: {await self._why(error)}") from error
+
+    async def receive(self):  # type: ignore[no-untyped-def]
+        import grpc.aio
+
+        try:
+            message = await self._call.read()
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            raise BrokenOff(f"stream to the manager broke off: {await self._why(error)}") from error
+        return None if message is grpc.aio.EOF else self._decode(message)
+
+    async def _why(self, error: Exception) -> str:
+        details = getattr(error, "details", None)
+        code = getattr(error, "code", None)
+        return f"{code().name}: {details()}" if callable(details) and callable(code) else str(error)
+
+    async def close(self) -> None:
+        self._call.cancel()
+
+
+async def frames(stream: Stream[Frame, Frame]) -> AsyncIterator[Frame]:
+    """What arrives on a channel, to its end."""
+    while (frame := await stream.receive()) is not None:
+        yield frame

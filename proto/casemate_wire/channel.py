@@ -1,0 +1,77 @@
+"""PURE. What goes over a side stream of a host: logs and commands, as values.
+
+An agent dials a channel when the manager asks for one (``OpenChannel``), says its ticket, and from then on frames go both
+ways until one side ends the stream. A channel of kind ``logs`` sends ``LogLine`` frames and ends; one of kind ``exec``
+takes ``Stdin``, ``Eof``, ``Resize`` and ``Signal`` and sends ``Output`` frames, then ``ExitCode``. Either may end with
+``Failed``. How much is in flight is bounded by the transport (HTTP/2 flow control): a frame is written when there is room.
+
+Parameters of ``OpenChannel``: for ``logs`` ``pod``, ``container`` (may be empty), ``follow``, ``tail`` (lines; 0: all that
+are kept), ``since_s``; for ``exec`` ``argv``, ``pod`` (empty: the guest itself), ``container``, ``tty``, ``rows``,
+``columns``, ``environment``.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """First frame of the agent: which request this channel answers."""
+
+    ticket: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of a container's log. ``lost`` lines are missing before it."""
+
+    time_s: float
+    pod: str
+    container: str
+    sequence: int
+    text: str
+    stream: str = "stdout"
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stdin:
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Eof:
+    """No more standard input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a command wrote; ``stream`` is ``stdout`` or ``stderr``."""
+
+    stream: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExitCode:
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The channel ends because of this."""
+
+    message: str
+
+
+Frame = Ticket | LogLine | Stdin | Eof | Output | Resize | Signal | ExitCode | Failed
