@@ -90,6 +90,8 @@ def from_rpc(error: "grpc.RpcError", manager: str, doing: str = "") -> Failure:
     """What a failed call means. `manager` is the address that was asked, `doing` the verb and its object."""
     from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 
+    from casemate_wire.v1 import operators_pb2
+
     code_name = error.code().name
     message = error.details() or ""
     packed_details = _status_details(error)
@@ -98,12 +100,17 @@ def from_rpc(error: "grpc.RpcError", manager: str, doing: str = "") -> Failure:
     code, meaning = _CODES.get(code_name, (Exit.ERROR, f"the manager failed ({code_name})"))
     remedy = _REMEDIES.get(code_name, "")
     details: list[Detail] = []
+    sentences: list[Detail] = []
     reason = ""
     for packed in packed_details or ():
-        if packed.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+        if packed.Is(operators_pb2.Refusal.DESCRIPTOR):
+            refusal = operators_pb2.Refusal()
+            packed.Unpack(refusal)
+            details += [Detail(p.path, p.value, p.problem, p.remedy) for p in refusal.problems]
+        elif packed.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             bad = error_details_pb2.BadRequest()
             packed.Unpack(bad)
-            details += [_field_detail(v) for v in bad.field_violations]
+            sentences += [Detail(v.field, "", v.description) for v in bad.field_violations]
         elif packed.Is(error_details_pb2.PreconditionFailure.DESCRIPTOR):
             unmet = error_details_pb2.PreconditionFailure()
             packed.Unpack(unmet)
@@ -119,8 +126,9 @@ def from_rpc(error: "grpc.RpcError", manager: str, doing: str = "") -> Failure:
             help_ = error_details_pb2.Help()
             packed.Unpack(help_)
             remedy = "; ".join(link.description for link in help_.links) or remedy
-    what = message or meaning
-    return Failure(f"{doing}: {what}" if doing else what, code=code, details=details, remedy=remedy, reason=reason)
+    what = f"{doing}: {message or meaning}" if doing else message or meaning
+    # A manager sends what is wrong twice: in parts, and as the sentences of google.rpc for other clients.
+    return Failure(what, code=code, details=details or sentences, remedy=remedy, reason=reason)
 
 
 def _status_details(error: "grpc.RpcError") -> "list[Any] | None":
@@ -136,13 +144,6 @@ def _status_details(error: "grpc.RpcError") -> "list[Any] | None":
             except DecodeError:
                 return []
     return None
-
-
-def _field_detail(violation: object) -> Detail:
-    """A field violation; value and remedy come in the localised message's two lines where the manager sent them."""
-    field: str = getattr(violation, "field", "")
-    description: str = getattr(violation, "description", "")
-    return Detail(field, "", description)
 
 
 def unreachable(manager: str, why: str = "") -> Failure:

@@ -8,6 +8,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from casemate_cli.failure import Detail, Exit, Failure, from_rpc, lines
+from casemate_wire.v1 import operators_pb2
 
 
 class Refused(grpc.RpcError):
@@ -68,6 +69,23 @@ def test_field_violations_are_told_one_by_one() -> None:
     failure = from_rpc(Refused(grpc.StatusCode.INVALID_ARGUMENT, "environment/a is refused", bad), "h:1")
     assert failure.what == "environment/a is refused"
     assert [d.field for d in failure.details] == ["spec.cpu.count", "spec.image"]
+
+
+def test_the_parts_of_a_refusal_win_over_its_sentences() -> None:
+    bad = error_details_pb2.BadRequest(
+        field_violations=[error_details_pb2.BadRequest.FieldViolation(field="spec.a", description="spec.a: is odd")]
+    )
+    parts = operators_pb2.Refusal(
+        problems=[operators_pb2.FieldProblem(path="spec.a", value="1", problem="is odd", remedy="write 2")]
+    )
+    failure = from_rpc(Refused(grpc.StatusCode.INVALID_ARGUMENT, "environment/a is refused", bad, parts), "h:1")
+    assert failure.details == (Detail("spec.a", "1", "is odd", "write 2"),)
+
+
+def test_a_part_that_a_manager_misses_is_not_a_missing_manager() -> None:
+    info = error_details_pb2.ErrorInfo(reason="Unavailable", domain="casemate")
+    failure = from_rpc(Refused(grpc.StatusCode.UNAVAILABLE, "host h1 does not answer", info), "h:1")
+    assert failure.what == "host h1 does not answer"
 
 
 def test_a_broken_detail_does_not_hide_the_error() -> None:

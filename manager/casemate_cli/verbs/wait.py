@@ -94,8 +94,8 @@ def parse_goal(text: str) -> Goal:
     if word == "phase" and rest:
         return Phase(tuple(rest.split(",")))
     if word == "jsonpath" and rest:
-        path, _, wanted = rest.partition("}=") if "}=" in rest else (rest.rstrip("}"), "", None)
-        return Path(jsonpath.parse(path + "}" if "{" in path else path), wanted, text)
+        path, brace, wanted = rest.partition("}=")
+        return Path(jsonpath.parse(path + "}" if brace else rest), wanted if brace else None, text)
     if word == "ready" and not rest:
         return Phase(("Ready",))
     raise Failure(
