@@ -254,17 +254,20 @@ class IsolatedShort:
 
 @dataclass(frozen=True, slots=True)
 class HousekeepingMissing:
-    """No housekeeping thread in the cell for the emulator of a real-time instance."""
+    """No thread for the emulator: none of the cell's is for housekeeping, beside real-time vCPUs; or (``cell`` None) the
+    host has neither housekeeping threads nor a thread left in its pools."""
 
-    cell: int
+    cell: int | None = None
 
     @property
     def sentence(self) -> str:
+        if self.cell is None:
+            return "no housekeeping thread, and none in the pools, for the emulator to run on"
         return f"no housekeeping thread on cell {self.cell} for the emulator beside real-time vCPUs"
 
     @property
     def remedies(self) -> tuple[Remedy, ...]:
-        return (RelaxRealtime(),)
+        return (OtherHost(),) if self.cell is None else (RelaxRealtime(), RelaxEmulator())
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,8 @@ def choose_cpu(
 
 def layouts(view: View, request: Request, need: Need) -> Iterator[Layout]:
     """Every layout that the request's policy on cells allows; none when nothing fits."""
+    if view.floor and not view.pool_left:
+        return
     policy = CellPolicy.ONE if must_be_one_cell(request) else request.memory.cells
     if policy is CellPolicy.SPREAD:
         spread = _spread(view, request, need)

@@ -78,7 +78,7 @@ def plan(classes: tuple[CoreClass, ...], free: int, count: int, mode: Mode, widt
         return _plan_prefer(classes, free, count)
     if mode is Mode.ISOLATE:
         return _plan_isolate(classes, free, count)
-    return _plan_whole(classes, free, count, width if mode is Mode.REQUIRE else 1)
+    return _plan_whole(classes, free, count, max(width, 2) if mode is Mode.REQUIRE else 1)
 
 
 def capacity(classes: tuple[CoreClass, ...], free: int, mode: Mode, width: int, limit: int) -> int:
@@ -88,7 +88,7 @@ def capacity(classes: tuple[CoreClass, ...], free: int, mode: Mode, width: int, 
     if not mode.takes_whole_cores:
         return min(free.bit_count(), limit)
     found = 0
-    least = width if mode is Mode.REQUIRE else 1
+    least = max(width, 2) if mode is Mode.REQUIRE else 1
     # ISOLATE carries one vCPU a core, so narrow cores go furthest within the limit; the others carry one a thread
     for shape in reversed(classes) if mode is Mode.ISOLATE else classes:
         if shape.width < least:

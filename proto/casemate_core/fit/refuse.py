@@ -71,6 +71,8 @@ def refuse(view: View, request: Request, need: Need) -> tuple[Reason, ...]:
 
 def _absent(view: View, request: Request, need: Need) -> list[Reason]:
     found: list[Reason] = []
+    if view.floor and not view.pool_left:
+        found.append(HousekeepingMissing())
     if need.pages and need.page_kib not in view.index.page_sizes:
         found.append(NoPagePool(need.page_kib, tuple(sorted(view.index.page_sizes))))
     if need.dedicated and need.mode is Mode.REQUIRE and view.index.smt_width < 2:
