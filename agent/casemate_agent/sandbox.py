@@ -16,8 +16,8 @@ nothing else. The namespace's mounts vanish with its last process; DIR is remove
 
 Needs root and the packages libvirt-daemon, libvirt-daemon-driver-qemu and qemu-system-x86; systemd is neither needed nor
 asked. libvirtd looks up the user ``libvirt-qemu`` at its start, whatever its configuration says; where the machine has
-none (Debian's libvirt-daemon-system makes it, and pulls in systemd), the sandbox sees a passwd file of its own with it. The first connection probes QEMU for seconds; the result is kept in ``--cache`` for
-all sandboxes of the machine.
+none (Debian's libvirt-daemon-system makes it, and pulls in systemd), the sandbox sees a passwd file of its own with it.
+The first connection probes QEMU for seconds; the result is kept in ``--cache`` for all sandboxes of the machine.
 """
 
 import argparse
@@ -128,7 +128,12 @@ class Sandbox:
     @property
     def scope(self) -> str:
         """Scope of the names of bridges, taps and tables (see ``casemate_agent.domain.names``)."""
-        return hashlib.sha256(self.directory.encode()).hexdigest()[:8]
+        return scope_of(Path(self.directory))
+
+
+def scope_of(directory: Path) -> str:
+    """The scope of a sandbox's names follows from its folder alone, so that they are found again whatever was lost."""
+    return hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:8]
 
 
 def check_machine() -> None:
@@ -418,6 +423,10 @@ def main(argv: list[str] | None = None) -> int:
             sandbox: Sandbox | None = up(options.dir, options.hostname, options.host_uuid, options.cache)
         elif options.verb == "down":
             down(options.dir, keep=options.keep)
+            # Bridges and firewall tables are the agent's, which may have been killed before it could take them away.
+            from casemate_agent.drivers.network import remove_scope
+
+            remove_scope(scope_of(options.dir))
             return 0
         else:
             sandbox = status(options.dir)
