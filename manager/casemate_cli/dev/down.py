@@ -1,9 +1,7 @@
 """The end of a private fleet: instances, processes, files, in this order, and a look whether anything is left."""
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,7 +23,6 @@ GRACE_S = 15.0
 
 def down(folder: Folder, fleet: Fleet | None) -> None:
     """End everything of this fleet. What is not there needs no end; so it may be run after anything."""
-    scope = _scope(folder)
     if fleet is not None and all(processes.running(folder, n) for n in (steps.MANAGER, steps.AGENT)):
         _delete_environments(fleet)
     for name in (steps.AGENT, steps.MANAGER):
@@ -38,27 +35,11 @@ def down(folder: Folder, fleet: Fleet | None) -> None:
         processes.end(stray, GRACE_S)
         term.say(f"ended process {stray.pid}, which belonged to this fleet")
     if folder.libvirt.exists():
-        with Progress("ending the private libvirtd and its VMs") as progress:
+        with Progress("ending the private libvirtd, its VMs and networks") as progress:
             argv = [sys.executable, "-m", "casemate_agent.sandbox", "down", "--dir", str(folder.libvirt)]
             steps.run_program(folder, "libvirt", argv, progress)
-            progress.done("private libvirtd ended")
-    if scope:
-        _remove_network(scope)
+            progress.done("private libvirtd, its VMs and networks ended")
     _remove_folder(folder.root)
-
-
-def _scope(folder: Folder) -> str:
-    """Scope of the names that the agent gave on this machine (bridges, tables), as the private libvirtd recorded it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "casemate_agent.sandbox", "status", "--dir", str(folder.libvirt)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        return str(json.loads(done.stdout.splitlines()[-1])["scope"])
-    except (ValueError, KeyError, IndexError):
-        return ""
 
 
 def _delete_environments(fleet: Fleet) -> None:
@@ -91,24 +72,6 @@ def _delete_environments(fleet: Fleet) -> None:
 def _left(client: "Client") -> list[str]:
     instances: list[Any] = client.listed("Instance", tenant="")
     return [r.instance.metadata.name for r in instances]
-
-
-def _remove_network(scope: str) -> None:
-    """Have the agent's package remove bridges, taps and firewall tables of that scope, where an agent that was killed
-    left some."""
-    done = subprocess.run(
-        [sys.executable, "-m", "casemate_agent.drivers.network", "clean", "--scope", scope],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    for line in done.stderr.splitlines():
-        term.say(line)
-    if done.returncode:
-        raise Failure(
-            "networks of this fleet could not be removed",
-            remedy="try again: casemate dev down; see ip link, nft list tables",
-        )
 
 
 def _remove_folder(root: Path) -> None:

@@ -53,6 +53,11 @@ class Folder:
         return self.root / "agent"
 
     @property
+    def run(self) -> Path:
+        """Sockets of the agent."""
+        return self.root / "run"
+
+    @property
     def libvirt(self) -> Path:
         """The private libvirtd. A short name: its sockets' paths are bounded."""
         return self.root / "virt"

@@ -118,7 +118,7 @@ def manager(folder: Folder, fleet: Fleet) -> None:
 def agent(folder: Folder, fleet: Fleet, extra: Sequence[str], hosts: int, client: "Client") -> None:
     """The agent (or the process with all simulated hosts), until the manager sees its hosts Ready."""
     argv = [sys.executable, "-m", "casemate_agent", "run", "--manager", fleet.manager]
-    argv += ["--state-dir", str(folder.agent), *extra]
+    argv += ["--state-dir", str(folder.agent), "--run-dir", str(folder.run), *extra]
     what = "agent" if not fleet.simulated else f"{fleet.simulated} simulated hosts"
     with Progress(what) as progress:
         _adopt_or_start(folder, AGENT, argv)

@@ -137,8 +137,7 @@ def _up_simulated(folder: "Folder", fleet: "Fleet", timeout_s: float, example: b
 
     steps.manager(folder, fleet)
     with steps.connect(fleet) as client:
-        extra = ["--hosts", str(fleet.simulated)]
-        extra += ["--simulated", fleet.shape or steps.SHAPE]
+        extra = ["--name", "sim", "--hosts", str(fleet.simulated), "--simulated", fleet.shape or steps.SHAPE]
         steps.agent(folder, fleet, extra, fleet.simulated, client)
         steps.apply(client, steps.network_manifest(fleet.subnet), "network default")
         steps.apply(client, steps.simulated_images(), "simulated images")
