@@ -88,7 +88,7 @@ _UNSCHEDULABLE = frozenset({"Unschedulable", "NoFit", "NOTHING_FITS"})
 
 def from_rpc(error: "grpc.RpcError", manager: str, doing: str = "") -> Failure:
     """What a failed call means. `manager` is the address that was asked, `doing` the verb and its object."""
-    from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+    from google.rpc import error_details_pb2  # type: ignore[import-untyped, unused-ignore]
 
     from casemate_wire.v1 import operators_pb2
 
@@ -134,7 +134,7 @@ def from_rpc(error: "grpc.RpcError", manager: str, doing: str = "") -> Failure:
 def _status_details(error: "grpc.RpcError") -> "list[Any] | None":
     """The packed `google.rpc` details; None where the transport failed and no server wrote any."""
     from google.protobuf.message import DecodeError
-    from google.rpc import status_pb2
+    from google.rpc import status_pb2  # type: ignore[import-untyped, unused-ignore]
 
     trailing: Any = error.trailing_metadata() or ()
     for key, value in trailing:
