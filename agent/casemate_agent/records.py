@@ -11,9 +11,10 @@ is an :class:`InstanceRecord`. It is on disk, fsynced, before the act that it an
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, StoredFiles
@@ -24,6 +25,9 @@ from casemate_core.spec.instance import DesiredInstance, HostNetwork, PodState
 
 HOST = ""
 """Stands for the host itself where instances are named by uid."""
+
+MOST_NAMES = 2048
+"""Names remembered at the same time; more than the instances that a host can have."""
 
 RECORD_VERSION = 1
 """Version of the ledger's files. A reader takes this version and older ones; a newer one is left alone and reported."""
@@ -169,6 +173,26 @@ class Note:
     pod: str = ""
 
 
+def _remembered(make: Callable[[DesiredInstance], str]) -> Callable[[DesiredInstance], str]:
+    """Make the name of a record once for each object: a round asks for the names of all instances. Records are values that
+    nobody changes; they are told apart by identity because a dictionary within them has no hash."""
+    names: OrderedDict[int, tuple[DesiredInstance, str]] = OrderedDict()
+
+    @wraps(make)
+    def name_of(desired: DesiredInstance) -> str:
+        known = names.get(id(desired))
+        if known is not None and known[0] is desired:
+            return known[1]
+        name = make(desired)
+        names[id(desired)] = (desired, name)
+        while len(names) > MOST_NAMES:
+            names.popitem(last=False)
+        return name
+
+    return name_of
+
+
+@_remembered
 def pods_revision(desired: DesiredInstance) -> str:
     """Names the pod set of an instance: equal sets have equal names, across restarts and releases."""
     body: dict[str, Any] = {
@@ -180,6 +204,7 @@ def pods_revision(desired: DesiredInstance) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@_remembered
 def domain_digest(desired: DesiredInstance) -> str:
     """Names everything of an instance that its domain and its files are made from: two records with equal digests need
     no restart between them. Pods and peers are live, run is a level of its own, and stamps alone change nothing."""

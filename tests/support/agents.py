@@ -83,6 +83,10 @@ def instance(number: int, **changes: Any) -> DesiredInstance:
     return replace(base, **changes)
 
 
+class Killed(BaseException):
+    """SIGKILL, at a step of execution."""
+
+
 @dataclass
 class Rig:
     """A simulated host, its disk, an agent that can be killed and started again, and what the manager wants.
@@ -94,7 +98,7 @@ class Rig:
     loop: VirtualLoop
     topology: Topology = field(default_factory=lambda: from_line(HOST_LINE))
     pace: SimulatedPace = field(default_factory=SimulatedPace)
-    trace: Callable[[Step], None] = lambda step: None
+    trace: Callable[[Step], None] | None = None
 
     def __post_init__(self) -> None:
         self.host = SimulatedHost("box", self.topology, self.loop.wall, self.pace)
@@ -106,6 +110,17 @@ class Rig:
         self.connected = True
         self.deaths = 0
         self._task: asyncio.Task[None] | None = None
+        self.steps = 0
+        #: Kill the agent when it has made so many steps in all.
+        self.kill_at = 0
+
+    def _step(self, step: Step) -> None:
+        self.steps += 1
+        if self.trace is not None:
+            self.trace(step)
+        if self.steps == self.kill_at:
+            self.host.sever()
+            raise Killed
 
     # --- the manager ---
 
@@ -140,7 +155,7 @@ class Rig:
         assert self.agent is None
         self.revision = max(self.revision, 1)
         ledger = await Ledger.load(self.disk, inline)
-        self.agent = Agent("box", self.host.drivers(), ledger, self.loop.wall, SETTINGS, Pace(), self.trace)
+        self.agent = Agent("box", self.host.drivers(), ledger, self.loop.wall, SETTINGS, Pace(), self._step)
         self._task = asyncio.ensure_future(self.agent.run())
         await self.sync()
 
@@ -155,8 +170,13 @@ class Rig:
 
     @property
     def dead(self) -> bool:
-        """The agent's task has ended by itself."""
-        return self._task is not None and self._task.done()
+        """The agent was killed at a step."""
+        if self._task is None or not self._task.done():
+            return False
+        error = self._task.exception()
+        if not isinstance(error, BaseExceptionGroup) or error.split(Killed)[1] is not None:
+            raise AssertionError("the agent ended by itself") from error
+        return True
 
     # --- looking ---
 
@@ -200,7 +220,7 @@ class Rig:
         """Wait until the host is what is wanted. Raises AssertionError with what is not."""
         end = self.loop.time() + within_s
         while not self.settled():
-            assert not self.dead, f"the agent ended: {self._task}"
+            assert not self.dead, "the agent was killed while it was waited for"
             if self.loop.time() >= end:
                 states = {name: (s.phase.value, s.reason, s.message) for name, s in self.states().items()}
                 raise AssertionError(f"not settled: {states}; active {self.active()}; leaks {self.leaks()}")
