@@ -103,7 +103,7 @@ def _decode(kind: Any, data: Any, lax: bool, path: str) -> Any:
             raise BadPlain(path, f"{data!r} is none of {', '.join(str(e.value) for e in kind)}") from None
     if hasattr(kind, "from_dict"):
         return kind.from_dict(data)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, lax, path)
     if kind is float:
         return float(_check(data, isinstance(data, int | float) and not isinstance(data, bool), "a number", path))
@@ -126,7 +126,7 @@ def _decode_union(kinds: tuple[Any, ...], data: Any, lax: bool, path: str) -> An
     rest = [k for k in kinds if k is not type(None)]
     if len(rest) == 1:
         return _decode(rest[0], data, lax, path)
-    named = {k.__name__: k for k in rest if dataclasses.is_dataclass(k)}
+    named = {k.__name__: k for k in rest if isinstance(k, type) and dataclasses.is_dataclass(k)}
     if isinstance(data, dict) and data.get("type") in named:
         return _decode(named[data["type"]], {k: v for k, v in data.items() if k != "type"}, lax, path)
     for k in rest:
