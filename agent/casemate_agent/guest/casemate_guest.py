@@ -707,7 +707,8 @@ class LogStream(Stream):
         return True
 
     def _gap(self, to: int) -> bool:
-        self.helper.tell({"t": "gap", "s": self.number, "from": self.position, "to": to})
+        lines = sum(lines for end, lines in self.container.trimmed if end > self.position)
+        self.helper.tell({"t": "gap", "s": self.number, "from": self.position, "to": to, "lines": lines})
         self.position = to
         return True
 
@@ -747,21 +748,28 @@ def tail_position(path: str, lines: int) -> int:
     return begin + at
 
 
-def trim_log(path: str) -> int:
-    """Give all but the last `LOG_KEEP` bytes of a large log back to the disk; positions stay. Returns bytes freed."""
+def trim_log(path: str) -> tuple[int, int]:
+    """Give all but the last `LOG_KEEP` bytes of a large log back to the disk; positions stay.
+
+    Returns the position up to which it is gone, and how many lines went with this call; zeros when nothing did.
+    """
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             state = os.fstat(fd)
             if state.st_blocks * 512 <= 2 * LOG_KEEP:
-                return 0
-            end = (state.st_size - LOG_KEEP) // 4096 * 4096
+                return 0, 0
+            begin, end = os.lseek(fd, 0, os.SEEK_DATA), (state.st_size - LOG_KEEP) // 4096 * 4096
+            lines, at = 0, begin
+            while at < end:
+                block = os.pread(fd, min(1 << 20, end - at), at)
+                lines, at = lines + block.count(b"\n"), at + len(block)
             if LIBC.fallocate(fd, PUNCH_HOLE_KEEP_SIZE, 0, end) == 0:
-                return end
+                return end, lines + 1  # the line that the end of the hole cuts is lost too
             log(f"cannot trim {path}: {os.strerror(ctypes.get_errno())}")
         finally:
             os.close(fd)
-    return 0
+    return 0, 0
 
 
 class ExecStream(Stream):
@@ -1057,6 +1065,7 @@ class Paths:
         self.cloud = f"{root}/run/cloud-init"
         self.hosts = f"{root}/etc/hosts"
         self.resolv = f"{root}/etc/resolv.conf"
+        self.hostname = f"{root}/proc/sys/kernel/hostname"
         self.sys = f"{root}/sys"
         self.dev = f"{root}/dev"
 
@@ -1079,12 +1088,25 @@ class Container:
         self.finished = 0.0
         self.restart_at = 0.0  # monotonic; 0: not to be restarted
         self.starts: list[int] = []  # positions in the log at which the container was started, the last few
+        self.trimmed: list[tuple[int, int]] = []  # (position up to which the log is gone, lines that went with it)
 
     def over(self) -> bool:
         """Whether it has ended and is not started again: its log is complete."""
         return self.state == "terminated" and not self.restart_at
 
-    SAVED = ("id", "image", "log_path", "state", "reason", "restarts", "exit_code", "started", "finished", "starts")
+    SAVED = (
+        "id",
+        "image",
+        "log_path",
+        "state",
+        "reason",
+        "restarts",
+        "exit_code",
+        "started",
+        "finished",
+        "starts",
+        "trimmed",
+    )
 
     def report(self) -> Message:
         """What the host is told."""
@@ -1300,7 +1322,7 @@ class Pods:
     async def _fingerprint(self, device: str) -> str:
         """Length and checksum of a disk: enough to know again what was loaded before. Raises OSError."""
         check, length = 0, 0
-        with open(device, "rb", buffering=0) as file:
+        with open(device, "rb", buffering=0) as file:  # noqa: ASYNC230 (this loop has no other way)
             while block := file.read(1 << 20):
                 check, length = crc32(block, check), length + len(block)
                 await self.loop.sleep(0.0)  # others have their turn
@@ -1515,7 +1537,10 @@ class Pods:
 
     def _guard_log(self, container: Container) -> None:
         def changed(_: str) -> None:
-            trim_log(container.log_path)
+            end, lines = trim_log(container.log_path)
+            if end:
+                container.trimmed = [*container.trimmed, (end, lines)][-64:]
+                self.save()
             if container.id in self._by_id:
                 self.loop.after(LOG_TRIM_EVERY_S, watch)
 
@@ -1563,8 +1588,7 @@ class Pods:
 
     async def _probe_once(self, pod: Pod, container: Container, probe: Message, timeout_s: float) -> bool:
         if "exec" in probe:
-            words = [self.paths.crun, "exec", container.id, *map(str, probe["exec"].get("command", ()))]
-            return (await run(self.loop, words, timeout_s=timeout_s, keep=0)).code == 0
+            return await self._probe_command(container, probe["exec"].get("command", ()), timeout_s)
         where = probe.get("httpGet") or probe.get("tcpSocket") or {}
         address = (str(where.get("host") or pod.address), int(where.get("port", 80)))
         with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_INET, socket.SOCK_STREAM) as peer:
@@ -1594,6 +1618,23 @@ class Pods:
                 answer += data
             return _good_status(answer)
         return False
+
+    async def _probe_command(self, container: Container, argv: list[str], timeout_s: float) -> bool:
+        folder = f"{self.paths.run}/probe-{container.id[:12]}"
+        try:
+            process = self.process_of(container.id)
+            process.update(args=list(argv), terminal=False)
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            write_text(f"{folder}/process.json", json.dumps(process))
+        except (OSError, LookupError):
+            return False
+        words = [self.paths.crun, "exec", "--process", f"{folder}/process.json", "--pid-file", f"{folder}/pid"]
+        ended = await run(self.loop, [*words, container.id], timeout_s=timeout_s, keep=0)
+        if ended.code == 137:  # what ran too long is in the container still, where crun put it
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(read_text(f"{folder}/pid")), signal.SIGKILL)
+        _remove_folder(folder)
+        return ended.code == 0
 
     async def _https(self, peer: socket.socket, request: bytes, deadline: float) -> bool:
         """A request over TLS; like the kubelet's, it does not check the certificate of the pod in its own guest."""
@@ -1738,12 +1779,10 @@ class System:
 
     async def _network(self) -> None:
         text, done = read_text(f"{self.paths.seed}/network-config"), f"{self.paths.run}/network-done"
-        meta = read_text(f"{self.paths.seed}/meta-data")
-        for line in meta.splitlines():
-            key, _, value = line.partition(":")
-            name = value.strip().strip("\"'")
-            if key.strip() == "local-hostname" and name and not os.path.exists(done):
-                write_text("/proc/sys/kernel/hostname", name)
+        with contextlib.suppress(ValueError, AttributeError):
+            name = json.loads(read_text(f"{self.paths.seed}/meta-data")).get("local-hostname")
+            if name and not os.path.exists(done):
+                write_text(self.paths.hostname, str(name))
         if text and not os.path.exists(done):
             try:
                 lines, servers, search = network_commands(text)

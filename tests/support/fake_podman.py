@@ -1,0 +1,219 @@
+"""The far end of the guest helper in tests: podman and crun, as far as the helper uses them, on ordinary processes.
+
+Run as ``fake_podman.py ROOT podman|crun ARGUMENTS``. A container is a process of this machine with a monitor beside it
+that does what conmon does: it writes the log in conmon's format, and the exit status into ``ROOT/run/libpod/exits``.
+State lies in ``ROOT/fake``: ``containers/<id>/`` with ``facts.json``, ``config.json``, ``ctr.log`` and ``pid``, and
+``calls``, one line for each call.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+Facts = dict[str, Any]
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+
+
+def folders(root: Path) -> list[Path]:
+    base = root / "fake/containers"
+    return sorted(base.iterdir()) if base.exists() else []
+
+
+def facts_of(folder: Path) -> Facts:
+    facts: Facts = json.loads((folder / "facts.json").read_text())
+    pid = int((folder / "pid").read_text()) if (folder / "pid").exists() else 0
+    running = pid > 0 and Path(f"/proc/{pid}").exists()
+    code = (folder / "code").read_text() if (folder / "code").exists() else "0"
+    facts["State"] = {"Running": running, "ExitCode": int(code), "Pid": pid if running else 0}
+    return facts
+
+
+def write_whole(path: Path, text: str) -> None:
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
+def start(root: Path, folder: Path) -> None:
+    """Run the container's command under a monitor that outlives us."""
+    process = json.loads((folder / "config.json").read_text())["process"]
+    (folder / "code").unlink(missing_ok=True)
+    (folder / "pid").unlink(missing_ok=True)
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            with contextlib.suppress(BaseException):
+                monitor(root, folder, process)
+        os._exit(0)
+    os.wait()
+    while not (folder / "pid").exists():
+        time.sleep(0.005)
+
+
+def monitor(root: Path, folder: Path, process: Facts) -> None:
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    pipes = [os.pipe(), os.pipe()]
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.dup2(pipes[0][1], 1)
+        os.dup2(pipes[1][1], 2)
+        os.closerange(3, 64)
+        os.execvpe(process["args"][0], process["args"], dict(e.split("=", 1) for e in process["env"]))
+    write_whole(folder / "pid", str(child))
+    for _, write in pipes:
+        os.close(write)
+    names = {pipes[0][0]: "stdout", pipes[1][0]: "stderr"}
+    rest: dict[int, bytes] = dict.fromkeys(names, b"")
+    with (folder / "ctr.log").open("ab", buffering=0) as log:
+        while names:
+            for fd in select.select(list(names), [], [])[0]:
+                data = os.read(fd, 65536)
+                *lines, rest[fd] = (rest[fd] + data).split(b"\n")
+                stamp = datetime.now(UTC).isoformat(timespec="microseconds").encode()
+                for line in lines:
+                    log.write(b"%s %s F %s\n" % (stamp, names[fd].encode(), line))
+                if not data:
+                    if rest[fd]:
+                        log.write(b"%s %s P %s\n" % (stamp, names[fd].encode(), rest[fd]))
+                        log.write(b"%s %s F \n" % (stamp, names[fd].encode()))
+                    del names[fd]
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = code if code >= 0 else 128 - code
+    (folder / "code").write_text(str(code))
+    exits = root / "run/libpod/exits"
+    exits.mkdir(parents=True, exist_ok=True)
+    temporary = exits / f".{folder.name}"
+    temporary.write_text(str(code))
+    temporary.rename(exits / folder.name)
+
+
+def kube_play(root: Path) -> int:
+    manifest = json.load(sys.stdin)
+    name = manifest["metadata"]["name"]
+    if any(facts_of(folder)["Pod"] == name for folder in folders(root)):
+        sys.stderr.write(f"Error: pod {name} exists\n")
+        return 125
+    for container in manifest["spec"]["containers"]:
+        if "missing" in container["image"]:
+            sys.stderr.write(f"Error: {container['image']}: image not known\n")
+            return 125
+        if "Probe" in json.dumps(container) or manifest["spec"]["restartPolicy"] != "Never":
+            sys.stderr.write("Error: the helper must keep probes and restarts to itself\n")
+            return 125
+    say(f"Pod:\n{hashlib.sha256(name.encode()).hexdigest()}\nContainers:")
+    for container in manifest["spec"]["containers"]:
+        number = hashlib.sha256(f"{name}/{container['name']}/{time.time_ns()}".encode()).hexdigest()
+        folder = root / "fake/containers" / number
+        folder.mkdir(parents=True)
+        env = [f"PATH={os.environ['PATH']}", *(f"{e['name']}={e['value']}" for e in container.get("env", ()))]
+        args = [*container.get("command", ()), *container.get("args", ())]
+        (folder / "config.json").write_text(json.dumps({"process": {"args": args, "env": env, "cwd": "/"}}))
+        (folder / "ctr.log").touch()
+        facts = {"Id": number, "Name": f"{name}-{container['name']}", "Pod": name}
+        facts["HostConfig"] = {"LogConfig": {"Path": str(folder / "ctr.log")}}
+        write_whole(folder / "facts.json", json.dumps(facts))
+        start(root, folder)
+        say(number)
+    return 0
+
+
+def remove(root: Path, name: str, grace_s: float) -> int:
+    for folder in folders(root):
+        facts = facts_of(folder)
+        if facts["Pod"] != name:
+            continue
+        if facts["State"]["Running"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(facts["State"]["Pid"], signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while facts_of(folder)["State"]["Running"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if facts_of(folder)["State"]["Running"]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(facts["State"]["Pid"], signal.SIGKILL)
+        while not (folder / "code").exists():
+            time.sleep(0.005)
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    return 0
+
+
+def podman(root: Path, words: list[str]) -> int:
+    match words:
+        case ["load", "--quiet", "--input", device]:
+            text = Path(device).read_text()
+            if "damaged" in text:
+                sys.stderr.write("Error: payload does not match any of the supported image formats\n")
+                return 125
+            say(f"Loaded image: {text.strip()}")
+            return 0
+        case ["kube", "play", "--quiet", "-"]:
+            return kube_play(root)
+        case ["container", "inspect", *names]:
+            found = [facts_of(f) for f in folders(root)]
+            chosen = [f for f in found if f["Id"] in names or f["Name"] in names]
+            say(json.dumps(chosen))
+            return 0 if len(chosen) == len(names) else 125
+        case ["start", number]:
+            start(root, root / "fake/containers" / number)
+            return 0
+        case ["pod", "rm", "--force", "--ignore", "--time", grace, name]:
+            return remove(root, name, float(grace))
+    sys.stderr.write(f"Error: fake podman does not know {words}\n")
+    return 125
+
+
+def crun(root: Path, words: list[str]) -> int:
+    match words:
+        case ["exec", "--process", process_path, "--pid-file", pid_path, "--console-socket", console, _]:
+            process = json.loads(Path(process_path).read_text())
+            child, master = pty.fork()
+            if child == 0:
+                os.execvpe(process["args"][0], process["args"], dict(e.split("=", 1) for e in process["env"]))
+            Path(pid_path).write_text(str(child))
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(console)
+                socket.send_fds(peer, [b"/dev/ptmx"], [master])
+            os.close(master)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            return code if code >= 0 else 128 - code
+        case ["exec", "--process", process_path, "--pid-file", pid_path, _]:
+            process = json.loads(Path(process_path).read_text())
+            child = os.fork()
+            if child == 0:
+                os.execvpe(process["args"][0], process["args"], dict(e.split("=", 1) for e in process["env"]))
+            Path(pid_path).write_text(str(child))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            return code if code >= 0 else 128 - code
+    sys.stderr.write(f"fake crun does not know {words}\n")
+    return 1
+
+
+def main() -> int:
+    root, program, words = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    (root / "fake").mkdir(exist_ok=True)
+    with (root / "fake/calls").open("a") as calls:
+        calls.write(f"{program} {' '.join(words)}\n")
+    code = {"podman": podman, "crun": crun}[program](root, words)
+    sys.stdout.flush()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
