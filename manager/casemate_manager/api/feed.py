@@ -159,11 +159,16 @@ class Feed:
                 yield from _touched_by_drop(change)
         for sighting in batch.sightings:
             match sighting:
-                case SeeHost(name, _) | ForgetHost(name):
+                case ForgetHost(name):
                     yield "Host", name
+                case SeeHost(name, _, news, link):
+                    if news:
+                        yield "Host", name
+                    if not link:
+                        continue
                     for placement in self._state.host_placements.get(name, {}).values():
                         yield from self._touched_instance(placement.instance_uid)
-                case SeeInstance(uid, _) | Tried(uid, _):
+                case SeeInstance(uid, _, True) | Tried(uid, _):
                     yield from self._touched_instance(uid)
                 case _:
                     pass

@@ -1,1 +1,1 @@
-"""PURE. The fleet as a state machine. See `machine` (the door), `state` (records in memory), `status` (what is shown)."""
+"""PURE. The fleet as a state machine. See `machine` (the door), `state` (records in memory)."""

@@ -30,8 +30,6 @@ from casemate_manager.fleet.observed import (
     HostSeen,
     InstanceSeen,
     Observed,
-    SeeHost,
-    SeeInstance,
 )
 from casemate_manager.fleet.records import HostRecord, InventoryRecord
 from casemate_manager.fleet.state import State
@@ -67,7 +65,7 @@ def hello(state: State, observed: Observed, command: HostHello, now_s: float) ->
         assert known is not None
         draft.put(replace(known, held=CLONE))
         draft.event(ref, "HostHeld", CLONE, warning=True)
-        draft.sightings.append(SeeHost(message.host, replace(seen, connected=False, whole=False)))
+        draft.sightings.append(observed.see_host(message.host, replace(seen, connected=False, whole=False)))
         if seen.connected:
             draft.effects.append(EndSession(message.host, seen.session, "Held", CLONE, -1.0))
         return draft.batch(Turned("Held", CLONE, -1.0))
@@ -85,7 +83,7 @@ def hello(state: State, observed: Observed, command: HostHello, now_s: float) ->
     elif not seen.connected:
         draft.event(ref, "HostConnected", "the host's stream is up")
     draft.sightings.append(
-        SeeHost(message.host, HostSeen(True, message.session, False, now_s, seen.report)),
+        observed.see_host(message.host, HostSeen(True, message.session, False, now_s, seen.report)),
     )
     inventory = state.inventories.get(message.host)
     return draft.batch(
@@ -128,7 +126,10 @@ def inventory(state: State, observed: Observed, command: HostInventory, now_s: f
             draft.event(
                 _host_ref(state.hosts[command.host], command.host), "InventoryChanged", "the host's parts changed"
             )
-    draft.sightings += [SeeHost(command.host, replace(observed.host(command.host), heard_s=now_s)), CapacityChanged()]
+    draft.sightings += [
+        observed.see_host(command.host, replace(observed.host(command.host), heard_s=now_s)),
+        CapacityChanged(),
+    ]
     return draft.batch()
 
 
@@ -140,7 +141,9 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
     draft = Draft(state, observed, now_s)
     seen = observed.host(name)
     report = told.host or seen.report
-    draft.sightings.append(SeeHost(name, HostSeen(True, seen.session, seen.whole or told.snapshot, now_s, report)))
+    draft.sightings.append(
+        observed.see_host(name, HostSeen(True, seen.session, seen.whole or told.snapshot, now_s, report))
+    )
     foreign = seen.report.foreign_claims if seen.report else ()
     if (told.snapshot and not seen.whole) or (report is not None and report.foreign_claims != foreign):
         draft.sightings.append(CapacityChanged())
@@ -151,12 +154,12 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
         if instance.uid not in here:
             continue  # not ours to speak of: the desired state already tells the host to end it
         told_of.add(instance.uid)
-        draft.sightings.append(SeeInstance(instance.uid, InstanceSeen(name, now_s, instance)))
+        draft.sightings.append(observed.see_instance(instance.uid, InstanceSeen(name, now_s, instance)))
         if instance.phase is Phase.STOPPED:
             wake.append(state.environment_keys[state.instances[instance.uid].environment_uid])
     if told.snapshot:
         for uid in here - told_of - set(told.gone):
-            draft.sightings.append(SeeInstance(uid, InstanceSeen(name, now_s, None)))
+            draft.sightings.append(observed.see_instance(uid, InstanceSeen(name, now_s, None)))
     for uid in told.gone:
         if uid in here:
             _gone(draft, name, uid)
@@ -168,7 +171,7 @@ def _gone(draft: Draft, host: str, uid: str) -> None:
     state = draft.state
     record = state.instances[uid]
     if not state.is_ending(record):
-        draft.sightings.append(SeeInstance(uid, InstanceSeen(host, draft.now_s, None)))
+        draft.sightings.append(draft.observed.see_instance(uid, InstanceSeen(host, draft.now_s, None)))
         return
     for key, placement in state.instance_placements[uid].items():
         if placement.host == host:
@@ -228,7 +231,7 @@ def gone(state: State, observed: Observed, command: HostGone, now_s: float) -> B
         return Batch()
     draft = Draft(state, observed, now_s)
     seen = observed.host(command.host)
-    draft.sightings.append(SeeHost(command.host, replace(seen, connected=False, whole=False)))
+    draft.sightings.append(observed.see_host(command.host, replace(seen, connected=False, whole=False)))
     draft.event(
         _host_ref(state.hosts.get(command.host), command.host),
         "HostLost",

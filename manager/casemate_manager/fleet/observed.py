@@ -48,10 +48,13 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class SeeHost:
-    """A host changed."""
+    """A host was heard, or its stream ended. ``news``: more changed than when it was heard; ``link``: whether what is
+    known of its instances can be believed."""
 
     name: str
     seen: HostSeen
+    news: bool = True
+    link: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,11 @@ class ForgetHost:
 
 @dataclass(frozen=True, slots=True)
 class SeeInstance:
-    """An instance changed."""
+    """An instance was described. ``news``: otherwise than before."""
 
     uid: str
     seen: InstanceSeen
+    news: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +118,26 @@ class Observed:
         """What is known of a host; nothing, where it was never heard."""
         return self.hosts.get(name, _NEVER)
 
+    def see_host(self, name: str, seen: HostSeen) -> SeeHost:
+        """The sighting that makes ``seen`` what is known of a host."""
+        old = self.host(name)
+        link = (old.connected, old.whole) != (seen.connected, seen.whole)
+        return SeeHost(name, seen, link or old.report != seen.report, link)
+
+    def see_instance(self, uid: str, seen: InstanceSeen) -> SeeInstance:
+        """The sighting that makes ``seen`` what is known of an instance."""
+        old = self.instances.get(uid)
+        return SeeInstance(uid, seen, old is None or old.host != seen.host or old.state != seen.state)
+
     def fold(self, sighting: Sighting) -> None:
         """Take one change."""
         match sighting:
-            case SeeHost(name, seen):
+            case SeeHost(name, seen, _, _):
                 self.hosts[name] = seen
             case ForgetHost(name):
                 self.hosts.pop(name, None)
                 self.event_ids.pop(name, None)
-            case SeeInstance(uid, instance):
+            case SeeInstance(uid, instance, _):
                 self.instances[uid] = instance
             case ForgetInstance(uid):
                 self.instances.pop(uid, None)

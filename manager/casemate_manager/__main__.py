@@ -1,0 +1,130 @@
+"""The manager's process: the one place that picks a real store, clock and randomness.
+
+``casemate-manager serve`` is a plain foreground process. It ends cleanly on SIGTERM and SIGINT.
+"""
+
+import asyncio
+import fcntl
+import gc
+import importlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any, ClassVar
+
+import click
+
+from casemate_core.errors import CasemateError
+from casemate_manager.config import BadConfig, Config, load
+
+log = logging.getLogger("casemate.manager")
+
+#: Exit codes: what was asked has no meaning, or the machine does not do it.
+USAGE, FAILED = 2, 1
+
+
+class LazyGroup(click.Group):
+    """Verbs whose modules are imported when they are asked for."""
+
+    lazy: ClassVar = {"simulate": ("casemate_manager.simulation.cli", "simulate")}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *self.lazy])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.lazy:
+            return super().get_command(ctx, cmd_name)
+        module, name = self.lazy[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(installed("casemate"), prog_name="casemate-manager")
+def main() -> None:
+    """The manager of a Casemate fleet."""
+
+
+@main.command()
+@click.option("--config", default="", metavar="FILE", help="Settings as TOML; flags go before them.")
+@click.option("--state-dir", metavar="DIR", help="Folder of the store.  [default: /var/lib/casemate-manager]")
+@click.option("--listen", metavar="HOST:PORT", help="Where to listen; loopback only.  [default: 127.0.0.1:7443]")
+@click.option(
+    "--default-subnet",
+    metavar="CIDR",
+    help="Subnet of the network 'default', made at the first start; empty: none.  [default: 10.99.0.0/16]",
+)
+@click.option("--log-format", type=click.Choice(["console", "json"]), help="Form of log lines.  [default: console]")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
+def serve(config: str, **flags: Any) -> None:
+    """Serve the fleet until SIGTERM."""
+    from casemate_manager.logs import set_up
+
+    try:
+        settings = load(config, flags)
+    except BadConfig as error:
+        raise click.UsageError(str(error)) from error
+    set_up(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(_serve(settings))
+    except CasemateError as error:
+        log.error("%s", error)
+        sys.exit(FAILED)
+
+
+async def _serve(settings: Config) -> None:
+    from casemate_manager.app import running
+    from casemate_manager.store.sqlite import SqliteStore
+
+    state_dir = Path(settings.state_dir)
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = _lock(state_dir / "manager.lock")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        async with running(
+            SqliteStore(state_dir / "fleet.db"),
+            settings.listen,
+            time.time,
+            lambda: secrets.token_hex(16),
+            version=installed("casemate"),
+            default_subnet=settings.default_subnet,
+        ) as manager:
+            gc.freeze()  # what was loaded lives as long as the process: no collector need look at it
+            log.info(
+                "epoch %d, revision %d, listening on %s",
+                manager.writer.epoch,
+                manager.writer.state.revision,
+                f"{settings.listen.rpartition(':')[0]}:{manager.port}",
+            )
+            waits = [asyncio.create_task(stop.wait()), asyncio.create_task(manager.failed.wait())]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            log.info("stopping")
+    finally:
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    """Hold the state folder for this process. Raises BadConfig where another manager has it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise BadConfig(f"another manager runs on {path.parent}") from error
+    return descriptor
+
+
+if __name__ == "__main__":
+    main()

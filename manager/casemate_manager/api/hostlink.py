@@ -1,0 +1,93 @@
+"""The hosts' service: streams of messages become streams of values, and nothing is decided here."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from casemate_core.errors import CallerError
+from casemate_manager.sessions import Channel, Sessions
+from casemate_wire.codec.channels import frame_from_wire, frame_to_wire
+from casemate_wire.codec.hosts import from_host_from_wire, to_host_to_wire
+from casemate_wire.v1 import hosts_pb2 as pb
+from casemate_wire.v1 import hosts_pb2_grpc
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Stream(Generic[In, Out]):
+    """A bidirectional call, seen from the server, as a stream of values."""
+
+    def __init__(self, context: Context, decode: Callable[[Any], In], encode: Callable[[Out], Any]) -> None:
+        self._context = context
+        self._decode = decode
+        self._encode = encode
+
+    async def receive(self) -> In | None:
+        message = await self._context.read()
+        # grpc.aio.EOF: the client has half-closed.
+        return None if message is grpc.aio.EOF else self._decode(message)
+
+    async def send(self, message: Out) -> None:
+        await self._context.write(self._encode(message))
+
+
+class HostLink(hosts_pb2_grpc.HostLinkServicer):
+    """casemate.host.v1.HostLink."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    # grpc.aio serves a stream by a generator or, as here, by a coroutine that writes; the stub declares the former only.
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.FromHost], context: Context
+    ) -> None:
+        """The host's stream, for as long as the agent lives."""
+        await self._sessions.serve(_Stream(context, from_host_from_wire, to_host_to_wire))
+
+    async def Channel(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.ChannelFrame], context: Context
+    ) -> None:
+        """A side stream, opened with a ticket."""
+        try:
+            await self._sessions.serve_channel(_Stream(context, frame_from_wire, frame_to_wire))
+        except CallerError as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no ticket in time")
+
+
+class OpenedChannel:
+    """A channel as the operators' service reads it: frames as messages, and an end."""
+
+    def __init__(self, channel: Channel, opened: AbstractAsyncContextManager[Channel]) -> None:
+        self._channel = channel
+        self._opened = opened
+
+    async def frames(self) -> AsyncIterator[pb.ChannelFrame]:
+        """Frames of the agent, to the end. Raises Unavailable where the host says that it failed."""
+        async for frame in self._channel:
+            yield frame_to_wire(frame)
+
+    async def send(self, frame: pb.ChannelFrame) -> None:
+        """Send one frame."""
+        await self._channel.send(frame_from_wire(frame))
+
+    async def close(self) -> None:
+        """Let the agent go."""
+        await self._opened.__aexit__(None, None, None)
+
+
+class Channels:
+    """Opens streams to hosts that are connected."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    async def open(self, host: str, kind: str, instance: str, parameters: dict[str, Any]) -> OpenedChannel:
+        """Ask the host to dial back. Raises Unavailable where it is not connected or does not dial in time."""
+        opened = self._sessions.open_channel(host, kind, instance, parameters)
+        return OpenedChannel(await opened.__aenter__(), opened)

@@ -1,0 +1,121 @@
+"""A whole manager in one object: store, writer, sessions and services, joined; time and randomness are given.
+
+The composition is here and not in ``__main__`` so that tests and the simulator run the very same manager.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import grpc
+
+from casemate_core.spec.fleet import Network, NetworkSpec
+from casemate_core.spec.meta import Meta
+from casemate_manager.api import server
+from casemate_manager.api.feed import Feed
+from casemate_manager.api.hostlink import Channels, HostLink
+from casemate_manager.api.service import FleetService
+from casemate_manager.api.why import PlacerWhy
+from casemate_manager.fleet.commands import Answer, ApplyResources, Command
+from casemate_manager.fleet.machine import Rules
+from casemate_manager.fleet.objects import ObjectRules
+from casemate_manager.fleet.observed import Observed
+from casemate_manager.fleet.placing import Placer, ScanPlacer
+from casemate_manager.fleet.state import State
+from casemate_manager.sessions import Sessions
+from casemate_manager.store.ports import Store
+from casemate_manager.writer import Published, Writer
+from casemate_wire.diff import changes
+
+#: Streams get so long to end when the manager stops.
+GRACE_S: Final = 2.0
+FIRST_START_KEY: Final = "casemate-first-start"
+
+
+class Core:
+    """What the operators' service sees of the manager."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self.feed = Feed(writer.state)
+        writer.subscribe(self._published)
+
+    @property
+    def state(self) -> State:
+        """Committed records."""
+        return self._writer.state
+
+    @property
+    def observed(self) -> Observed:
+        """What hosts said."""
+        return self._writer.observed
+
+    async def submit(self, command: Command) -> Answer:
+        """Carry a command out; returns after its commit."""
+        return await self._writer.submit(command)
+
+    def _published(self, published: Published) -> None:
+        if published.reset:
+            self.feed.reset(published.state)
+        for batch in published.batches:
+            self.feed.publish(batch)
+
+
+def make_rules(placer: Placer | None = None) -> Rules:
+    """How objects are judged and placed."""
+    return Rules(ObjectRules(changes, lambda policy: ()), placer or ScanPlacer())
+
+
+class Manager:
+    """A manager that runs. Made by `running`."""
+
+    def __init__(self, writer: Writer, sessions: Sessions, grpc_server: grpc.aio.Server, port: int) -> None:
+        self.writer = writer
+        self.sessions = sessions
+        self.server = grpc_server
+        #: The port that it listens on.
+        self.port = port
+        #: Set when it must end, for another manager leads or the writer failed.
+        self.failed = asyncio.Event()
+
+
+@asynccontextmanager
+async def running(
+    store: Store,
+    listen: str,
+    clock: Callable[[], float],
+    seed: Callable[[], str],
+    *,
+    version: str,
+    default_subnet: str = "",
+    rules: Rules | None = None,
+    trace: Callable[[str], None] = lambda step: None,
+) -> AsyncIterator[Manager]:
+    """Run a manager while the context is open. Raises what opening the store and the port raise."""
+    server.check_loopback(listen)
+    rules = rules or make_rules()
+    writer = Writer(store, rules, clock, seed, trace=trace)
+    await writer.open()
+    core = Core(writer)
+    sessions = Sessions(writer, seed)
+    work = asyncio.create_task(writer.run(), name="writer")
+    try:
+        if default_subnet and writer.state.revision == 0:
+            network = Network(Meta("default"), NetworkSpec("nat", default_subnet))
+            await writer.submit(ApplyResources(FIRST_START_KEY, (network,), seed()))
+        service = FleetService(core, Channels(sessions), PlacerWhy(rules.placer), version, seed)
+        grpc_server, port = await server.serve(listen, service, HostLink(sessions))
+        manager = Manager(writer, sessions, grpc_server, port)
+        work.add_done_callback(lambda _: manager.failed.set())
+        try:
+            yield manager
+        finally:
+            sessions.close("the manager stops")
+            await grpc_server.stop(GRACE_S)
+    finally:
+        work.cancel()
+        result = await asyncio.gather(work, return_exceptions=True)
+        await writer.close()
+        if isinstance(result[0], Exception):
+            raise result[0]

@@ -1,0 +1,47 @@
+"""What a manager is told when it starts: a TOML file, and flags that go before it. Nothing reads settings elsewhere."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from casemate_core.errors import CallerError, shown
+
+
+class BadConfig(CallerError):
+    """A setting has no meaning."""
+
+    reason = "BadConfig"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Settings of a manager's process. ``default_subnet`` is the network ``default``'s, made at the first start; empty: none."""
+
+    state_dir: str = "/var/lib/casemate-manager"
+    listen: str = "127.0.0.1:7443"
+    default_subnet: str = "10.99.0.0/16"
+    log_format: str = "console"
+    log_level: str = "info"
+
+
+def load(path: str, flags: Mapping[str, Any]) -> Config:
+    """Settings from a file (none where ``path`` is empty) and from flags that are set, which win. Raises BadConfig."""
+    given: dict[str, Any] = {}
+    if path:
+        try:
+            given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadConfig(f"{path}: {error}") from error
+    given |= {name: value for name, value in flags.items() if value is not None}
+    names = sorted(field.name for field in fields(Config))
+    for name, value in given.items():
+        if name not in names:
+            raise BadConfig(f"{shown(name)}: there is no such setting; there are {', '.join(names)}")
+        if not isinstance(value, str):
+            raise BadConfig(f"{name}: expected text, got {shown(value)}")
+    for name, words in (("log_format", ("console", "json")), ("log_level", ("debug", "info", "warning", "error"))):
+        if given.get(name, words[0]) not in words:
+            raise BadConfig(f"{name}: {shown(given[name])} is none of {', '.join(words)}")
+    return replace(Config(), **given)

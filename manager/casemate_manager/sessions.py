@@ -1,0 +1,329 @@
+"""Hosts' sessions: one for each stream, around :mod:`casemate_wire.session`, and the channels that hosts dial back.
+
+Theory of operation. A stream is served by two tasks. The reader takes messages in order, hands each to the writer and
+waits until it is committed, so that what is acknowledged to the host is durable; the sender takes what the protocol has to
+say whenever the session is woken. The writer's publications wake the sessions of hosts whose desired state changed; the
+records are resolved from the committed state at that moment. A session is registered and given its first desired state in
+one step of the event loop, so that nothing published falls between.
+
+Storms: at most `ADMITTED` Hellos are worked on at once and `QUEUED` wait; beyond that a host is told to come back within a
+window. A channel is dialled by the agent with a ticket that is good once and for `TICKET_S`.
+
+This module knows no gRPC: a stream is anything with ``receive`` and ``send`` (:mod:`casemate_manager.api.hostlink`).
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeVar
+
+from casemate_core.errors import CasemateError, Unavailable
+from casemate_manager.fleet import desired
+from casemate_manager.fleet.commands import (
+    Answer,
+    Command,
+    HostFacts,
+    HostGone,
+    HostHello,
+    HostInventory,
+    HostNote,
+    Turned,
+    Welcomed,
+)
+from casemate_manager.writer import Published, Writer
+from casemate_wire.channel import Failed, Frame, Ticket
+from casemate_wire.session import WINDOW, ManagerEnd, ManagerInput, ProtocolError
+from casemate_wire.stream import (
+    Ack,
+    Bye,
+    Facts,
+    FromHost,
+    Hello,
+    HostEvent,
+    Inventory,
+    Measurement,
+    OpenChannel,
+    Outcome,
+    ToHost,
+)
+
+log = logging.getLogger("casemate.sessions")
+
+#: Hellos worked on at once, and those that wait for their turn.
+ADMITTED: Final = 64
+QUEUED: Final = 4096
+#: Within so many seconds a stream says Hello.
+HELLO_S: Final = 10.0
+#: Hosts that were turned away for lack of room, or whose manager lost its term, come back within this window.
+RECONNECT_WINDOW_S: Final = 5.0
+TICKET_S: Final = 30.0
+#: Frames of a channel that wait for their reader; HTTP/2 holds back the rest.
+CHANNEL_FRAMES: Final = 16
+
+In = TypeVar("In", covariant=True)
+Out = TypeVar("Out", contravariant=True)
+
+
+class Stream(Protocol[In, Out]):
+    """One open stream."""
+
+    async def receive(self) -> In | None:
+        """The next message; None where the other end has closed. Raises what the codec raises."""
+        ...
+
+    async def send(self, message: Out) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One stream of a host."""
+
+    end: ManagerEnd
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    measurement: Measurement | None = None
+
+    @property
+    def host(self) -> str:
+        """The host's name, once it has said Hello."""
+        return self.end.hello.host if self.end.hello else ""
+
+    @property
+    def counter(self) -> int:
+        """The session counter of its Hello."""
+        return self.end.hello.session if self.end.hello else 0
+
+
+class Channel:
+    """A side stream to a host, from the asker's side. Iterate for frames; a ``Failed`` frame is raised as Unavailable."""
+
+    def __init__(self) -> None:
+        self._stream: Stream[Frame, Frame] | None = None
+        self._dialled = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    def dialled(self, stream: Stream[Frame, Frame]) -> None:
+        """The agent is there."""
+        self._stream = stream
+        self._dialled.set()
+
+    async def wait_dialled(self, seconds: float) -> None:
+        """Wait for the agent. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._dialled.wait()
+        except TimeoutError:
+            raise Unavailable(f"the host did not open the channel within {seconds:g} s") from None
+
+    async def send(self, frame: Frame) -> None:
+        """Send one frame; waits while the host does not read."""
+        assert self._stream is not None
+        await self._stream.send(frame)
+
+    async def __aiter__(self) -> AsyncIterator[Frame]:
+        assert self._stream is not None
+        while (frame := await self._stream.receive()) is not None:
+            if isinstance(frame, Failed):
+                raise Unavailable(frame.message)
+            yield frame
+
+
+class Sessions:
+    """All sessions of this manager."""
+
+    def __init__(self, writer: Writer, seed: Callable[[], str], *, window: int = WINDOW) -> None:
+        self._writer = writer
+        self._seed = seed
+        self._window = window
+        self._sessions: dict[str, Session] = {}
+        self._streams: set[Session] = set()
+        self._admission = asyncio.Semaphore(ADMITTED)
+        self._queued = 0
+        self._tickets: dict[str, Channel] = {}
+        self._unsubscribe = writer.subscribe(self._published)
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    # --- what the manager wants ---------------------------------------------------------------------------------------
+
+    def _published(self, published: Published) -> None:
+        if published.reset:
+            # A new term: hosts dial again and tell everything.
+            for session in list(self._streams):
+                self._end(session, "NewTerm", "the manager begins a new term", RECONNECT_WINDOW_S)
+            return
+        for effect in published.effects:
+            for session in list(self._streams):
+                if session.host == effect.host and session.counter == effect.session:
+                    self._end(session, effect.reason, effect.message, effect.retry_after_s)
+        for host, uids in published.hosts:
+            session_ = self._sessions.get(host)
+            if session_ is None or session_.end.closed:
+                continue
+            keep, removed = desired.some(published.state, host, uids)
+            session_.end.desire(published.revision, keep, removed, desired.networks(published.state, host))
+            session_.woken.set()
+
+    def _end(self, session: Session, reason: str, message: str, retry_after_s: float) -> None:
+        session.end.reject(reason, message, retry_after_s)
+        session.woken.set()
+
+    # --- one stream ---------------------------------------------------------------------------------------------------
+
+    async def serve(self, stream: Stream[FromHost, ToHost]) -> None:
+        """Serve a host's stream until either end closes it."""
+        session = Session(ManagerEnd(self._writer.epoch, window=self._window, reconnect_window_s=RECONNECT_WINDOW_S))
+        self._streams.add(session)
+        reader = asyncio.create_task(self._read(session, stream), name="host-session-reader")
+        reason = "the stream was cut"
+        try:
+            while True:
+                for message in session.end.take():
+                    await stream.send(message)
+                if session.end.closed or reader.done():
+                    break
+                await session.woken.wait()
+                session.woken.clear()
+            reason = "the stream ended"
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+            self._streams.discard(session)
+            if self._sessions.get(session.host) is session:
+                del self._sessions[session.host]
+                await self._gone(session, reason)
+
+    async def _gone(self, session: Session, reason: str) -> None:
+        try:
+            await self._writer.submit(HostGone(session.host, session.counter, reason))
+        except CasemateError as error:
+            log.warning("host %s left unrecorded: %s", session.host, error)
+
+    async def _read(self, session: Session, stream: Stream[FromHost, ToHost]) -> None:
+        try:
+            await self._read_all(session, stream)
+        except ProtocolError as error:
+            log.warning("host %s broke the protocol: %s", session.host or "?", error)
+            session.end.reject(error.reason, str(error), RECONNECT_WINDOW_S)
+        except CasemateError as error:
+            # The store failed, or a message did not decode: the host comes back and tells everything again.
+            log.warning("session of host %s ends: %s", session.host or "?", error)
+            session.end.reject(error.reason, str(error), RECONNECT_WINDOW_S)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("session of host %s failed", session.host or "?")
+            session.end.reject("Internal", "the manager failed", RECONNECT_WINDOW_S)
+        finally:
+            session.woken.set()
+
+    async def _read_all(self, session: Session, stream: Stream[FromHost, ToHost]) -> None:
+        try:
+            async with asyncio.timeout(HELLO_S):
+                first = await stream.receive()
+        except TimeoutError:
+            raise ProtocolError(f"no Hello within {HELLO_S:g} s") from None
+        if first is None:
+            return
+        hello = session.end.receive(first)
+        if not isinstance(hello, Hello):
+            raise ProtocolError("a stream begins with Hello")
+        await self._admit(session, hello)
+        session.woken.set()
+        while not session.end.closed:
+            message = await stream.receive()
+            if message is None:
+                return
+            got = session.end.receive(message)
+            if got is not None:
+                await self._take(session, got)
+            session.woken.set()
+
+    async def _admit(self, session: Session, hello: Hello) -> None:
+        if self._queued >= QUEUED:
+            session.end.reject("Busy", "too many hosts dial at once", RECONNECT_WINDOW_S)
+            return
+        self._queued += 1
+        try:
+            async with self._admission:
+                answer = await self._writer.submit(HostHello(hello, self._seed()))
+        finally:
+            self._queued -= 1
+        if session.end.closed:
+            return  # superseded while it waited
+        if isinstance(answer, Turned):
+            log.warning("host %s is turned away: %s", hello.host, answer.message)
+            session.end.reject(answer.reason, answer.message, answer.retry_after_s)
+            return
+        assert isinstance(answer, Welcomed)
+        state = self._writer.state
+        if session.end.epoch != state.epoch:
+            session.end.reject("NewTerm", "the manager began a new term", RECONNECT_WINDOW_S)
+            return
+        resume = answer.resume
+        session.end.welcome(resume=resume, send_inventory=answer.send_inventory)
+        keep, removed = desired.since(state, hello.host, hello.revision) if resume else desired.whole(state, hello.host)
+        if keep or removed or not resume:
+            session.end.desire(state.revision, keep, removed, desired.networks(state, hello.host), snapshot=not resume)
+        self._sessions[hello.host] = session
+        log.info("host %s: session %d, %s", hello.host, hello.session, "resumed" if resume else "whole state")
+
+    async def _take(self, session: Session, message: ManagerInput) -> None:
+        host, counter = session.host, session.counter
+        match message:
+            case Inventory():
+                await self._submit(HostInventory(host, counter, message))
+            case Facts():
+                await self._submit(HostFacts(host, counter, message))
+                session.end.facts_taken(message.sequence)
+            case HostEvent() | Outcome():
+                await self._submit(HostNote(host, counter, message))
+            case Measurement():
+                session.measurement = message
+            case Ack() | Bye() | Hello():
+                return
+        session.end.consumed()
+
+    async def _submit(self, command: Command) -> Answer:
+        return await self._writer.submit(command)
+
+    # --- channels -----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def open_channel(
+        self, host: str, kind: str, instance_uid: str, parameters: Mapping[str, Any]
+    ) -> AsyncIterator[Channel]:
+        """A channel to an instance of a host. Raises Unavailable where the host is not there or does not dial back."""
+        session = self._sessions.get(host)
+        if session is None or session.end.closed:
+            raise Unavailable(f"host {host} is not connected")
+        ticket = secrets.token_urlsafe(24)
+        channel = Channel()
+        self._tickets[ticket] = channel
+        try:
+            session.end.open_channel(OpenChannel(ticket, kind, instance_uid, parameters))
+            session.woken.set()
+            await channel.wait_dialled(TICKET_S)
+            yield channel
+        finally:
+            self._tickets.pop(ticket, None)
+            channel.ended.set()
+
+    async def serve_channel(self, stream: Stream[Frame, Frame]) -> None:
+        """Serve a stream that an agent dialled with a ticket, until the asker is done."""
+        async with asyncio.timeout(TICKET_S):
+            first = await stream.receive()
+        # Popped: a ticket is good once.
+        channel = self._tickets.pop(first.ticket, None) if isinstance(first, Ticket) else None
+        if channel is None:
+            raise ProtocolError("no such ticket, or it was used, or its time is over")
+        channel.dialled(stream)
+        await channel.ended.wait()
+
+    def close(self, reason: str) -> None:
+        """End all sessions; hosts dial again within the window."""
+        for session in list(self._streams):
+            self._end(session, "Stopping", reason, RECONNECT_WINDOW_S)
