@@ -16,7 +16,8 @@ would break it together, each in turn is allowed one thread less: if any choice 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from casemate_core.fit.cores import Plan, capacity, plan_cell
 from casemate_core.fit.request import CellPolicy, Request
@@ -24,8 +25,7 @@ from casemate_core.fit.view import Need, View
 from casemate_core.topology import CellIndex
 
 
-@dataclass(frozen=True, slots=True)
-class CpuChoice:
+class CpuChoice(NamedTuple):
     """Dedicated vCPUs in one cell, counted. ``isolated_use``: 0 none of the threads is isolated, 1 all are, 2 some."""
 
     plans: tuple[Plan, ...]
@@ -53,8 +53,7 @@ class CpuChoice:
         return sum(p.taken for p in self.plans)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What one cell gives, growth room counted. ``vcpus`` 0: no CPU, so memory or the emulator's thread only."""
 
     cell: CellIndex
@@ -69,8 +68,7 @@ class Part:
     pages: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Parts in the order of the guest's own cells; ``cell_mask`` has the positions of those with CPUs."""
 
     parts: tuple[Part, ...]
@@ -325,7 +323,7 @@ def _split_memory(view: View, need: Need, parts: list[Part]) -> Layout | None:
         return None
     return Layout.of(
         [
-            replace(part, size_mib=size, overhead_mib=extra, pages=count)
+            part._replace(size_mib=size, overhead_mib=extra, pages=count)
             for part, size, extra, count in zip(parts, sizes, overhead, pages, strict=True)
             if part.vcpus or part.emulator or size or extra or count
         ]
@@ -347,8 +345,7 @@ def _fill(total: int, rooms: list[int], weights: list[int]) -> list[int] | None:
 # --- SPREAD -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
+class _Share(NamedTuple):
     """What one of the parts of a spread instance asks of its cell."""
 
     vcpus: int
@@ -384,7 +381,7 @@ def _spread_shares(need: Need, count: int) -> Iterator[list[_Share]]:
     for i, share in enumerate(plain):
         if share not in tried:
             tried.add(share)
-            yield [*plain[:i], replace(share, emulator=True), *plain[i + 1 :]]
+            yield [*plain[:i], share._replace(emulator=True), *plain[i + 1 :]]
 
 
 def _even(total: int, places: int) -> list[int]:

@@ -17,8 +17,8 @@ A plan compares by ``(a, b)``, smaller is better::
 Each is minimal for cores of one or two threads; for wider ones the greedy choice is taken (largest first).
 """
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from casemate_core.cpuset import bits, lowest
 from casemate_core.topology import CellIndex, CoreClass
@@ -41,8 +41,7 @@ class Mode(Enum):
         return self not in (Mode.PREFER, Mode.ANY)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """Take ``vcpus`` threads off the ``cores`` lowest cores of ``firsts``, ``per_core`` at most from each.
 
     ``shape`` None: ``firsts`` are single threads. ``hold``: what is not used of those cores is held idle.
@@ -56,8 +55,7 @@ class Step:
     hold: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """A counted choice; ``taken`` threads leave the free mask."""
 
     a: int
@@ -110,18 +108,18 @@ def plan_cell(cell: CellIndex, free: int, count: int, mode: Mode, width: int, li
         found = plan(cell.classes, free, count, mode, width)
         return found if found is not None and found.taken <= limit else None
     best: Plan | None = None
-    best_key: tuple[int, int, int] | None = None
-    for cache in cell.l3:
-        here = free & cache.mask
-        room = here.bit_count()
+    # fullest first: of plans alike the first one found is the tightest, and none can be better than the ideal
+    for room, number in sorted([((free & cache.mask).bit_count(), i) for i, cache in enumerate(cell.l3)]):
         if room < count:
             continue
-        found = plan(cache.classes, here, count, mode, width)
+        cache = cell.l3[number]
+        found = plan(cache.classes, free & cache.mask, count, mode, width)
         if found is None or found.taken > limit:
             continue
-        key = (found.a, found.b, room)
-        if best_key is None or key < best_key:
-            best, best_key = found, key
+        if best is None or (found.a, found.b) < (best.a, best.b):
+            best = found
+            if _is_ideal(found, cell.classes, count, mode):
+                break
     if best is not None:
         return best
     if free.bit_count() < count:
@@ -134,6 +132,19 @@ def plan_cell(cell: CellIndex, free: int, count: int, mode: Mode, width: int, li
     if found is None or found.taken > limit:
         return None
     return Plan(found.a, found.b, found.taken, found.steps, len(cell.l3))
+
+
+def _is_ideal(found: Plan, classes: tuple[CoreClass, ...], count: int, mode: Mode) -> bool:
+    """No plan for so many vCPUs on cores of one or two threads has a smaller (a, b)."""
+    if classes[0].width > 2:
+        return False
+    if mode is Mode.ANY:
+        return found.a == 0  # then each vCPU is alone on its core
+    if mode is Mode.PREFER:
+        return (found.a, found.b) == (-(-count // 2), count // 2)
+    if mode is Mode.ISOLATE:
+        return found.a == count * classes[-1].width
+    return (found.a, found.b) == (count, -(-count // classes[0].width))
 
 
 def _plan_caches(cell: CellIndex, free: int, count: int, mode: Mode, width: int) -> Plan | None:

@@ -19,8 +19,8 @@ only, since they matter for the order only where the terms before them are equal
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 from casemate_core.claims import GpuShare, VfClaim
 from casemate_core.cpuset import bits
@@ -33,8 +33,7 @@ FunctionKey = tuple[int, int, int, int, int, int, int, int]
 _FARTHEST = {Near.ANY: ELSEWHERE, Near.CELL: SAME_CELL, Near.ROOT: SAME_ROOT, Near.SWITCH: SAME_SWITCH}
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One way to meet one GPU request."""
 
     mask: int
@@ -42,8 +41,7 @@ class Candidate:
     partition: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Functions:
+class Functions(NamedTuple):
     """The functions chosen for one layout."""
 
     key: FunctionKey
@@ -66,6 +64,7 @@ class FreeFunctions:
         "candidates",
         "devices",
         "free",
+        "nic_ports",
         "partitions",
         "request",
         "room",
@@ -99,6 +98,15 @@ class FreeFunctions:
         )
         self.candidates = [self._candidates(gpus) for gpus in request.gpus]
         self.vfs = [self._free_vfs(i) for i in range(len(topology.pfs))] if request.nics else []
+        # per NIC, (-free VFs, port) of the ports that could serve it
+        self.nic_ports = [
+            [
+                (-self.vfs[port].bit_count(), port)
+                for port in topology.functions.ports(topology, nic.network, nic.needs)
+                if self.vfs[port]
+            ]
+            for nic in request.nics
+        ]
         self.devices = self._free_devices() if request.devices else []
 
     # GPUs
@@ -196,13 +204,14 @@ class FreeFunctions:
 
     # all of them for one layout
 
-    def best(self, cell_mask: int) -> Functions | None:
-        """The best choice for an instance whose CPUs lie in these cells (a mask of positions), or None."""
-        for found in self.ranked(cell_mask):
+    def best(self, cell_mask: int, bound: FunctionKey | None = None) -> Functions | None:
+        """The best choice for an instance whose CPUs lie in these cells (a mask of positions), or None. One that is worse
+        than ``bound`` by the GPUs alone may be left out."""
+        for found in self.ranked(cell_mask, bound):
             return found
         return None
 
-    def ranked(self, cell_mask: int) -> Iterator[Functions]:
+    def ranked(self, cell_mask: int, bound: FunctionKey | None = None) -> Iterator[Functions]:
         """Choices for that layout, best first."""
         request = self.request
         devices = self._devices(cell_mask)
@@ -227,6 +236,8 @@ class FreeFunctions:
         waiting: list[Functions] = []
         prefix: tuple[int, ...] = ()
         for first, chosen in keyed:
+            if bound is not None and first > bound[:4]:
+                break
             if first != prefix:
                 yield from sorted(waiting, key=lambda f: f.key)
                 waiting, prefix = [], first
@@ -267,9 +278,18 @@ class FreeFunctions:
         nics = self.request.nics
         if not nics:
             return 0, ()
-        options = [self._port_options(nic, chosen, cell_mask) for nic in nics]
-        if any(not found for found in options):
-            return None
+        mask = 0
+        for candidate in chosen:
+            mask |= candidate.mask
+        options = []
+        for nic, ports_of_nic in zip(nics, self.nic_ports, strict=True):
+            found = self._port_options(nic, ports_of_nic, mask, cell_mask)
+            if not found:
+                return None
+            options.append(found)
+        if len(options) == 1:
+            far, _, port = options[0][0]
+            return far, (port,)
         room = [mask.bit_count() for mask in self.vfs]
         total, ports = 0, []
         for found in options:
@@ -281,24 +301,21 @@ class FreeFunctions:
         return _assign(options, tuple(min(count, len(nics)) for count in room))
 
     def _port_options(
-        self, nic: NicRequest, chosen: tuple[Candidate, ...], cell_mask: int
+        self, nic: NicRequest, ports: list[tuple[int, int]], gpus: int, cell_mask: int
     ) -> list[tuple[int, int, int]]:
         """(distance, -free VFs, port), nearest first; of equal ones the port with most VFs left, to share out the link."""
         functions = self.view.topology.functions
         farthest = _FARTHEST[nic.near]
         found = []
-        for port in functions.ports(self.view.topology, nic.network, nic.needs):
-            free = self.vfs[port].bit_count()
-            if not free:
-                continue
-            if chosen:
-                near = functions.pf_near[port]
-                far = min(near[i] for candidate in chosen for i in bits(candidate.mask))
+        for free, port in ports:
+            if gpus:
+                switch, root, cell = functions.pf_rings[port]
+                far = 0 if gpus & switch else 1 if gpus & root else 2 if gpus & cell else 3
             else:
-                cell = functions.pf_cell[port]
-                far = 0 if cell >= 0 and cell_mask >> cell & 1 else ELSEWHERE
-            if far <= farthest or nic.near is Near.ANY:
-                found.append((far, -free, port))
+                home = functions.pf_cell[port]
+                far = 0 if home >= 0 and cell_mask >> home & 1 else ELSEWHERE
+            if far <= farthest:
+                found.append((far, free, port))
         found.sort()
         return found
 

@@ -78,7 +78,8 @@ def fit(
             free = FreeFunctions(view, request)
         for layout in layouts(view, request, need):
             if free is not None:
-                functions = free.best(layout.cell_mask)
+                bound = None if best is None or best[1].cpu_cells != layout.cpu_cells else best[2].key
+                functions = free.best(layout.cell_mask, bound)
             if functions is None:
                 continue
             key = _key(view, request, layout, functions)

@@ -87,8 +87,8 @@ class FunctionIndex:
     """With the mask of each."""
     pf_cell: tuple[int, ...]
     """Per PF, the position of its cell, -1 where not known."""
-    pf_near: tuple[tuple[int, ...], ...]
-    """Per PF and GPU, their distance."""
+    pf_rings: tuple[tuple[int, int, int], ...]
+    """Per PF, the masks of the GPUs at distance 0, 1 and 2 from it."""
     vf_mask: tuple[int, ...]
     """Per PF, the mask of the indices of its VFs."""
     device_cell: tuple[int, ...]
@@ -112,7 +112,7 @@ class FunctionIndex:
             peers=tuple(sum(1 << gpu_bit[peer] for peer in gpu.peers) for gpu in topology.gpus),
             partitions=tuple((p, sum(1 << gpu_bit[uuid] for uuid in p.gpus)) for p in topology.partitions),
             pf_cell=tuple(position.get(pf.place.cell, -1) for pf in topology.pfs),
-            pf_near=tuple(tuple(distance(pf.place, gpu.place) for gpu in topology.gpus) for pf in topology.pfs),
+            pf_rings=tuple(_rings(pf.place, [gpu.place for gpu in topology.gpus]) for pf in topology.pfs),
             vf_mask=tuple(sum(1 << vf.index for vf in pf.vfs) for pf in topology.pfs),
             device_cell=tuple(position.get(device.place.cell, -1) for device in topology.devices),
         )
@@ -150,6 +150,13 @@ class FunctionIndex:
                 return False
             left ^= low
         return True
+
+
+def _rings(place: PciPlace, others: list[PciPlace]) -> tuple[int, int, int]:
+    masks = [0, 0, 0, 0]
+    for i, other in enumerate(others):
+        masks[distance(place, other)] |= 1 << i
+    return masks[SAME_SWITCH], masks[SAME_ROOT], masks[SAME_CELL]
 
 
 def _can(pf: PhysicalFunction, needs: tuple[str, ...]) -> bool:
