@@ -108,7 +108,7 @@ def libvirt(folder: Folder, cache: Path) -> dict[str, Any]:
 def manager(folder: Folder, fleet: Fleet) -> None:
     """The manager, until it answers."""
     argv = [sys.executable, "-m", "casemate_manager", "serve"]
-    argv += ["--state-dir", str(folder.manager), "--listen", fleet.manager]
+    argv += ["--state-dir", str(folder.manager), "--listen", fleet.manager, "--default-subnet", fleet.subnet]
     with Progress("manager") as progress:
         _adopt_or_start(folder, MANAGER, argv, before=lambda: preflight.check_port(fleet.port))
         _until(folder, MANAGER, lambda: _answers(fleet))
@@ -189,17 +189,6 @@ def hello_manifest() -> bytes:
 def simulated_images() -> bytes:
     """Images for hosts that hold no bytes: sources and digests that nobody fetches or compares."""
     return resources.files("casemate_cli.dev").joinpath("simulated-images.yaml").read_bytes()
-
-
-def network_manifest(subnet: str) -> bytes:
-    """The network that instances are on where they name none."""
-    text = f"""\
-apiVersion: casemate/v1
-kind: Network
-metadata: {{name: default}}
-spec: {{type: nat, subnet: {subnet}}}
-"""
-    return text.encode()
 
 
 def apply(client: "Client", text: bytes, source: str) -> "list[pb.ApplyResult]":

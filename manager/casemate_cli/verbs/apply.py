@@ -79,7 +79,8 @@ def _tell_results(answer: "pb.ApplyResponse", form: str, dry_run: bool) -> None:
         for warning in result.warnings:
             term.say(f"warning: {_ref(result)}: {warning}", "yellow")
     if form in ("json", "yaml", "name"):
-        output.write([r.resource for r in answer.results], form, listed=len(answer.results) != 1)
+        shown = [r.resource for r in answer.results if r.resource.WhichOneof("object")]
+        output.write(shown, form, listed=len(shown) != 1)
         return
     for result in answer.results:
         would = " (dry run)" if dry_run else ""

@@ -114,7 +114,6 @@ def _up_real(folder: "Folder", fleet: "Fleet", cache: Path, timeout_s: float, ex
         extra = ["--name", steps.HOST, "--libvirt-uri", str(virt["uri"]), "--scope", str(virt["scope"])]
         extra += ["--image-dir", str(cache / "guest")]
         steps.agent(folder, fleet, extra, 1, client)
-        steps.apply(client, steps.network_manifest(fleet.subnet), "network default")
         for name in ("image.yaml", "hello-image.yaml"):
             if remark := steps.apply_image(client, images / name):
                 term.say(remark, "yellow")
@@ -139,7 +138,6 @@ def _up_simulated(folder: "Folder", fleet: "Fleet", timeout_s: float, example: b
     with steps.connect(fleet) as client:
         extra = ["--name", "sim", "--hosts", str(fleet.simulated), "--simulated", fleet.shape or steps.SHAPE]
         steps.agent(folder, fleet, extra, fleet.simulated, client)
-        steps.apply(client, steps.network_manifest(fleet.subnet), "network default")
         steps.apply(client, steps.simulated_images(), "simulated images")
         if example:
             steps.apply(client, steps.hello_manifest(), "examples/hello.yaml")
