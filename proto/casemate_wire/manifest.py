@@ -264,5 +264,12 @@ def _one_to_plain(value: Any) -> Any:
 
 def struct_to_plain(struct: struct_pb2.Struct) -> dict[str, Any]:
     """Free JSON of a Struct, keys sorted as Kubernetes shows manifests; whole numbers come back as whole numbers."""
-    plain: dict[str, Any] = whole_numbers(json_format.MessageToDict(struct))
+    plain: dict[str, Any] = _sorted(whole_numbers(json_format.MessageToDict(struct)))
     return plain
+
+
+def _sorted(value: Any) -> Any:
+    """A Struct's keys come in no order; text for people and digests need one."""
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value
