@@ -6,7 +6,7 @@ its part of the observation unknown; it never makes the observation fail, and ne
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -50,13 +50,11 @@ class Observer:
         drivers, deadline_s, silent = self.drivers, self.deadline_s, dict[str, str]()
         machine = self._machine or await self.machine()
         if not self._virtualisation:
-            self._virtualisation = (
-                await self._ask("virtualisation", drivers.hypervisor.virtualisation(60.0), 60.0, {}) or ""
-            )
+            self._virtualisation = await self._ask("virtualisation", drivers.hypervisor.virtualisation, 60.0, {}) or ""
         domains, files, networks = await asyncio.gather(
-            self._ask("hypervisor", drivers.hypervisor.domains(deadline_s), deadline_s, silent),
-            self._ask("images", drivers.images.observe(deadline_s), deadline_s, silent),
-            self._ask("networks", drivers.networks.observe(deadline_s), deadline_s, silent),
+            self._ask("hypervisor", drivers.hypervisor.domains, deadline_s, silent),
+            self._ask("images", drivers.images.observe, deadline_s, silent),
+            self._ask("networks", drivers.networks.observe, deadline_s, silent),
         )
         guarded: dict[str, tuple[str, ...]] = {}
         if networks is not None and networks.guards:
@@ -95,11 +93,13 @@ class Observer:
         return self._taps[key]
 
     @staticmethod
-    async def _ask(port: str, answer: Awaitable[T], deadline_s: float, silent: dict[str, str]) -> T | None:
+    async def _ask(
+        port: str, ask: Callable[[float], Awaitable[T]], deadline_s: float, silent: dict[str, str]
+    ) -> T | None:
         try:
             # the driver keeps its own deadline; this one is for a driver that does not
             async with asyncio.timeout(deadline_s + 1):
-                return await answer
+                return await ask(deadline_s)
         except TimeoutError:
             silent[port] = f"no answer in {deadline_s:.0f} s"
         except CasemateError as error:

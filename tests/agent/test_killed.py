@@ -14,7 +14,7 @@ from support.virtual import VirtualLoop, run_virtual
 
 async def _settled_or_dead(rig: Rig) -> None:
     while not rig.settled() and not rig.dead:
-        await asyncio.sleep(0.2)  # noqa: ASYNC110 - what is waited for is the state of a machine
+        await asyncio.sleep(0.2)
 
 
 async def _story(rig: Rig) -> None:

@@ -111,11 +111,14 @@ class Rig:
         self.deaths = 0
         self._task: asyncio.Task[None] | None = None
         self.steps = 0
+        #: What was broken on the machine at any step.
+        self.broken: list[str] = []
         #: Kill the agent when it has made so many steps in all.
         self.kill_at = 0
 
     def _step(self, step: Step) -> None:
         self.steps += 1
+        self.broken += self.host.check()
         if self.trace is not None:
             self.trace(step)
         if self.steps == self.kill_at:
