@@ -10,12 +10,13 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 from casemate_agent.agent import Agent
-from casemate_agent.config import BadConfig, Config, load
+from casemate_agent.config import Config, load
 from casemate_agent.converge import Settings
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.files import OsFiles
@@ -35,23 +36,29 @@ def version() -> str:
     return installed("casemate")
 
 
-def simulated_drivers(config: Config, name: str) -> Drivers:
-    """A whole host in memory."""
+@contextlib.asynccontextmanager
+async def drivers_of(config: Config, name: str) -> AsyncIterator[Drivers]:
+    """This machine's drivers, or a whole host in memory."""
+    if not config.simulated:
+        from casemate_agent.machine import real_drivers  # libvirt and pyroute2, only where they are used
+
+        async with real_drivers(config) as drivers:
+            yield drivers
+        return
     from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
     from casemate_core.topology_loaders import from_line
 
     topology = replace(from_line(config.simulated), name=name)
     pace = SimulatedPace(boot_s=config.boot_s)
-    return SimulatedHost(name, topology, time.time, pace).drivers()
+    yield SimulatedHost(name, topology, time.time, pace).drivers()
 
 
-async def run_host(config: Config, name: str, drivers: Drivers, state_dir: Path) -> None:
+async def run_host(config: Config, name: str, state_dir: Path) -> None:
     """One host's agent and its link, until cancelled."""
     ledger = await Ledger.load(OsFiles(state_dir / "ledger"), threaded())
-    agent = Agent(
-        name, drivers, ledger, time.time, Settings(stop_grace_s=config.stop_grace_s), concurrency=config.concurrency
-    )
-    async with asyncio.TaskGroup() as group:
+    async with drivers_of(config, name) as drivers, asyncio.TaskGroup() as group:
+        settings = Settings(stop_grace_s=config.stop_grace_s)
+        agent = Agent(name, drivers, ledger, time.time, settings, concurrency=config.concurrency)
         group.create_task(agent.run(), name=f"agent-{name}")
         if config.manager:
             link = Link(agent, GrpcTransport(config.manager), time.time, Random(), version())
@@ -70,12 +77,8 @@ async def run(config: Config) -> None:
         loop.add_signal_handler(number, stop.set)
     hosts = []
     for name in names:
-        if config.simulated:
-            drivers = simulated_drivers(config, name)
-        else:
-            raise BadConfig("simulated: say which host to simulate")
         where = state_dir if config.hosts == 1 else state_dir / name
-        hosts.append(asyncio.create_task(run_host(config, name, drivers, where), name=f"host-{name}"))
+        hosts.append(asyncio.create_task(run_host(config, name, where), name=f"host-{name}"))
     log.info("casemate-agent %s: %s", version(), ", ".join(names[:8]) + (" …" if len(names) > 8 else ""))
     stopping = asyncio.create_task(stop.wait(), name="stop")
     try:
@@ -103,6 +106,14 @@ def parser() -> argparse.ArgumentParser:
     run_verb.add_argument("--state-dir", help="where the ledger, images and disks are (default /var/lib/casemate)")
     run_verb.add_argument("--run-dir", help="where sockets are (default /run/casemate)")
     run_verb.add_argument("--libvirt-uri", help="libvirt to use (default qemu:///system)")
+    run_verb.add_argument("--scope", help="tells several agents of one machine apart (default main)")
+    run_verb.add_argument(
+        "--image-folder",
+        action="append",
+        dest="image_folders",
+        metavar="DIR",
+        help="folder that file:// images may lie in; may be given again (default /var/lib/casemate/library)",
+    )
     run_verb.add_argument("--simulated", metavar="LINE", help='simulate hosts, such as "2s 16k/c 2t 256G"')
     run_verb.add_argument("--hosts", type=int, help="how many simulated hosts")
     run_verb.add_argument("--boot-s", type=float, help="seconds that a simulated guest boots")

@@ -31,6 +31,10 @@ class Config:
     state_dir: str = "/var/lib/casemate"
     run_dir: str = "/run/casemate"
     libvirt_uri: str = "qemu:///system"
+    #: Tells several agents of one machine apart (names of bridges and taps): 1 to 12 small letters and digits.
+    scope: str = "main"
+    #: Folders that ``file://`` sources of images may lie in; http and https need none.
+    image_folders: tuple[str, ...] = ("/var/lib/casemate/library",)
     log_format: str = "console"
     log_level: str = "info"
     stop_grace_s: float = 60.0
@@ -51,6 +55,8 @@ def load(path: str, flags: Mapping[str, Any]) -> Config:
         except (OSError, ValueError) as error:
             raise BadConfig(f"{path}: {error}") from error
     given |= {name: value for name, value in flags.items() if value is not None}
+    if isinstance(given.get("image_folders"), list):
+        given["image_folders"] = tuple(given["image_folders"])
     kinds = {field.name: type(field.default) for field in fields(Config)}
     for name, value in given.items():
         if name not in kinds:
@@ -61,6 +67,8 @@ def load(path: str, flags: Mapping[str, Any]) -> Config:
     config = replace(Config(), **given)
     if not config.name:
         raise BadConfig("name: say which host this is (--name)")
+    if not all(isinstance(folder, str) and folder.startswith("/") for folder in config.image_folders):
+        raise BadConfig("image_folders: a list of absolute paths")
     if config.log_format not in ("console", "json"):
         raise BadConfig(f"log_format: {config.log_format!r} is neither console nor json")
     if config.hosts < 1 or (config.hosts > 1 and not config.simulated):

@@ -1,0 +1,47 @@
+"""The drivers of this machine, put together.
+
+What may live here: the choice and the life of the real drivers. It imports libvirt, pyroute2 and the like, so it is itself
+imported only where a real host is driven.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from casemate_agent.config import Config
+from casemate_agent.drivers.fetch import SourceRules
+from casemate_agent.drivers.guest import GuestChannels
+from casemate_agent.drivers.image import ImageStore
+from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
+from casemate_agent.drivers.network import HostNetworks
+from casemate_agent.drivers.ports import Drivers
+from casemate_agent.drivers.sysfs import HostMachine
+
+
+@asynccontextmanager
+async def real_drivers(config: Config) -> AsyncIterator[Drivers]:
+    """The drivers of this machine; their threads and connections end with the context, VMs go on."""
+    state_dir = Path(config.state_dir).absolute()
+    run_dir = Path(config.run_dir).absolute()
+    run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        machine = HostMachine(state_dir)
+        stack.push_async_callback(machine.aclose)
+        images = ImageStore(state_dir, SourceRules(folders=tuple(config.image_folders)))
+        stack.push_async_callback(images.aclose)
+        networks = HostNetworks(config.scope)
+        stack.push_async_callback(networks.aclose)
+        hypervisor = await stack.enter_async_context(
+            LibvirtHypervisor(
+                LibvirtSettings(
+                    uri=config.libvirt_uri,
+                    run_dir=str(run_dir),
+                    instances_dir=str(state_dir / "instances"),
+                    probe_cache=str(state_dir / "virtualisation.json"),
+                    scope=config.scope,
+                )
+            )
+        )
+        guests = GuestChannels()
+        stack.push_async_callback(guests.close)
+        yield Drivers(machine=machine, hypervisor=hypervisor, images=images, networks=networks, guests=guests)
