@@ -12,7 +12,8 @@ bridges and taps belong to the agent and are seen from outside.
 
 Every process of a sandbox lives in its mount namespace and nobody else does, so that ``down`` finds what is its own
 (QEMU included, also after libvirtd was killed) by the namespace and the time of start that ``up`` recorded, and ends
-nothing else. The namespace's mounts vanish with its last process; DIR is removed at the end.
+nothing else. The namespace's mounts vanish with its last process. Bridges and firewall tables that an agent made under
+the sandbox's ``scope`` are removed, and DIR at the end.
 
 Needs root and the packages libvirt-daemon, libvirt-daemon-driver-qemu and qemu-system-x86; systemd is neither needed nor
 asked. libvirtd looks up the user ``libvirt-qemu`` at its start, whatever its configuration says; where the machine has
@@ -174,7 +175,7 @@ def status(directory: Path) -> Sandbox | None:
 
 
 def down(directory: Path, keep: bool = False) -> None:
-    """End the sandbox: its domains, its daemons, its files (unless ``keep``). Without a sandbox there: nothing."""
+    """End the sandbox: its domains, daemons, bridges, firewall tables, and files (unless ``keep``); nothing where none is."""
     directory = directory.absolute()
     if not directory.exists():
         return
@@ -183,6 +184,11 @@ def down(directory: Path, keep: bool = False) -> None:
         raise SandboxUnusable(f"{directory} is no sandbox's folder; nothing was removed")
     with _locked(directory):
         _end_processes(recorded)
+        if recorded is not None:
+            # Here, not above: netlink costs half a second to import, which only the end of a sandbox should pay.
+            from casemate_agent.drivers.network import remove_scope
+
+            remove_scope(recorded.scope)
         if not keep:
             shutil.rmtree(directory)
 

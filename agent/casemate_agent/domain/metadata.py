@@ -4,8 +4,8 @@ libvirt keeps a domain's ``<metadata>`` word for word. Ours says which instance 
 placement, and holds the record it was made from as JSON, so that an agent whose ledger is lost can take up its VMs again.
 
 Anyone who may open libvirt's read-only socket (by default every user of the host) can read a domain's XML. So the record
-in it leaves out what may hold secrets: ``user_data``, which lies on the seed alone, and ``pods``, whose environment
-variables may. The complete record lies in a file that only root reads; the metadata has its digest, so that the two are
+in it leaves out what may hold secrets: ``user_data``, ``pods`` (their environment variables), and the source of an image
+where it has a user or a query (a signed URL). The complete record lies in a file that only root reads; the metadata has its digest, so that the two are
 never mixed up (see ``record_digest``), and an instance that has neither is rebuilt from the metadata alone.
 
 JSON is written in ASCII: whatever a tenant named a thing, no character of it can be markup, a control character, or one
@@ -19,7 +19,7 @@ from xml.etree.ElementTree import Element
 
 from casemate_agent.domain.elements import add
 from casemate_core.plain import to_plain
-from casemate_core.spec.instance import DesiredInstance
+from casemate_core.spec.instance import DesiredInstance, File, ImageRef
 
 NAMESPACE = "urn:casemate:instance:1"
 
@@ -43,7 +43,28 @@ def full_record(desired: DesiredInstance) -> str:
 
 def public_record(desired: DesiredInstance) -> str:
     """``full_record`` without user-data and pods: what every user of the host may see."""
-    return full_record(replace(desired, user_data="", pods=()))
+    return full_record(
+        replace(
+            desired,
+            user_data="",
+            pods=(),
+            image=_public_image(desired.image),
+            archives=tuple(map(_public_image, desired.archives)),
+        )
+    )
+
+
+def _public_image(image: ImageRef) -> ImageRef:
+    return replace(
+        image,
+        file=_public_file(image.file),
+        kernel=_public_file(image.kernel) if image.kernel else None,
+        initrd=_public_file(image.initrd) if image.initrd else None,
+    )
+
+
+def _public_file(file: File) -> File:
+    return replace(file, source="") if "@" in file.source or "?" in file.source else file
 
 
 def record_digest(record: str) -> str:
