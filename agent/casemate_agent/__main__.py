@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     run_verb.add_argument("--libvirt-uri", help="libvirt to use (default qemu:///system)")
     run_verb.add_argument("--scope", help="tells several agents of one machine apart (default main)")
     run_verb.add_argument(
+        "--image-folder",
         "--image-dir",
         action="append",
         dest="image_folders",

@@ -38,7 +38,7 @@ from casemate_wire.stream import (
 log = logging.getLogger("casemate.agent.link")
 
 #: Before a manager has stated one, in seconds.
-WINDOW_S = 5.0
+WINDOW_S = 2.0
 #: A manager that forbids coming back is asked again so rarely, in seconds: someone may have acted.
 FORBIDDEN_S = 60.0
 #: Channels open at the same time.
