@@ -50,7 +50,22 @@ def plain(resource: "pb.Resource") -> dict[str, Any]:
     """The object as plain JSON values."""
     from casemate_wire import manifest
 
-    return manifest.to_plain(resource)
+    return _ordered(manifest.to_plain(resource))  # type: ignore[no-any-return]
+
+
+#: Fields of free JSON (google.protobuf.Struct keeps no order), and the keys that people expect first in a manifest.
+_FREE = frozenset({"pods", "manifest", "claim", "topology", "parameters"})
+_FIRST = {key: i for i, key in enumerate(("apiVersion", "kind", "metadata", "name", "image", "spec"))}
+
+
+def _ordered(value: Any, *, free: bool = False) -> Any:
+    """The value with its free parts in a fixed order, so that the same object is always shown the same."""
+    if isinstance(value, list):
+        return [_ordered(item, free=free) for item in value]
+    if not isinstance(value, dict):
+        return value
+    keys = sorted(value, key=lambda k: (_FIRST.get(k, len(_FIRST)), k)) if free else list(value)
+    return {key: _ordered(value[key], free=free or key in _FREE) for key in keys}
 
 
 def name(resource: "pb.Resource") -> str:

@@ -45,11 +45,11 @@ def describe(ctx: click.Context, arguments: tuple[str, ...]) -> None:
 
 
 def _describe(client: "Client", target: Target, tenant: str) -> None:
-    from casemate_wire import manifest, schema
+    from casemate_wire import schema
 
     resource = client.get(target.kind.name, target.name, tenant)
     message: Any = schema.object_of(resource)
-    plain = manifest.to_plain(resource)
+    plain = output.plain(resource)
     metadata = plain.get("metadata", {})
     head = {
         "Name": metadata.get("name", ""),
