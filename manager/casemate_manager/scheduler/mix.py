@@ -22,12 +22,12 @@ MAX_SHAPES = 256
 #: A request for several GPUs counts a little more than its number: it is the first that fragmentation turns away.
 GPU_COUNT_EXPONENT = 0.1
 
-#: Points of the distribution of "dimension beside one GPU" at which being short of it is priced.
-BESIDE_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
+#: Multiples of the mean "dimension beside one GPU" of the mix at which being short of it is priced.
+BESIDE_MULTIPLES = (0.36, 0.64, 0.9, 1.1, 1.36)
 
-#: Arrivals at which the mix is frozen first; each further time after half as many again.
+#: Arrivals at which the mix is frozen first; each further time after twice as many.
 FIRST_FREEZE = 50
-FREEZE_GROWTH = 1.5
+FREEZE_GROWTH = 2.0
 #: In a long-lived fleet the mix is renewed at least this often, in arrivals.
 MAX_FREEZE_GAP = 20_000
 
@@ -37,7 +37,7 @@ class Shape:
     """A request as the score sees it.
 
     ``need``: amounts of each further dimension of the bins, in their units and order. ``gpus`` GPUs of ``share_milli``
-    each; below 1000 only with one GPU. ``models``: bit mask of the GPU models that will do, 0 for any.
+    each; below 1000 slices on so many different GPUs. ``models``: bit mask of the GPU models that will do, 0 for any.
     """
 
     need: tuple[int, ...]
@@ -55,16 +55,17 @@ class Shape:
 class Weights:
     """A mix, frozen. J shapes with GPUs, D dimensions, S distinct sizes.
 
-    ``need`` (D, J) int64; ``models`` (J,) int64; ``usable`` (S + 1 + G, J) float32: rows 0..S hold the weight of a shape
-    where one GPU's remainder of that class serves it, the G rows after hold weight times 1000 times the whole GPUs where
+    ``need`` (D, J) int64; ``models`` (J,) int64; ``usable`` (S + 1 + G + 1, J) float64: rows 0..S hold the weight of a shape
+    where one GPU's remainder of that class serves it, the rows after, by
+    number of whole GPUs 0..G, hold weight times 1000 times the whole GPUs where
     so many are enough for a shape of several. ``class_of`` (1001,) int64: the class of a remainder in milli. ``value``
-    (1001,) float64, milli. ``beside`` (D, Q) float64: milli of GPU that one unit of the dimension serves, at quantiles;
-    0 where the mix does not ask it. ``model_demand``: (models mask, share of all GPU demand) of shapes that name models.
+    (1001,) float64, milli. ``beside`` (D, Q) float64: milli of GPU that one unit of the dimension serves, at multiples of
+    the mean; 0 where the mix does not ask it. ``model_demand``: (models mask, share of all GPU demand) of shapes that name models.
     """
 
     need: NDArray[np.int64]
     models: NDArray[np.int64]
-    usable: NDArray[np.float32]
+    usable: NDArray[np.float64]
     class_of: NDArray[np.int64]
     sizes: int
     value: NDArray[np.float64]
@@ -76,9 +77,7 @@ class Weights:
 class Mix:
     """Counts of arrivals, by shape."""
 
-    def __init__(self, dimensions: int, gpus_per_bin: int) -> None:
-        self._dimensions = dimensions
-        self._gpus_per_bin = gpus_per_bin
+    def __init__(self) -> None:
         self._counts: Counter[Shape] = Counter()
         self.arrivals = 0
         self._due_at = float(FIRST_FREEZE)
@@ -93,27 +92,30 @@ class Mix:
         """Whether the weights in use are old enough to freeze new ones."""
         return self.arrivals >= self._due_at
 
-    def freeze(self) -> Weights:
-        """The weights of all arrivals so far; moves :meth:`due` on."""
+    def freeze(self, dimensions: int, gpus_per_bin: int) -> Weights:
+        """The weights of all arrivals so far for bins of that form; moves :meth:`due` on.
+
+        Shapes made before a dimension was known ask nothing of it.
+        """
         self._due_at = self.arrivals + min(max(FIRST_FREEZE, self.arrivals * (FREEZE_GROWTH - 1)), MAX_FREEZE_GAP)
         shapes = self._counts.most_common(MAX_SHAPES)
         count = np.array([n for _, n in shapes], dtype=np.float64)
         gpu_milli = np.array([s.gpu_milli for s, _ in shapes], dtype=np.float64)
         weight = count * (gpu_milli / WHOLE_MILLI) ** GPU_COUNT_EXPONENT
         weight /= max(weight.sum(), 1e-12)
-        need = np.array([s.need for s, _ in shapes], dtype=np.int64).reshape(len(shapes), self._dimensions).T.copy()
-        shares: Counter[int] = Counter()
-        for shape, n in shapes:
-            if shape.gpus == 1 and shape.share_milli < WHOLE_MILLI:
-                shares[shape.share_milli] += n
-        sizes = sorted({s.share_milli for s, _ in shapes if s.gpus == 1})
+        need = np.zeros((dimensions, len(shapes)), dtype=np.int64)
+        asked: Counter[int] = Counter()
+        for j, (shape, n) in enumerate(shapes):
+            need[: len(shape.need), j] = shape.need
+            asked[shape.share_milli] += n * shape.gpus
+        sizes = sorted({s.share_milli for s, _ in shapes if s.gpus == 1 or s.share_milli < WHOLE_MILLI})
         class_of = np.searchsorted(np.array(sizes, dtype=np.int64), np.arange(WHOLE_MILLI + 1), side="right")
-        usable = np.zeros((len(sizes) + 1 + self._gpus_per_bin + 1, len(shapes)), dtype=np.float32)
+        usable = np.zeros((len(sizes) + 1 + gpus_per_bin + 1, len(shapes)), dtype=np.float64)
         for j, (shape, _) in enumerate(shapes):
-            if shape.gpus == 1:
+            if shape.gpus == 1 or shape.share_milli < WHOLE_MILLI:
                 usable[sizes.index(shape.share_milli) + 1 : len(sizes) + 1, j] = weight[j]
             else:
-                for whole in range(shape.gpus, self._gpus_per_bin + 1):
+                for whole in range(shape.gpus, gpus_per_bin + 1):
                     usable[len(sizes) + 1 + whole, j] = weight[j] * WHOLE_MILLI * whole
         demand = count * gpu_milli
         named: Counter[int] = Counter()
@@ -127,25 +129,19 @@ class Mix:
             usable=usable,
             class_of=class_of.astype(np.int64),
             sizes=len(sizes),
-            value=remainder_values(shares),
-            beside=_beside(need, gpu_milli, demand),
+            value=remainder_values(asked),
+            beside=_beside(need, demand, count),
             model_demand=tuple((mask, milli / total) for mask, milli in sorted(named.items())),
             arrivals=self.arrivals,
         )
 
 
-def _beside(
-    need: NDArray[np.int64], gpu_milli: NDArray[np.float64], demand: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Milli of GPU served by one unit of each dimension, at quantiles of the GPU demand: shape (D, Q)."""
-    out = np.zeros((need.shape[0], len(BESIDE_QUANTILES)))
-    if not len(demand):
-        return out
-    for d in range(need.shape[0]):
-        ratio = need[d] / gpu_milli
-        order = np.argsort(ratio, kind="stable")
-        share = np.cumsum(demand[order]) / demand.sum()
-        for q, quantile in enumerate(BESIDE_QUANTILES):
-            at = ratio[order[min(int(np.searchsorted(share, quantile)), len(order) - 1)]]
-            out[d, q] = 1.0 / at if at > 0 else 0.0
+def _beside(need: NDArray[np.int64], demand: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Milli of GPU served by one unit of each dimension, at multiples of the mean: shape (D, Q)."""
+    out = np.zeros((need.shape[0], len(BESIDE_MULTIPLES)))
+    total = float(demand.sum())
+    for d in range(need.shape[0]) if total else ():
+        mean = float(need[d] @ count) / total
+        if mean > 0:
+            out[d] = 1.0 / (mean * np.array(BESIDE_MULTIPLES))
     return out

@@ -1,19 +1,26 @@
-"""What a free remainder of a GPU is worth, learnt from the mix of shares that has arrived. PURE.
+"""What a free remainder of a GPU is worth, learnt from the mix of requests that has arrived. PURE.
 
-May live here: the one-dimensional packing problem of shares on GPUs, its dual, and the value derived from it.
+May live here: the one-dimensional packing problem of requests on GPUs, its dual, and the value derived from it.
 
-Theory of operation. A GPU of 1000 milli with ``g`` free is worth what the shares it can still take are worth, and a share
-is worth the part of a GPU that an optimal packing of the whole mix spends on it. That is the dual price of the cutting
-stock problem (Gilmore and Gomory, 1961): with ``d_s`` the demand for size ``s``, minimise the number of GPUs such that the
-patterns cover all demands. The price of a size times 1000 is in milli; the value of a remainder is the best sum of prices
-that fits into it, so it is a staircase that never falls. Two examples: where most shares ask 810, a remainder of 190 is
-worth next to nothing and one of 810 almost a whole GPU; where most ask 250, the staircase has four equal steps.
+Theory of operation. Suppose that demand of the learnt mix goes on until it is :data:`OVERLOAD` times what there is, and
+that a small request is never turned away before a larger one (space that takes the larger takes the smaller too). How much
+could be allocated at best? That is a linear program over *patterns* (what shares one GPU holds together) and over how far
+each size is accepted:
 
-The linear program is solved here by column generation over a grid of :data:`STEP_MILLI`: as many rows as there are sizes
-(a few tens), so each step is one small solve and one knapsack.
+    maximise   sum_t delta_t * (milli asked by all sizes <= t)
+    subject to patterns hold what is accepted, size by size     (price pi_s of a size)
+               no more patterns than GPUs                       (price of a GPU)
+               sum_t delta_t <= 1                               (delta_t: share of the demand at which t is the largest taken)
+
+The prices tell what room is worth at the margin: nothing where more such room is left over than anybody asks, more than its
+milli where only this size can save a GPU from being broken. The value of a remainder is the best sum of prices that fits
+into it, scaled so that a GPU as good as any is worth 1000: a staircase that never falls.
+
+Solved by the simplex method with column generation (Gilmore and Gomory, 1961) on a grid of :data:`STEP_MILLI`: as many
+rows as sizes and two more, so each step is one small system and one knapsack.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,91 +29,100 @@ WHOLE_MILLI = 1000
 
 #: Grid of the knapsack. Sizes are rounded up to it and remainders down, so that a value never promises what does not fit.
 STEP_MILLI = 10
+_ROOM = WHOLE_MILLI // STEP_MILLI
 
-#: Rounds of column generation; the instances met needed fewer than 80, and a price cut short is still a valid lower value.
-MAX_ROUNDS = 400
+#: Demand assumed to come, over what there is: room is worth something only where it is short.
+OVERLOAD = 1.3
+
+#: Sizes that prices are made for; the least asked are left out beyond it.
+MAX_SIZES = 48
+
+#: Rounds of the simplex method; instances met needed fewer than 150. Prices cut short are still prices, only less sharp.
+MAX_ROUNDS = 600
 
 _EPSILON = 1e-9
 
 
-def _knapsack(
-    prices: NDArray[np.float64], cells: NDArray[np.int64], room: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Best sum of prices for every room 0..``room`` (unbounded knapsack), and the last size taken there (-1: none)."""
-    best = np.zeros(room + 1)
-    last = np.full(room + 1, -1, dtype=np.int64)
-    for at in range(int(cells.min()), room + 1):
-        fits = cells <= at
-        gains = np.where(fits, prices + best[at - np.minimum(cells, at)], -1.0)
-        taken = int(gains.argmax())
-        best[at], last[at] = best[at - 1], -1
-        if gains[taken] > best[at] + _EPSILON:
-            best[at], last[at] = gains[taken], taken
+def _knapsack(prices: Sequence[float], cells: Sequence[int]) -> tuple[list[float], list[int]]:
+    """Best sum of prices for every room 0.._ROOM (each size any number of times), and the last size taken (-1: none)."""
+    best, last = [0.0] * (_ROOM + 1), [-1] * (_ROOM + 1)
+    items = [(cells[i], prices[i], i) for i in range(len(cells)) if prices[i] > _EPSILON]
+    for at in range(1, _ROOM + 1):
+        top, taken = best[at - 1], -1
+        for size, price, i in items:
+            if size <= at and price + best[at - size] > top + _EPSILON:
+                top, taken = price + best[at - size], i
+        best[at], last[at] = top, taken
     return best, last
 
 
-def _pattern(last: NDArray[np.int64], cells: NDArray[np.int64], sizes: int) -> NDArray[np.float64]:
-    pattern = np.zeros(sizes)
-    at = len(last) - 1
+def _pattern(last: Sequence[int], cells: Sequence[int]) -> NDArray[np.float64]:
+    """How often each size is in the best filling of a whole GPU."""
+    pattern = np.zeros(len(cells))
+    at = _ROOM
     while at > 0:
         if last[at] < 0:
             at -= 1
-            continue
-        pattern[last[at]] += 1
-        at -= int(cells[last[at]])
+        else:
+            pattern[last[at]] += 1
+            at -= cells[last[at]]
     return pattern
 
 
-def share_prices(demand: Mapping[int, float]) -> dict[int, float]:
-    """Dual price of each share size, in milli of a GPU.
+def size_prices(demand: Mapping[int, float]) -> dict[int, float]:
+    """Price of each size in milli of a GPU, as the module says.
 
-    ``demand`` maps a size in milli (1..999) to how many of it are asked, any scale; sizes with no demand are left out.
-    Every price lies in 0..1000, and no set of shares that fits one GPU is priced above 1000.
+    ``demand`` maps a size in milli (1..1000) to how many GPUs or slices of it are asked, in any unit. Prices are at least
+    0, and no set of sizes that fits one GPU is priced above 1000 together.
     """
-    sizes = sorted(size for size, count in demand.items() if count > 0)
+    asked = sorted(demand, key=lambda size: -demand[size])[:MAX_SIZES]
+    sizes = sorted(size for size in asked if demand[size] > 0)
     if not sizes:
         return {}
-    cells = np.array([-(-size // STEP_MILLI) for size in sizes], dtype=np.int64)
-    wanted = np.array([demand[size] for size in sizes], dtype=np.float64)
-    wanted /= wanted.sum()
-    room, rows = WHOLE_MILLI // STEP_MILLI, len(sizes)
-    # The first basis: each size alone, as often as it fits. Columns of cost 0 (surplus) may enter later.
-    basis = np.diag((room // cells).astype(np.float64))
-    cost = np.ones(rows)
-    prices = np.linalg.solve(basis.T, cost)
+    cells = [-(-size // STEP_MILLI) for size in sizes]
+    rows = len(sizes)
+    counts = np.array([demand[size] for size in sizes], dtype=np.float64)
+    counts /= counts.sum()
+    milli = counts * np.array(sizes)
+    # Columns of accepting everything up to size t: what must be held, and the share that it uses up.
+    accept = np.zeros((rows + 2, rows))
+    for t in range(rows):
+        accept[: t + 1, t] = counts[: t + 1]
+    accept[rows + 1] = 1.0
+    reward_of = np.cumsum(milli) / WHOLE_MILLI
+    # Slack basis: nothing accepted. Right-hand sides of 0 are lifted a little, each differently, against cycling.
+    basis, reward = np.eye(rows + 2), np.zeros(rows + 2)
+    limits = np.concatenate([1e-7 * (1.0 + np.arange(rows) / rows), [reward_of[-1] / OVERLOAD, 1.0]])
     for _ in range(MAX_ROUNDS):
-        lowest = int(prices.argmin())
-        if prices[lowest] < -_EPSILON:
-            column, column_cost = np.zeros(rows), 0.0
-            column[lowest] = -1.0
-        else:
-            best, last = _knapsack(prices, cells, room)
-            if best[room] <= 1.0 + 1e-7:
-                break
-            column, column_cost = _pattern(last, cells, rows), 1.0
+        dual = np.linalg.solve(basis.T, reward)
+        gains = reward_of - dual @ accept
+        t, slack = int(gains.argmax()), int(dual.argmin())
+        best, last = _knapsack(dual[:rows].tolist(), cells)
+        gain, column, worth = float(gains[t]), accept[:, t], float(reward_of[t])
+        if best[_ROOM] - dual[rows] > gain:
+            gain, worth = best[_ROOM] - float(dual[rows]), 0.0
+            column = np.concatenate([-_pattern(last, cells), [1.0, 0.0]])
+        if -dual[slack] > gain:
+            gain, worth, column = -float(dual[slack]), 0.0, np.eye(rows + 2)[slack]
+        if gain <= 1e-8:
+            break
         direction = np.linalg.solve(basis, column)
-        amounts = np.linalg.solve(basis, wanted)
+        amounts = np.linalg.solve(basis, limits)
         positive = direction > _EPSILON
         if not positive.any():
             break
-        ratios = np.where(positive, amounts / np.where(positive, direction, 1.0), np.inf)
-        leaving = int(ratios.argmin())
-        basis[:, leaving], cost[leaving] = column, column_cost
-        prices = np.linalg.solve(basis.T, cost)
-    prices = np.clip(prices, 0.0, 1.0)
-    return {size: float(price) * WHOLE_MILLI for size, price in zip(sizes, prices, strict=True)}
+        leaving = int(np.where(positive, amounts / np.where(positive, direction, 1.0), np.inf).argmin())
+        basis[:, leaving], reward[leaving] = column, worth
+    prices = np.maximum(np.linalg.solve(basis.T, reward)[:rows], 0.0)
+    best, _ = _knapsack(prices.tolist(), cells)
+    scale = WHOLE_MILLI / best[_ROOM] if best[_ROOM] > _EPSILON else 0.0
+    return {size: float(price) * scale for size, price in zip(sizes, prices, strict=True)}
 
 
 def remainder_values(demand: Mapping[int, float]) -> NDArray[np.float64]:
-    """Value in milli of a remainder of 0..1000 milli: shape (1001,), float64, never falling, 0 at 0 and 1000 at 1000.
-
-    With no demand for shares only a whole GPU is worth anything.
-    """
-    values = np.zeros(WHOLE_MILLI + 1)
-    prices = share_prices(demand)
-    if prices:
-        cells = np.array([-(-size // STEP_MILLI) for size in prices], dtype=np.int64)
-        best, _ = _knapsack(np.array(list(prices.values())), cells, WHOLE_MILLI // STEP_MILLI)
-        values = np.minimum(best, WHOLE_MILLI)[np.arange(WHOLE_MILLI + 1) // STEP_MILLI]
+    """Value in milli of a remainder of 0..1000 milli: shape (1001,), float64, never falling, 0 at 0 and 1000 at 1000."""
+    prices = size_prices(demand)
+    best, _ = _knapsack(list(prices.values()), [-(-size // STEP_MILLI) for size in prices])
+    values: NDArray[np.float64] = np.minimum(np.array(best), WHOLE_MILLI)[np.arange(WHOLE_MILLI + 1) // STEP_MILLI]
     values[WHOLE_MILLI] = WHOLE_MILLI
     return values

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from casemate_core.errors import CallerError, shown
+from casemate_manager.scheduler.bins import Bins
 from casemate_manager.scheduler.mix import Shape
-from casemate_manager.scheduler.pack import Bins
 
 #: Models that fit the bit mask of a shape.
 MAX_MODELS = 62

@@ -15,20 +15,20 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from casemate_manager.scheduler.bins import Bins
 from casemate_manager.scheduler.mix import Mix, Shape
-from casemate_manager.scheduler.pack import NO_GPU, Bins, PackScore
-from casemate_manager.scheduler.value import WHOLE_MILLI
+from casemate_manager.scheduler.pack import PackScore
 
 
 class Strategy(Protocol):
-    """Chooses a bin, and the GPU of a share, for each arrival; None where it fits nowhere."""
+    """Chooses a bin, and the slots of its GPUs, for each arrival; None where it fits nowhere."""
 
-    def place(self, shape: Shape) -> tuple[int, int] | None: ...
+    def place(self, shape: Shape) -> tuple[int, tuple[int, ...]] | None: ...
 
 
 def feasible(bins: Bins, shape: Shape) -> NDArray[np.bool_]:
     """Where a shape fits, (N,): the plain definition."""
-    fits: NDArray[np.bool_] = (bins.free >= np.array(shape.need)[:, None]).all(axis=0)
+    fits = np.asarray((bins.free >= np.array(shape.need)[:, None]).all(axis=0))
     if shape.models:
         fits &= (shape.models >> bins.model) & 1 == 1
     if shape.gpus:
@@ -36,26 +36,25 @@ def feasible(bins: Bins, shape: Shape) -> NDArray[np.bool_]:
     return fits
 
 
-def _tightest(bins: Bins, at: int, shape: Shape) -> int:
-    """The GPU of a bin where a share leaves least."""
-    if shape.gpus != 1 or shape.share_milli == WHOLE_MILLI:
-        return NO_GPU
+def _slots(bins: Bins, at: int, shape: Shape) -> list[int]:
+    """The GPUs of a bin with room for (a slice of) what is asked, the tightest first."""
     free = bins.gpu[:, at]
-    return int(np.where(free >= shape.share_milli, free, 2 * WHOLE_MILLI).argmin())
+    return sorted((free >= shape.share_milli).nonzero()[0].tolist(), key=lambda slot: int(free[slot]))
 
 
 class Random:
-    """Any bin that fits, all alike; a share goes to the tightest GPU there."""
+    """Any bin that fits, all alike; a share goes to any GPU there that has room."""
 
     def __init__(self, bins: Bins, rng: np.random.Generator) -> None:
         self._bins, self._rng = bins, rng
 
-    def place(self, shape: Shape) -> tuple[int, int] | None:
+    def place(self, shape: Shape) -> tuple[int, tuple[int, ...]] | None:
         fitting = np.flatnonzero(feasible(self._bins, shape))
         if not len(fitting):
             return None
         at = int(self._rng.choice(fitting))
-        return at, _tightest(self._bins, at, shape)
+        slots = _slots(self._bins, at, shape)
+        return at, tuple(self._rng.permutation(slots)[: shape.gpus].tolist())
 
 
 class BestFit:
@@ -66,7 +65,7 @@ class BestFit:
         self._largest_cpu = int(bins.free[0].max())
         self._largest_gpu = max(int(bins.total.max()), 1)
 
-    def place(self, shape: Shape) -> tuple[int, int] | None:
+    def place(self, shape: Shape) -> tuple[int, tuple[int, ...]] | None:
         fitting = np.flatnonzero(feasible(self._bins, shape))
         if not len(fitting):
             return None
@@ -74,18 +73,19 @@ class BestFit:
         gpu = (self._bins.total[fitting] - shape.gpu_milli) / self._largest_gpu
         score = ((1.0 - 0.5 * cpu - 0.5 * gpu) * 100).astype(np.int64)
         at = int(self._rng.choice(fitting[score == score.max()]))
-        return at, _tightest(self._bins, at, shape)
+        return at, tuple(_slots(self._bins, at, shape)[: shape.gpus])
 
 
 class Pack:
     """The scheduler's own packing score, its mix learnt from the arrivals of this replay."""
 
     def __init__(self, bins: Bins, rng: np.random.Generator) -> None:
-        self._score = PackScore(bins, Mix(bins.free.shape[0], bins.gpu.shape[0]))
+        self._score = PackScore(bins, Mix(), tight=range(len(bins.free)), beside=(0,))
 
-    def place(self, shape: Shape) -> tuple[int, int] | None:
+    def place(self, shape: Shape) -> tuple[int, tuple[int, ...]] | None:
         self._score.note(shape)
-        return self._score.best(shape)
+        at = self._score.best(shape)
+        return None if at is None else (at, self._score.slots(shape, at))
 
 
 STRATEGIES: dict[str, Callable[[Bins, np.random.Generator], Strategy]] = {

@@ -1,0 +1,63 @@
+"""Columns of the packing score: what is free in each bin. PURE.
+
+May live here: the arrays and their bookkeeping; what they mean is said by whoever fills them.
+
+A *bin* is what must be found together: a host, or one cell of it. Each has free milli of up to G GPUs and free amounts of D
+further dimensions. Every change stamps the bin with a new ``version``, so that caches know what is old.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from casemate_manager.scheduler.value import WHOLE_MILLI
+
+if TYPE_CHECKING:
+    from casemate_manager.scheduler.mix import Shape
+
+
+class Bins:
+    """N bins as columns.
+
+    ``free`` (D, N) int64 in the units of the dimensions; ``gpu`` (G, N) int64, free milli, 0 where there is none;
+    ``model`` (N,) int64, number 0..62 of what kind of GPUs; ``total`` (N,) int64, sum of ``gpu``; ``whole`` (N,) int64,
+    GPUs with 1000 free; ``version`` (N,) int64, the tick of the last change.
+    """
+
+    def __init__(self, free: NDArray[np.int64], gpu: NDArray[np.int64], model: NDArray[np.int64]) -> None:
+        self.free = np.ascontiguousarray(free, dtype=np.int64)
+        self.gpu = np.ascontiguousarray(gpu, dtype=np.int64)
+        self.model = np.ascontiguousarray(model, dtype=np.int64)
+        self.total = self.gpu.sum(axis=0)
+        self.whole = (self.gpu == WHOLE_MILLI).sum(axis=0)
+        self.version = np.zeros(len(self.model), dtype=np.int64)
+        self.tick = 0
+
+    def touch(self, bin_: int) -> None:
+        """Stamp a bin as changed."""
+        self.tick += 1
+        self.version[bin_] = self.tick
+
+    def count(self, bin_: int) -> None:
+        """Bring ``total`` and ``whole`` of a bin in line with its GPUs."""
+        column = self.gpu[:, bin_].tolist()
+        self.total[bin_] = sum(column)
+        self.whole[bin_] = column.count(WHOLE_MILLI)
+
+    def take(self, bin_: int, shape: "Shape", gpus: tuple[int, ...]) -> None:
+        """Take a shape out of a bin, its GPUs or slices from the slots ``gpus``."""
+        self._change(bin_, shape, gpus, -1)
+
+    def give(self, bin_: int, shape: "Shape", gpus: tuple[int, ...]) -> None:
+        """Give back what :meth:`take` took."""
+        self._change(bin_, shape, gpus, 1)
+
+    def _change(self, bin_: int, shape: "Shape", gpus: tuple[int, ...], sign: int) -> None:
+        for d, need in enumerate(shape.need):
+            self.free[d, bin_] += sign * need
+        for k in gpus:
+            self.gpu[k, bin_] += sign * shape.share_milli
+        if gpus:
+            self.count(bin_)
+        self.touch(bin_)
