@@ -36,7 +36,7 @@ def occupied(topology: Topology, before: list[Request]) -> HostClaims:
     return claims
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(topologies(), st.lists(requests(), max_size=3), requests(), st.sampled_from((100, 150, 400)))
 def test_fit_is_complete_and_best(
     topology: Topology, before: list[Request], request: Request, cpu_percent: int
@@ -56,7 +56,7 @@ def test_fit_is_complete_and_best(
     assert promised == best[: len(promised)]
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(topologies(), st.lists(requests(), max_size=2), requests())
 def test_fits_starts_with_fit_and_all_of_them_hold(topology: Topology, before: list[Request], request: Request) -> None:
     claims = occupied(topology, before)

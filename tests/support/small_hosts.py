@@ -83,8 +83,8 @@ def topologies(draw: st.DrawFn) -> Topology:
         peers = tuple(f"g{j}" for j in range(gpu_count) if j != i) if linked else ()
         model = draw(st.sampled_from(("H200", "L4")))
         gpus.append(Gpu(f"g{i}", model, 8, draw(places), i, peers, slots, profiles, step))
-    partitions = ()
-    if gpus and draw(st.booleans()):
+    partitions: tuple[FabricPartition, ...] = ()
+    if draw(st.booleans()) and gpus:
         subsets = draw(
             st.lists(st.sets(st.sampled_from([g.uuid for g in gpus]), min_size=1), max_size=3, unique_by=frozenset)
         )

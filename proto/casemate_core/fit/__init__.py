@@ -5,6 +5,7 @@ vocabulary, ``solve`` the entry points and the documented order.
 """
 
 from casemate_core.fit.request import (
+    BadRequest,
     CellPolicy,
     CoreChoice,
     CpuPolicy,
@@ -24,6 +25,7 @@ from casemate_core.fit.solve import NO_OVERCOMMIT, Fit, Key, Refusal, fit, fits
 
 __all__ = [
     "NO_OVERCOMMIT",
+    "BadRequest",
     "CellPolicy",
     "CoreChoice",
     "CpuPolicy",

@@ -8,6 +8,23 @@ and ``devices`` of an environment's spec.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from casemate_core.errors import CallerError
+
+
+class BadRequest(CallerError):
+    """A request that no host could make sense of. ``field`` is the name within this module's records."""
+
+    reason = "BadRequest"
+
+    def __init__(self, field: str, problem: str) -> None:
+        self.field = field
+        super().__init__(f"{field} {problem}")
+
+
+def _must(holds: bool, field: str, problem: str) -> None:
+    if not holds:
+        raise BadRequest(field, problem)
+
 
 class CpuPolicy(StrEnum):
     """Whether a vCPU has a thread of its own or floats over the pool of its cell."""
@@ -91,6 +108,12 @@ class CpuRequest:
     shared_milli: int = 0
     """SHARED: thousandths of a thread for each vCPU, before overcommit; 0 means 1000."""
 
+    def __post_init__(self) -> None:
+        _must(self.count >= 1 and self.max >= 0, "cpu.count", "is at least 1")
+        _must(self.shared_milli >= 0, "cpu.shared_milli", "is not negative")
+        dedicated = self.policy is CpuPolicy.DEDICATED or self.realtime
+        _must(dedicated or self.cores is CoreChoice.ANY, "cpu.cores", "can be chosen for dedicated CPUs only")
+
     @property
     def reserved_count(self) -> int:
         """vCPUs to find room for: the larger of ``count`` and ``max``."""
@@ -116,6 +139,10 @@ class MemoryRequest:
     overhead_mib: int = 0
     """Plain memory that the hypervisor needs beside the guest's; counted, not overcommitted away."""
 
+    def __post_init__(self) -> None:
+        _must(self.size_mib >= 1 and self.max_mib >= 0, "memory.size_mib", "is at least 1")
+        _must(min(self.page_kib, self.cell_count, self.overhead_mib) >= 0, "memory", "has no negative amounts")
+
     @property
     def reserved_mib(self) -> int:
         """Memory to find room for: the larger of ``size_mib`` and ``max_mib``."""
@@ -136,6 +163,11 @@ class GpuRequest:
     """Name of a profile (``1g.10gb``): a slice instead of a whole GPU."""
     share_milli: int = 0
     """Thousandths of a GPU: a slice of at least this size, by profile or of free size."""
+
+    def __post_init__(self) -> None:
+        _must(self.count >= 1, "gpus.count", "is at least 1")
+        _must(0 <= self.share_milli < 1000, "gpus.share_milli", "is a true part of a GPU, in thousandths")
+        _must(not (self.is_share and self.link is not GpuLink.ANY), "gpus.link", "is for whole GPUs: slices have none")
 
     @property
     def is_share(self) -> bool:
@@ -162,6 +194,9 @@ class DeviceRequest:
     local: bool = False
     """Only devices in a cell of the instance's CPUs; else that is preferred."""
 
+    def __post_init__(self) -> None:
+        _must(self.count >= 1, "devices.count", "is at least 1")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -174,6 +209,11 @@ class Request:
     nics: tuple[NicRequest, ...] = ()
     devices: tuple[DeviceRequest, ...] = ()
 
+    def __post_init__(self) -> None:
+        _must(self.disk_mib >= 0, "disk_mib", "is not negative")
+        near = any(nic.near is not Near.ANY for nic in self.nics)
+        _must(not near or bool(self.gpus), "nics.near", "asks for a NIC near a GPU, and no GPU is asked for")
+
 
 @dataclass(frozen=True, slots=True)
 class Overcommit:
@@ -184,6 +224,9 @@ class Overcommit:
 
     cpu_percent: int = 100
     memory_percent: int = 100
+
+    def __post_init__(self) -> None:
+        _must(self.cpu_percent >= 1 and self.memory_percent >= 1, "overcommit", "is at least 1 percent")
 
     def cpu_charge(self, milli: int) -> int:
         """What an amount of shared CPU takes from the pool, rounded up."""
