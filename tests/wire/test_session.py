@@ -137,6 +137,15 @@ def test_an_older_manager_is_refused_and_nothing_of_it_is_obeyed() -> None:
     assert all(isinstance(m, Hello) for m in host.take())
 
 
+def test_a_new_term_may_begin_at_a_lower_revision() -> None:
+    """A store that was restored from an older copy: the whole state of the new term counts, not its number."""
+    host = HostEnd(hello(epoch=1, revision=50), Outbox())
+    assert isinstance(host.receive(Welcome(2, 0, False, 5.0, 64)), Welcome)
+    told = Desired(2, 10, True, (instance(1),))
+    assert host.receive(told) == told
+    assert host.receive(Desired(2, 9, False, (instance(2),))) is None
+
+
 def test_a_large_state_is_cut_into_parts_and_delivered_whole() -> None:
     host, manager = opened()
     many = [instance(n) for n in range(3 * PART_RECORDS + 1)]

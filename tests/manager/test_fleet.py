@@ -1,0 +1,463 @@
+"""The fleet's state machine: what each command does, and that no order of commands breaks an invariant."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from casemate_core.errors import Conflict, InvalidSpec, NotFound
+from casemate_core.spec.environment import Environment, NicSpec
+from casemate_core.spec.fleet import Host, HostSpec, Taint
+from casemate_core.spec.instance import Phase, Run
+from casemate_core.spec.meta import Meta
+from casemate_manager.fleet import desired
+from casemate_manager.fleet.commands import (
+    ApplyAnswer,
+    ApplyResources,
+    EndSession,
+    Expire,
+    HostGone,
+    HostNote,
+    Turned,
+    Welcomed,
+)
+from casemate_manager.fleet.machine import apply
+from casemate_manager.fleet.objects import KeyReused
+from casemate_wire.stream import HostEvent, Outcome
+from support.small_fleet import SMALL, SmallFleet, environment, image, network, told
+
+
+@pytest.fixture
+def fleet() -> SmallFleet:
+    fleet = SmallFleet()
+    fleet.apply(image(), network())
+    return fleet
+
+
+def reasons(fleet: SmallFleet) -> list[str]:
+    return [e.reason for e in fleet.state.events.values()]
+
+
+def only(fleet: SmallFleet, name: str = "hello") -> str:
+    return fleet.state.instance_names[f"default/{name}-0"]
+
+
+def test_apply_makes_instances_with_addresses_and_places_them(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    answer = fleet.apply(environment(replicas=2))
+    assert [r.action for r in answer.results] == ["created"]
+    instances = list(fleet.state.instances.values())
+    assert [i.meta.name for i in instances] == ["hello-0", "hello-1"]
+    assert {i.nics[0].address for i in instances} == {"10.99.0.2", "10.99.0.3"}
+    keep, end = desired.whole(fleet.state, "h1")
+    assert len(keep) == 2 and not end
+    one = keep[0]
+    assert (one.placement.epoch, one.placement.generation, one.placement.claim.owner) == (1, 1, one.uid)
+    assert one.peers[0].name in ("hello-0", "hello-1") and one.peers[0].name != one.name
+
+
+def test_the_same_key_has_one_effect_and_one_answer(fleet: SmallFleet) -> None:
+    first = fleet.apply(environment(), key="k")
+    revision = fleet.state.revision
+    assert fleet.apply(environment(), key="k", settle=False) == first
+    assert fleet.state.revision == revision
+    with pytest.raises(KeyReused):
+        fleet.apply(environment("other"), key="k")
+
+
+def test_a_request_is_forgotten_after_a_day(fleet: SmallFleet) -> None:
+    fleet.apply(environment(), key="k")
+    fleet.now_s += 86_000
+    fleet.do(Expire())
+    assert "k" in fleet.state.requests
+    fleet.now_s += 500
+    fleet.do(Expire())
+    assert "k" not in fleet.state.requests
+
+
+def test_a_dry_run_answers_and_changes_nothing(fleet: SmallFleet) -> None:
+    revision = fleet.state.revision
+    answer = fleet.do(ApplyResources("", (environment(),), "s", dry_run=True))
+    assert isinstance(answer, ApplyAnswer) and answer.revision == 0
+    assert answer.results[0].action == "created" and answer.results[0].object is not None
+    assert fleet.state.revision == revision
+
+
+def test_the_same_object_again_is_unchanged(fleet: SmallFleet) -> None:
+    fleet.apply(environment())
+    assert fleet.apply(environment()).results[0].action == "unchanged"
+    assert fleet.state.environments["default/hello"].environment.meta.generation == 1
+
+
+def test_optimistic_concurrency(fleet: SmallFleet) -> None:
+    fleet.apply(environment())
+    version = fleet.state.environments["default/hello"].environment.meta.resource_version
+    wanted = environment(replicas=2)
+    with pytest.raises(Conflict, match="version"):
+        fleet.apply(replace(wanted, meta=replace(wanted.meta, resource_version=version + 1)))
+    fleet.apply(replace(wanted, meta=replace(wanted.meta, resource_version=version)))
+    assert len(fleet.state.instances) == 2
+
+
+@pytest.mark.parametrize(
+    ("env", "path"),
+    [
+        (replace(environment(), spec=replace(environment().spec, image="nope")), "spec.image"),
+        (environment(archives=("debian",)), "spec.archives[0]"),
+        (environment(nics=(NicSpec("nope"),)), "spec.nics[0].network"),
+        (environment("x" * 63), "metadata.name"),
+    ],
+)
+def test_references_are_checked_with_their_path(fleet: SmallFleet, env: Environment, path: str) -> None:
+    with pytest.raises(InvalidSpec) as error:
+        fleet.apply(env)
+    assert [v.path for v in error.value.violations] == [path]
+    assert error.value.violations[0].remedy
+    assert not fleet.state.environments
+
+
+def test_networks_do_not_overlap(fleet: SmallFleet) -> None:
+    with pytest.raises(InvalidSpec, match="overlaps"):
+        fleet.apply(network("other", "10.99.0.128/25"))
+
+
+def test_all_or_nothing(fleet: SmallFleet) -> None:
+    with pytest.raises(InvalidSpec):
+        fleet.apply(environment("good"), environment("bad", nics=(NicSpec("nope"),)))
+    assert not fleet.state.environments
+
+
+def test_gang_is_immutable(fleet: SmallFleet) -> None:
+    fleet.apply(environment())
+    with pytest.raises(InvalidSpec, match="cannot be changed"):
+        fleet.apply(environment(gang=True))
+
+
+def test_addresses_run_out_and_are_returned(fleet: SmallFleet) -> None:
+    fleet.apply(network("tiny", "10.1.0.0/29"))
+    fleet.apply(environment(nics=(NicSpec("tiny"),), replicas=7))
+    assert len(fleet.state.instances) == 5  # 8 less network, broadcast and gateway
+    assert "AddressesExhausted" in reasons(fleet)
+    fleet.delete("Environment", "hello")
+    assert fleet.state.addresses["tiny"] == {}
+    fleet.apply(environment("again", nics=(NicSpec("tiny"),), replicas=5))
+    assert len(fleet.state.instances) == 5
+
+
+def test_delete_waits_for_the_host_to_let_go(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment())
+    uid = only(fleet)
+    answer = fleet.delete("Environment", "hello")
+    assert answer.pending
+    assert desired.whole(fleet.state, "h1") == ((), (uid,))
+    fleet.do(HostGone("h1", 1, ""))
+    fleet.settle()
+    assert fleet.state.environments and fleet.state.addresses["default"]
+    fleet.join("h1", 2)
+    fleet.tell("h1", 2, gone=(uid,))
+    assert not fleet.state.environments and not fleet.state.addresses["default"] and not fleet.state.placements
+
+
+def test_delete_with_the_wrong_uid_or_of_nothing(fleet: SmallFleet) -> None:
+    fleet.apply(environment())
+    with pytest.raises(Conflict):
+        fleet.delete("Environment", "hello", uid="other")
+    with pytest.raises(NotFound):
+        fleet.delete("Environment", "nope")
+    with pytest.raises(InvalidSpec):
+        fleet.delete("Instance", "hello-0")
+
+
+def test_what_is_used_is_not_deleted(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment())
+    for kind, name in (("Image", "debian"), ("Network", "default"), ("Host", "h1")):
+        with pytest.raises(Conflict):
+            fleet.delete(kind, name)
+    fleet.delete("Environment", "hello")
+    fleet.obey("h1")
+    fleet.delete("Image", "debian")
+    fleet.delete("Network", "default")
+    with pytest.raises(Conflict, match="connected"):
+        fleet.delete("Host", "h1")
+    fleet.do(HostGone("h1", 1, ""))
+    fleet.delete("Host", "h1")
+    assert not fleet.state.hosts and not fleet.state.inventories
+
+
+def test_a_gone_that_nobody_asked_for_changes_no_record(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment())
+    revision = fleet.state.revision
+    fleet.tell("h1", 1, gone=(only(fleet),))
+    assert fleet.state.revision == revision and fleet.state.placements
+
+
+def test_an_unknown_hosts_instances_are_not_replaced_elsewhere(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment())
+    fleet.join("h2")
+    fleet.do(HostGone("h1", 1, "cut"))
+    fleet.settle()
+    assert [p.host for p in fleet.state.placements.values()] == ["h1"]
+
+
+def test_nothing_fits_is_told_once_and_tried_again_when_a_host_joins(fleet: SmallFleet) -> None:
+    fleet.apply(environment())
+    fleet.settle()
+    assert reasons(fleet).count("Unschedulable") == 1
+    fleet.join("h1")
+    assert [p.host for p in fleet.state.placements.values()] == ["h1"]
+    assert only(fleet) not in fleet.observed.attempts
+
+
+@pytest.mark.parametrize("how", ["cordoned", "tainted", "unlabelled"])
+def test_closed_hosts_get_nothing(fleet: SmallFleet, how: str) -> None:
+    fleet.join("h1")
+    spec = HostSpec(cordoned=how == "cordoned", taints=(Taint("x"),) if how == "tainted" else ())
+    fleet.apply(Host(Meta("h1"), spec))
+    env = environment()
+    if how == "unlabelled":
+        rules = replace(env.spec.placement, node_selector={"site": "a"})
+        env = replace(env, spec=replace(env.spec, placement=rules))
+    fleet.apply(env)
+    assert not fleet.state.placements
+    fleet.apply(Host(Meta("h1", labels={"site": "a"}), HostSpec()))
+    assert len(fleet.state.placements) == 1
+
+
+def test_a_gang_is_placed_whole_or_not_at_all(fleet: SmallFleet) -> None:
+    fleet.join("h1")  # 4 CPUs
+    fleet.apply(environment(cpus=3, replicas=2, gang=True))
+    assert not fleet.state.placements
+    fleet.join("h2")
+    assert {p.host for p in fleet.state.placements.values()} == {"h1", "h2"}
+
+
+def test_scale_down_ends_the_highest_ordinals(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment(replicas=3))
+    fleet.obey("h1")
+    fleet.apply(environment(replicas=1))
+    keep, end = desired.whole(fleet.state, "h1")
+    assert [i.name for i in keep] == ["hello-0"] and len(end) == 2
+    fleet.obey("h1")
+    assert [i.meta.name for i in fleet.state.instances.values()] == ["hello-0"]
+
+
+def test_live_fields_reach_the_host_at_once_and_others_wait(fleet: SmallFleet) -> None:
+    fleet.join("h1", line="1s 8k/c 1t 16G disk=100G")
+    fleet.apply(environment())
+    fleet.obey("h1")
+    answer = fleet.apply(environment(cpus=2, ssh_keys=("ssh-ed25519 AAAAAAAAAAAAAAAAAAAAAAAA",), run="started"))
+    assert len(answer.results[0].warnings) == 2
+    assert {c.effect for c in answer.results[0].changes} == {"restart", "replace"}
+    ((one,), _) = desired.whole(fleet.state, "h1")
+    assert (one.cpus, one.ssh_keys, one.generation) == (1, (), 2)
+    # Stopped, and the host says so: what needed a restart is in force; what needs a new instance still waits.
+    stopped = environment(cpus=2, ssh_keys=("ssh-ed25519 AAAAAAAAAAAAAAAAAAAAAAAA",), run="stopped")
+    fleet.apply(stopped)
+    ((one,), _) = desired.whole(fleet.state, "h1")
+    assert (one.cpus, one.run) == (1, Run.STOPPED)
+    fleet.tell("h1", 1, told(one.uid, Phase.STOPPED))
+    ((one,), _) = desired.whole(fleet.state, "h1")
+    assert (one.cpus, one.ssh_keys, one.placement.generation) == (2, (), 2)
+    assert one.placement.claim.vcpus_max == 2
+    # New instances have all of it.
+    fleet.apply(replace(stopped, spec=replace(stopped.spec, replicas=2)))
+    assert fleet.state.spec_of(fleet.state.instances[fleet.state.instance_names["default/hello-1"]]).ssh_keys
+
+
+def test_a_waiting_instance_takes_every_change(fleet: SmallFleet) -> None:
+    fleet.apply(environment(cpus=64))
+    fleet.apply(environment(cpus=1, ssh_keys=("ssh-ed25519 AAAAAAAAAAAAAAAAAAAAAAAA",)))
+    fleet.join("h1")
+    ((one,), _) = desired.whole(fleet.state, "h1")
+    assert one.cpus == 1 and one.ssh_keys
+
+
+def test_sessions_newer_supersedes_older_is_stale_same_is_a_clone(fleet: SmallFleet) -> None:
+    fleet.join("h1", 5)
+    stale = fleet.hello("h1", 4)
+    assert isinstance(stale, Turned) and stale.reason == "StaleSession"
+    batch = fleet.fold(apply(fleet.state, fleet.observed, _hello("h1", 6), fleet.now_s, fleet.rules))
+    assert isinstance(batch.answer, Welcomed)
+    assert [(e.session, e.reason) for e in batch.effects if isinstance(e, EndSession)] == [(5, "Superseded")]
+    revision = fleet.state.revision
+    fleet.tell("h1", 5, gone=("x",))
+    assert fleet.state.revision == revision, "a superseded session changes nothing"
+    clone = fleet.hello("h1", 6)
+    assert isinstance(clone, Turned) and clone.reason == "Held"
+    assert not fleet.observed.host("h1").connected
+    assert isinstance(fleet.hello("h1", 7), Turned), "both are held"
+    assert isinstance(SmallFleetOf(fleet).hello("h1", 8), Turned), "also after a restart"
+
+
+def _hello(name: str, session: int):  # type: ignore[no-untyped-def]
+    from casemate_manager.fleet.commands import HostHello
+    from casemate_wire.stream import Hello
+
+    return HostHello(Hello(name, "boot", 0, 0, "digest", session), "seed")
+
+
+class SmallFleetOf(SmallFleet):
+    """The same records under a new manager."""
+
+    def __init__(self, fleet: SmallFleet) -> None:
+        super().__init__()
+        self.state = fleet.reload()
+        self.now_s = fleet.now_s
+
+
+def test_host_events_are_kept_once_and_counted(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment())
+    uid = only(fleet)
+    for name in ("1", "1", "2"):
+        fleet.do(HostNote("h1", 1, HostEvent(name, uid, "web", "PodExited", "code 1", "Warning", fleet.now_s)))
+    (event,) = [e for e in fleet.state.events.values() if e.reason == "PodExited"]
+    assert (event.count, event.regarding.kind, event.regarding.name) == (2, "Pod", "hello-0.web")
+    fleet.do(HostNote("h1", 1, HostEvent("3", "stranger", "", "Odd", "x")))
+    (event,) = [e for e in fleet.state.events.values() if e.reason == "Odd"]
+    assert event.regarding.kind == "Host"
+    fleet.do(HostNote("h1", 1, Outcome("", uid, "Failed", "", "does not fit", True)))
+    assert "PlacementRefused" in reasons(fleet)
+
+
+def test_a_resumed_host_is_told_what_changed_since(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment("a"))
+    fleet.apply(environment("b"))
+    revision = fleet.state.revision
+    assert desired.since(fleet.state, "h1", revision) == ((), ())
+    fleet.apply(environment("b", run="stopped"))
+    keep, end = desired.since(fleet.state, "h1", revision)
+    assert [i.name for i in keep] == ["b-0"] and not end
+    fleet.delete("Environment", "a")
+    _, end = desired.since(fleet.state, "h1", fleet.state.revision)
+    assert len(end) == 1, "instances to end are told until they are gone"
+
+
+def test_what_is_told_as_a_delta_is_what_the_whole_would_be(fleet: SmallFleet) -> None:
+    """The wake-ups of `affected` name every instance whose record changed."""
+    fleet.join("h1", line="1s 16k/c 1t 64G disk=1T")
+    before: dict[str, object] = {}
+    mirror: dict[str, object] = {}
+
+    def follow() -> None:
+        for uid in fleet.woken.get("h1", ()):
+            keep, end = desired.some(fleet.state, "h1", [uid])
+            mirror.update({i.uid: i for i in keep})
+            for gone in end:
+                mirror.pop(gone, None)
+
+    original = fleet.fold
+
+    def fold(batch):  # type: ignore[no-untyped-def]
+        folded = original(batch)
+        follow()
+        return folded
+
+    fleet.fold = fold  # type: ignore[method-assign]
+    for step in (
+        lambda: fleet.apply(environment("a", replicas=2), environment("b")),
+        lambda: fleet.apply(environment("a", replicas=4)),
+        lambda: fleet.obey("h1"),
+        lambda: fleet.apply(environment("a", replicas=1)),
+        lambda: fleet.obey("h1"),
+        lambda: fleet.apply(environment("b", run="stopped", cpus=2)),
+        lambda: fleet.delete("Environment", "a"),
+    ):
+        step()
+        before = {i.uid: i for i in desired.whole(fleet.state, "h1")[0]}
+        assert mirror == before
+
+
+class Fleet(RuleBasedStateMachine):
+    """Any order of requests and of what hosts do; `SmallFleet` checks every invariant after each step.
+
+    Never: two owners of a resource, an address or a MAC; a record that a new manager cannot load.
+    """
+
+    @initialize()
+    def begin(self) -> None:
+        self.fleet = SmallFleet()
+        self.fleet.apply(image(), network("default", "10.99.0.0/28"))
+        self.sessions = {"h1": 0, "h2": 0}
+        self.answers: dict[str, object] = {}
+
+    @rule(
+        name=st.sampled_from("abc"),
+        replicas=st.integers(0, 4),
+        cpus=st.integers(1, 3),
+        run=st.sampled_from(["started", "stopped"]),
+        key=st.integers(0, 5),
+    )
+    def apply(self, name: str, replicas: int, cpus: int, run: str, key: int) -> None:
+        try:
+            answer = self.fleet.apply(environment(name, replicas=replicas, cpus=cpus, run=run), key=f"a{key}")
+        except (Conflict, KeyReused):
+            return
+        assert self.answers.setdefault(f"a{key}", answer) == answer
+
+    @rule(name=st.sampled_from("abc"))
+    def delete(self, name: str) -> None:
+        try:
+            self.fleet.delete("Environment", name)
+        except NotFound:
+            assert f"default/{name}" not in self.fleet.state.environments
+
+    @rule(host=st.sampled_from(["h1", "h2"]))
+    def dial(self, host: str) -> None:
+        self.sessions[host] += 1
+        self.fleet.join(host, self.sessions[host], SMALL)
+
+    @rule(host=st.sampled_from(["h1", "h2"]))
+    def lose(self, host: str) -> None:
+        self.fleet.do(HostGone(host, self.sessions[host], "cut"))
+        self.fleet.settle()
+
+    @rule(host=st.sampled_from(["h1", "h2"]))
+    def obey(self, host: str) -> None:
+        self.fleet.obey(host, self.sessions[host])
+
+    @rule(host=st.sampled_from(["h1", "h2"]), phase=st.sampled_from(list(Phase)))
+    def report(self, host: str, phase: Phase) -> None:
+        keep, _ = desired.whole(self.fleet.state, host)
+        self.fleet.tell(host, self.sessions[host], *(told(i.uid, phase) for i in keep))
+
+    @rule(host=st.sampled_from(["h1", "h2"]), cordoned=st.booleans())
+    def cordon(self, host: str, cordoned: bool) -> None:
+        self.fleet.apply(Host(Meta(host), HostSpec(cordoned)))
+
+    @rule()
+    def restart(self) -> None:
+        """A new manager on the same records: nothing is observed, everything else is the same."""
+        old = self.fleet
+        self.fleet = SmallFleetOf(old)
+        self.fleet.counter = old.counter
+        self.fleet.settle()
+
+    @invariant()
+    def loads_the_same(self) -> None:
+        if not hasattr(self, "fleet"):
+            return
+        state, fresh = self.fleet.state, self.fleet.reload()
+        for name in (
+            "instances",
+            "environment_instances",
+            "instance_names",
+            "instance_placements",
+            "host_placements",
+            "macs",
+            "pending",
+        ):
+            ours = {k: v for k, v in getattr(state, name).items() if v != {}}
+            assert ours == {k: v for k, v in getattr(fresh, name).items() if v != {}}, name
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(max_examples=100, stateful_step_count=40)
