@@ -159,12 +159,12 @@ def _settle(d: _Draft) -> None:
         voided = not r.removed and r.desired.run is Run.STARTED and r.stop_since_s
         if voided and d.now - r.stop_since_s >= d.settings.stop_grace_s:
             r = replace(r, stop_since_s=0.0, stop_asked_s=0.0)
-    elif r.started is not None:
-        if r.started.boot_id != boot_id:
+    elif (started := r.started) is not None:
+        if started.boot_id != boot_id:
             d.note("HostRebooted", "the host was rebooted")
             r = replace(r, exits=0, exited_s=0.0, failure=None)
         elif not r.stop_since_s and not r.removed and r.desired.run is Run.STARTED:
-            ran_s = d.now - r.started.at_s
+            ran_s = d.now - started.at_s
             r = replace(r, exits=1 if ran_s >= d.settings.stable_s else r.exits + 1, exited_s=d.now)
             word = "vanished" if d.domain is None else "ended by itself"
             d.note("Exited", f"the domain {word} after {ran_s:.0f} s; it is started again", "Warning")

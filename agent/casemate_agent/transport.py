@@ -6,7 +6,7 @@ What may live here: streams of values. The protocol on them is :mod:`casemate_wi
 
 import ipaddress
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from casemate_core.errors import CallerError, Unavailable
 from casemate_wire.channel import Frame
@@ -117,7 +117,7 @@ class _GrpcStream:
     """A bidirectional call of grpc.aio as a Stream."""
 
     def __init__(self, call, encode, decode) -> None:  # type: ignore[no-untyped-def]
-        self._call: grpc.aio.StreamStreamCall = call
+        self._call: grpc.aio.StreamStreamCall[Any, Any] = call
         self._encode = encode
         self._decode = decode
 

@@ -5,8 +5,9 @@ placement, and holds the record it was made from as JSON, so that an agent whose
 
 Anyone who may open libvirt's read-only socket (by default every user of the host) can read a domain's XML. So the record
 in it leaves out what may hold secrets: ``user_data``, ``pods`` (their environment variables), and the source of an image
-where it has a user or a query (a signed URL). The complete record lies in a file that only root reads; the metadata has its digest, so that the two are
-never mixed up (see ``record_digest``), and an instance that has neither is rebuilt from the metadata alone.
+where it has a user or a query (a signed URL). The complete record lies in a file that only root reads; the metadata has
+its digest, so that the two are never mixed up (see ``record_digest``), and an instance that has neither is rebuilt from
+the metadata alone.
 
 JSON is written in ASCII: whatever a tenant named a thing, no character of it can be markup, a control character, or one
 that XML cannot hold.
