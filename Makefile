@@ -14,7 +14,7 @@ help: ## this list
 .PHONY: run
 run: venv ## a manager, an agent, a private libvirtd and a pod in a VM; installs what is missing
 	@.ci/apt-install run guest
-	@$(BIN)/casemate dev up
+	@$(BIN)/casemate dev up $(ARGS)
 
 .PHONY: stop
 stop: ## end what `make run` started, and leave nothing behind
