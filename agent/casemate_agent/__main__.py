@@ -20,7 +20,7 @@ from casemate_agent.config import Config, load
 from casemate_agent.converge import Settings
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.files import OsFiles
-from casemate_agent.ledger import Ledger, threaded
+from casemate_agent.ledger import Ledger, Threaded
 from casemate_agent.link import Link
 from casemate_agent.logs import set_up
 from casemate_agent.transport import GrpcTransport, checked_address
@@ -55,7 +55,12 @@ async def drivers_of(config: Config, name: str) -> AsyncIterator[Drivers]:
 
 async def run_host(config: Config, name: str, state_dir: Path) -> None:
     """One host's agent and its link, until cancelled."""
-    ledger = await Ledger.load(OsFiles(state_dir / "ledger"), threaded())
+    with contextlib.closing(Threaded()) as thread:
+        ledger = await Ledger.load(OsFiles(state_dir / "ledger"), thread)
+        await _run_agent(config, name, ledger)
+
+
+async def _run_agent(config: Config, name: str, ledger: Ledger) -> None:
     async with drivers_of(config, name) as drivers, asyncio.TaskGroup() as group:
         settings = Settings(stop_grace_s=config.stop_grace_s)
         agent = Agent(name, drivers, ledger, time.time, settings, concurrency=config.concurrency)

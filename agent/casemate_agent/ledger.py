@@ -69,14 +69,17 @@ class Damaged(MachineError):
     reason = "LedgerDamaged"
 
 
-def threaded() -> Offload:
-    """Runs system calls in one thread of their own, in order."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+class Threaded:
+    """Runs system calls in one thread of their own, in order. ``close`` lets it go."""
 
-    async def offload(call: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(pool, call)
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
 
-    return offload
+    async def __call__(self, call: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 async def inline(call: Callable[[], Any]) -> Any:
