@@ -115,6 +115,8 @@ class Sandbox:
     #: Inode of the mount namespace that all its processes share.
     namespace: int
     boot_id: str
+    #: Time of start of the oldest process of the namespace, in the same ticks.
+    born_ticks: int
 
     @property
     def uri(self) -> str:
@@ -152,7 +154,10 @@ def check_machine() -> None:
 
 
 def up(directory: Path, hostname: str = "", host_uuid: str = "", cache: Path = DEFAULT_CACHE) -> Sandbox:
-    """Start the sandbox of ``directory``, or return the one that runs there. Raises SandboxUnusable, SandboxFailed."""
+    """Start the sandbox of ``directory``, or return the one that runs there; guests of a dead libvirtd live on.
+
+    Raises SandboxUnusable, SandboxFailed.
+    """
     directory = directory.absolute()
     check_machine()
     if len(f"{directory}/sock/libvirt-sock-ro") > MAX_SOCKET_PATH:
@@ -162,7 +167,11 @@ def up(directory: Path, hostname: str = "", host_uuid: str = "", cache: Path = D
         known = status(directory)
         if known is not None:
             return known
-        _end_processes(_recorded(directory))
+        recorded = _recorded(directory)
+        if recorded is not None and (inside := _members(recorded)):
+            return _restart(recorded, inside[0])
+        if recorded is None:
+            _kill_stray(directory)  # of an ``up`` that was itself killed
         return _start(directory, hostname or f"casemate-{_digest(directory)}", host_uuid, cache)
 
 
@@ -213,9 +222,28 @@ def _start(directory: Path, hostname: str, host_uuid: str, cache: Path) -> Sandb
     for stale in ("libvirtd.pid", "virtlogd.pid"):
         (directory / stale).unlink(missing_ok=True)
     argv = ["unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c", ENTER, "sh"]
+    _run_daemon([*argv, str(directory), hostname, str(int(logd))], directory)
+    sandbox = _write_record(directory, hostname)
+    _keep_probed(directory, cache)
+    return sandbox
+
+
+def _restart(recorded: Sandbox, inside: int) -> Sandbox:
+    """libvirtd ended, its guests did not: start it again in their namespaces, where it takes them up."""
+    directory = Path(recorded.directory)
+    (directory / "libvirtd.pid").unlink(missing_ok=True)
+    enter = ["nsenter", "--target", str(inside), "--mount", "--uts"]
+    _run_daemon(
+        [*enter, "libvirtd", "-d", "-f", f"{directory}/libvirtd.conf", "-p", f"{directory}/libvirtd.pid"], directory
+    )
+    return _write_record(directory, recorded.hostname, recorded.born_ticks)
+
+
+def _run_daemon(argv: list[str], directory: Path) -> None:
+    """Run what becomes libvirtd; returns when it listens."""
     try:
         done = subprocess.run(
-            [*argv, str(directory), hostname, str(int(logd))],
+            argv,
             env={"PATH": _path(), "LC_ALL": "C", "HOME": "/root"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -230,7 +258,11 @@ def _start(directory: Path, hostname: str, host_uuid: str, cache: Path) -> Sandb
     if done.returncode != 0:
         _kill_stray(directory)
         raise SandboxFailed(f"libvirtd did not start: {done.stderr.strip()[-400:]} {_tail(directory)}")
+
+
+def _write_record(directory: Path, hostname: str, born_ticks: int = 0) -> Sandbox:
     pid = int((directory / "libvirtd.pid").read_text())
+    namespace = os.stat(f"/proc/{pid}/ns/mnt").st_ino
     sandbox = Sandbox(
         directory=str(directory),
         hostname=hostname,
@@ -241,13 +273,13 @@ def _start(directory: Path, hostname: str, host_uuid: str, cache: Path) -> Sandb
         ),
         pid=pid,
         start_ticks=_start_ticks(pid) or 0,
-        namespace=os.stat(f"/proc/{pid}/ns/mnt").st_ino,
+        namespace=namespace,
         boot_id=_boot_id(),
+        born_ticks=born_ticks or min(_start_ticks(member) or 0 for member in _in_namespace(namespace)),
     )
     temporary = directory / f"{RECORD}.new"
     temporary.write_text(json.dumps(asdict(sandbox)))
     temporary.replace(directory / RECORD)
-    _keep_probed(directory, cache)
     return sandbox
 
 
@@ -303,20 +335,21 @@ def _end_processes(recorded: Sandbox | None) -> None:
 
 
 def _members(recorded: Sandbox) -> list[int]:
-    """Processes in the sandbox's mount namespace, not older than its libvirtd (an inode number may be used again)."""
+    """Processes in the sandbox's mount namespace, not older than it (an inode number may be used again)."""
+    if recorded.boot_id != _boot_id():
+        return []
+    inside = _in_namespace(recorded.namespace)
+    return [pid for pid in inside if (_start_ticks(pid) or -1) >= recorded.born_ticks]
+
+
+def _in_namespace(inode: int) -> list[int]:
     found = []
     for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        pid = int(entry.name)
         try:
-            inode = os.stat(f"/proc/{pid}/ns/mnt").st_ino
+            if entry.name.isdigit() and os.stat(f"/proc/{entry.name}/ns/mnt").st_ino == inode:
+                found.append(int(entry.name))
         except OSError:
-            continue
-        ticks = _start_ticks(pid)
-        # virtlogd starts a little before libvirtd.
-        if inode == recorded.namespace and ticks is not None and ticks >= recorded.start_ticks - 60 * _ticks_per_s():
-            found.append(pid)
+            continue  # ended meanwhile, or a zombie, which has no namespace any more
     return found
 
 
@@ -367,10 +400,6 @@ def _start_ticks(pid: int) -> int | None:
     # The command's name, in parentheses, may itself hold spaces and parentheses.
     fields = stat[stat.rindex(")") + 2 :].split()
     return None if fields[0] == "Z" else int(fields[19])
-
-
-def _ticks_per_s() -> int:
-    return os.sysconf("SC_CLK_TCK")
 
 
 def _boot_id() -> str:

@@ -109,7 +109,7 @@ class _Broken(Unavailable):
     """The connection to libvirtd is gone."""
 
 
-class _EventLoop:
+class EventLoop:
     """libvirt's event loop: one daemon thread, for as long as the process lives."""
 
     _lock = threading.Lock()
@@ -117,6 +117,7 @@ class _EventLoop:
 
     @classmethod
     def ensure(cls) -> None:
+        """Have it run. Every later call does nothing."""
         with cls._lock:
             if cls._running:
                 return
@@ -125,7 +126,7 @@ class _EventLoop:
             libvirt.virEventRegisterDefaultImpl()
             # Without any timer the loop would sleep until the first descriptor shows up, and miss those added meanwhile.
             libvirt.virEventAddTimeout(1000, lambda _timer, _opaque: None, None)
-            threading.Thread(target=cls._run, name="asyncio_libvirt_events", daemon=True).start()
+            threading.Thread(target=cls._run, name="libvirt-events", daemon=True).start()
             cls._running = True
 
     @staticmethod
@@ -165,7 +166,7 @@ class LibvirtHypervisor:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        _EventLoop.ensure()
+        EventLoop.ensure()
         self._keeper = self._loop.create_task(self._keep_connected(), name="libvirt connection")
         return self
 
@@ -488,6 +489,10 @@ def _lookup(connection: Any, uid: str) -> Any:
 
 
 def _close(connection: Any) -> None:
+    # Callbacks hold the connection: while one is registered, closing it only counts down.
+    for number in list(getattr(connection, "domainEventCallbackID", ())):
+        with suppress(libvirt.libvirtError):
+            connection.domainEventDeregisterAny(number)
     with suppress(libvirt.libvirtError):
         connection.unregisterCloseCallback()
     with suppress(libvirt.libvirtError):
@@ -503,14 +508,14 @@ def _machine(connection: Any, kind: str) -> tuple[str, str]:
 def _qemu_pid(uuid: str) -> int:
     """Process of the domain's QEMU: libvirt gives it the uuid as an argument. 0 where there is none (yet)."""
     wanted = uuid.encode()
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
             continue
         try:
-            arguments = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+            arguments = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
         for flag, value in pairwise(arguments):
             if flag == b"-uuid" and value == wanted:
-                return int(entry.name)
+                return int(name)
     return 0
