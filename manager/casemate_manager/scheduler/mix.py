@@ -53,21 +53,22 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
-    """A mix, frozen. J shapes with GPUs, D dimensions, S distinct sizes.
+    """A mix, frozen. J shapes with GPUs, D dimensions.
 
-    ``need`` (D, J) int64; ``models`` (J,) int64; ``usable`` (S + 1 + G + 1, J) float64: rows 0..S hold the weight of a shape
-    where one GPU's remainder of that class serves it, the rows after, by
-    number of whole GPUs 0..G, hold weight times 1000 times the whole GPUs where
-    so many are enough for a shape of several. ``class_of`` (1001,) int64: the class of a remainder in milli. ``value``
-    (1001,) float64, milli. ``beside`` (D, Q) float64: milli of GPU that one unit of the dimension serves, at multiples of
-    the mean; 0 where the mix does not ask it. ``model_demand``: (models mask, share of all GPU demand) of shapes that name models.
+    Shapes stand in groups: first those that one remainder serves (one GPU, or slices), by size, S groups; then those of
+    several whole GPUs, by number, M groups. ``weight`` (J, 1) float64, sums up to 1; ``need`` (D, J) int64; ``models`` (J,)
+    int64; ``starts`` (S + M,) int64, first shape of each group. ``class_of`` (1001,) int64: groups 0..S - 1 that a remainder
+    serves. ``several_of`` (G + 1,) int64: groups of several that so many whole GPUs serve. ``value`` (1001,) float64, milli. ``beside`` (D, Q) float64: milli of GPU that one unit of the dimension serves, at multiples of
+    the mean; 0 where the mix does not ask it. ``model_demand``: (models mask, share of GPU demand) of shapes that name models.
     """
 
     need: NDArray[np.int64]
     models: NDArray[np.int64]
-    usable: NDArray[np.float64]
-    class_of: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    starts: NDArray[np.int64]
     sizes: int
+    class_of: NDArray[np.int64]
+    several_of: NDArray[np.int64]
     value: NDArray[np.float64]
     beside: NDArray[np.float64]
     model_demand: tuple[tuple[int, float], ...]
@@ -98,7 +99,7 @@ class Mix:
         Shapes made before a dimension was known ask nothing of it.
         """
         self._due_at = self.arrivals + min(max(FIRST_FREEZE, self.arrivals * (FREEZE_GROWTH - 1)), MAX_FREEZE_GAP)
-        shapes = self._counts.most_common(MAX_SHAPES)
+        shapes = sorted(self._counts.most_common(MAX_SHAPES), key=lambda item: _group(item[0]))
         count = np.array([n for _, n in shapes], dtype=np.float64)
         gpu_milli = np.array([s.gpu_milli for s, _ in shapes], dtype=np.float64)
         weight = count * (gpu_milli / WHOLE_MILLI) ** GPU_COUNT_EXPONENT
@@ -108,15 +109,10 @@ class Mix:
         for j, (shape, n) in enumerate(shapes):
             need[: len(shape.need), j] = shape.need
             asked[shape.share_milli] += n * shape.gpus
-        sizes = sorted({s.share_milli for s, _ in shapes if s.gpus == 1 or s.share_milli < WHOLE_MILLI})
-        class_of = np.searchsorted(np.array(sizes, dtype=np.int64), np.arange(WHOLE_MILLI + 1), side="right")
-        usable = np.zeros((len(sizes) + 1 + gpus_per_bin + 1, len(shapes)), dtype=np.float64)
-        for j, (shape, _) in enumerate(shapes):
-            if shape.gpus == 1 or shape.share_milli < WHOLE_MILLI:
-                usable[sizes.index(shape.share_milli) + 1 : len(sizes) + 1, j] = weight[j]
-            else:
-                for whole in range(shape.gpus, gpus_per_bin + 1):
-                    usable[len(sizes) + 1 + whole, j] = weight[j] * WHOLE_MILLI * whole
+        groups = [_group(shape) for shape, _ in shapes]
+        distinct = sorted(set(groups))
+        sizes = [size for several, size in distinct if not several]
+        numbers = [number for several, number in distinct if several]
         demand = count * gpu_milli
         named: Counter[int] = Counter()
         for (shape, _), milli in zip(shapes, demand, strict=True):
@@ -126,14 +122,28 @@ class Mix:
         return Weights(
             need=need,
             models=np.array([s.models for s, _ in shapes], dtype=np.int64),
-            usable=usable,
-            class_of=class_of.astype(np.int64),
+            weight=weight[:, None],
+            starts=np.array([groups.index(group) for group in distinct], dtype=np.int64),
             sizes=len(sizes),
+            class_of=_classes(sizes, WHOLE_MILLI),
+            several_of=_classes(numbers, gpus_per_bin),
             value=remainder_values(asked),
             beside=_beside(need, demand, count),
             model_demand=tuple((mask, milli / total) for mask, milli in sorted(named.items())),
             arrivals=self.arrivals,
         )
+
+
+def _group(shape: Shape) -> tuple[bool, int]:
+    """(several whole GPUs, how many) or (one remainder serves it, its size)."""
+    several = shape.gpus > 1 and shape.share_milli == WHOLE_MILLI
+    return several, shape.gpus if several else shape.share_milli
+
+
+def _classes(thresholds: list[int], most: int) -> NDArray[np.int64]:
+    """For each amount 0..``most`` how many of the ascending thresholds it reaches."""
+    out: NDArray[np.int64] = np.searchsorted(np.array(thresholds, dtype=np.int64), np.arange(most + 1), side="right")
+    return out.astype(np.int64)
 
 
 def _beside(need: NDArray[np.int64], demand: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:

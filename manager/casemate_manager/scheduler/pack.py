@@ -49,9 +49,13 @@ _KINDS = 64
 
 @dataclass(slots=True, eq=False)
 class Rises:
-    """Rise of the badness by bin for one shape; inf where it does not fit. Right for versions up to ``tick``."""
+    """Rise of the badness by bin for one shape, inf where it does not fit, and the GPU where one slice costs least.
+
+    Right for versions up to ``tick``.
+    """
 
     rise: NDArray[np.float64]
+    slot: NDArray[np.int64]
     tick: int
     weights: Weights
 
@@ -83,7 +87,6 @@ class PackScore:
         named = weights.models[:, None]
         self._compatible = (named == 0) | ((named >> np.minimum(np.arange(_KINDS), 62)) & 1 == 1)
         self._any_named = bool((weights.models != 0).any())
-        self._several = bool(weights.usable[weights.sizes + 1 :].any())
         self._asked = [d for d in range(len(bins.free)) if weights.need[d].any()]
         priced = [(d, p) for d in self._beside for p in weights.beside[d].tolist() if p > 0]
         self._priced = np.array([d for d, _ in priced], dtype=np.int64)
@@ -104,41 +107,41 @@ class PackScore:
 
     def rises(self, shape: Shape) -> NDArray[np.float64]:
         """Rise per bin (N,), up to date; inf where the shape does not fit. The array belongs to the cache: do not write."""
+        return self._current(shape).rise
+
+    def _current(self, shape: Shape) -> Rises:
         bins, cached = self._bins, self._cache.pop(shape, None)
         if cached is None or cached.weights is not self._weights:
             if len(self._cache) >= MAX_CACHED_SHAPES:
                 self._cache.pop(next(iter(self._cache)))
-            cached = Rises(self.compute(shape, np.arange(len(bins.model))), bins.tick, self._weights)
+            rise, slot = self.compute(shape, np.arange(len(bins.model)))
+            cached = Rises(rise, slot, bins.tick, self._weights)
         elif cached.tick != bins.tick:
             stale = (bins.version > cached.tick).nonzero()[0]
-            cached.rise[stale] = self.compute(shape, stale)
+            cached.rise[stale], cached.slot[stale] = self.compute(shape, stale)
             cached.tick = bins.tick
         self._cache[shape] = cached
-        return cached.rise
+        return cached
 
-    def best(self, shape: Shape) -> int | None:
-        """The bin where ``shape`` should go; None where it fits nowhere."""
-        rise = self.rises(shape)
-        at = int(rise.argmin())
-        return None if rise[at] == np.inf else at
+    def best(self, shape: Shape) -> tuple[int, tuple[int, ...]] | None:
+        """The bin where ``shape`` should go and the GPUs there; None where it fits nowhere.
 
-    def slots(self, shape: Shape, bin_: int) -> tuple[int, ...]:
-        """The GPUs of a bin where a shape that fits there should go: the first whole ones, or where slices cost least."""
+        For whole GPUs the first whole ones, for a slice the GPU where it costs least.
+        """
+        cached = self._current(shape)
+        at = int(cached.rise.argmin())
+        if cached.rise[at] == np.inf:
+            return None
         if shape.gpus == 0:
-            return ()
-        bins = self._bins
-        if shape.share_milli == WHOLE_MILLI:
-            return tuple((bins.gpu[:, bin_] == WHOLE_MILLI).nonzero()[0][: shape.gpus].tolist())
-        at = np.array([bin_])
-        after = bins.free[:, at]
-        after[: len(shape.need)] -= np.array(shape.need)[:, None]
-        _, worth, classes = self._badness(after, at, bins.total[at] - shape.gpu_milli, bins.whole[at])
-        change = self._slice(shape, bins.gpu[:, at], bins.whole[at], worth, classes)[:, 0]
-        return tuple(change.argsort(kind="stable")[: shape.gpus].tolist())
+            return at, ()
+        if shape.gpus == 1 and shape.share_milli < WHOLE_MILLI:
+            return at, (int(cached.slot[at]),)
+        return at, tuple((self._bins.gpu[:, at] >= shape.share_milli).nonzero()[0][: shape.gpus].tolist())
 
-    def compute(self, shape: Shape, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Rise of the bins ``at`` (K,), from their columns alone."""
-        bins = self._bins
+    def compute(self, shape: Shape, at: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Rise (K,) of the bins ``at``, from their columns alone, and the slot of the cheapest slice."""
+        bins, weights, known = self._bins, self._weights, len(at)
+        slot = np.zeros(known, dtype=np.int64)
         after = bins.free[:, at]
         after[: len(shape.need)] -= np.array(shape.need, dtype=np.int64)[:, None]
         fits = after.min(axis=0) >= 0
@@ -146,90 +149,93 @@ class PackScore:
             fits &= (shape.models >> bins.model[at]) & 1 == 1
         total = bins.total[at]
         if total.any():
-            whole = bins.whole[at]
-            if shape.gpus == 0:
-                then, _, _ = self._badness(after, at, total, whole)
-            elif shape.share_milli < WHOLE_MILLI:
-                # The badness with every GPU as it is; then the change of the cheapest GPUs is added.
-                then, worth, classes = self._badness(after, at, total - shape.gpu_milli, whole)
-                change = self._slice(shape, bins.gpu[:, at], whole, worth, classes)
+            # Bins that changed since anybody looked need their badness as they are, too: computed in the same pass.
+            stale = at[bins.version[at] > self._known[at]]
+            both = at
+            if len(stale):
+                both = np.concatenate([at, stale])
+                after = np.concatenate([after, bins.free[:, stale]], axis=1)
+            gpu, whole, left = bins.gpu[:, both], bins.whole[both], bins.total[both]
+            left[:known] -= shape.gpu_milli
+            if shape.gpus and shape.share_milli == WHOLE_MILLI:
+                fits &= whole[:known] >= shape.gpus
+                whole[:known] -= shape.gpus
+                np.maximum(whole, 0, out=whole)
+            worth, several = self._served(after, both)
+            of_gpu = self._worth_of(gpu, worth)
+            bad = FRAGMENT * left - of_gpu.sum(axis=0)
+            if several is not None:
+                columns = np.arange(len(both))
+                group = weights.several_of[whole]
+                in_wholes = several[group, columns] * whole
+                bad -= FRAGMENT * WHOLE_MILLI * in_wholes
+            if len(self._priced):
+                bad += BESIDE * np.maximum(0.0, left - after[self._priced] * self._per_unit).sum(axis=0)
+            then = bad[:known]
+            if shape.gpus and shape.share_milli == WHOLE_MILLI:
+                then += shape.gpus * (WHOLE_MILLI * FRAGMENT * worth[-1, :known] + weights.value[WHOLE_MILLI])
+            elif shape.gpus:
+                # `then` counts every GPU as it is; the change of the cheapest ones is added.
+                mine = gpu[:, :known]
+                rest = mine - shape.share_milli
+                can = rest >= 0
+                rest *= can
+                change = of_gpu[:, :known] - self._worth_of(rest, worth[:, :known])
+                if several is not None:
+                    less = np.maximum(whole[:known] - 1, 0)
+                    fewer = in_wholes[:known] - several[weights.several_of[less], columns[:known]] * less
+                    change += FRAGMENT * WHOLE_MILLI * fewer * (mine == WHOLE_MILLI)
+                change[~can] = np.inf
                 if shape.gpus == 1:
-                    then += change.min(axis=0)
+                    slot = change.argmin(axis=0)
+                    then += change[slot, np.arange(known)]
                 elif shape.gpus <= len(change):
                     change.partition(shape.gpus - 1, axis=0)
                     then += change[: shape.gpus].sum(axis=0)
                 else:
-                    then[:] = np.inf
-            else:
-                fits &= whole >= shape.gpus
-                rest = np.maximum(whole - shape.gpus, 0)
-                then, worth, _ = self._badness(after, at, total - shape.gpu_milli, rest)
-                then += shape.gpus * (WHOLE_MILLI * FRAGMENT * worth[-1] + self._weights.value[WHOLE_MILLI])
-            then -= self._before(at)
-            if shape.gpus and self._weights.model_demand:
+                    then += np.inf
+            if len(stale):
+                self._bad[stale] = bad[known:]
+                self._known[stale] = bins.version[stale]
+            then -= self._bad[at]
+            if shape.gpus and weights.model_demand:
                 then += self._scarcity[bins.model[at]] * shape.gpu_milli
         else:
-            then = np.full(len(at), np.inf if shape.gpus else 0.0)
+            then = np.full(known, np.inf if shape.gpus else 0.0)
         if self._tight:
-            left = sum((after[d] * scale for d, scale in self._tight), start=np.zeros(len(at)))
-            then += np.where(total == 0, TIGHT * left, 0.0)
+            room = sum((after[d, :known] * scale for d, scale in self._tight), start=np.zeros(known))
+            then += np.where(total == 0, TIGHT * room, 0.0)
         then[~fits] = np.inf
-        return then
-
-    def _before(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Badness (K,) of bins as they are; kept, since every shape compares with it."""
-        bins = self._bins
-        stale = at[bins.version[at] > self._known[at]]
-        if len(stale):
-            bad, _, _ = self._badness(bins.free[:, stale], stale, bins.total[stale], bins.whole[stale])
-            self._bad[stale] = bad
-            self._known[stale] = bins.version[stale]
-        out: NDArray[np.float64] = self._bad[at]
-        return out
-
-    def _slice(
-        self,
-        shape: Shape,
-        gpu: NDArray[np.int64],
-        whole: NDArray[np.int64],
-        worth: NDArray[np.float64],
-        several: NDArray[np.float64],
-    ) -> NDArray[np.float64]:
-        """What taking a slice off each GPU (G, K) adds to the badness; inf where it has no room."""
-        left = gpu - shape.share_milli
-        can = left >= 0
-        left[~can] = 0
-        change = self._worth_of(gpu, worth) - self._worth_of(left, worth)
-        if self._several:
-            columns = np.arange(len(whole))
-            fewer = several[whole, columns] - several[np.maximum(whole - 1, 0), columns]
-            change += FRAGMENT * np.where(gpu == WHOLE_MILLI, fewer, 0.0)
-        change[~can] = np.inf
-        return change
+        return then, slot
 
     def _worth_of(self, gpu: NDArray[np.int64], worth: NDArray[np.float64]) -> NDArray[np.float64]:
         """What remainders (G, K) take off the badness: the requests of the mix they serve, and their value."""
-        weights, count = self._weights, worth.shape[1]
-        serves = worth.ravel().take(weights.class_of[gpu] * count + np.arange(count))
-        out: NDArray[np.float64] = FRAGMENT * (gpu * serves) + weights.value[gpu]
-        return out
-
-    def _badness(
-        self, free: NDArray[np.int64], at: NDArray[np.int64], total: NDArray[np.int64], whole: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Badness (K,) of bins ``at`` with these amounts; weight served by a remainder, by class (S + 1, K); by whole GPUs."""
         weights = self._weights
-        if self._any_named:
-            runs = self._compatible[:, self._bins.model[at]]
-        else:
-            runs = np.ones((len(weights.models), len(total)), dtype=np.bool_)
+        serves = worth[weights.class_of[gpu], np.arange(gpu.shape[1])]
+        serves *= gpu
+        serves *= FRAGMENT
+        serves += weights.value[gpu]
+        return serves
+
+    def _served(
+        self, free: NDArray[np.int64], at: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Weight of the mix that bins ``at`` serve beside these amounts: by remainders of each class (S + 1, K), and by whole
+        GPUs that suffice for so many groups of several (M + 1, K), None where the mix has none."""
+        weights, sizes = self._weights, self._weights.sizes
+        by_class = np.zeros((sizes + 1, len(at)))
+        if not len(weights.starts):
+            return by_class, None
+        runs = self._compatible[:, self._bins.model[at]] if self._any_named else None
         for d in self._asked:
-            runs &= weights.need[d][:, None] <= free[d]
-        served = weights.usable @ runs.astype(np.float64)
-        worth, several = served[: weights.sizes + 1], served[weights.sizes + 1 :]
-        bad = FRAGMENT * total - self._worth_of(self._bins.gpu[:, at], worth).sum(axis=0)
-        if self._several:
-            bad -= FRAGMENT * several[whole, np.arange(len(total))]
-        if len(self._priced):
-            bad += BESIDE * np.maximum(0.0, total - free[self._priced] * self._per_unit).sum(axis=0)
-        return bad, worth, several
+            enough = weights.need[d][:, None] <= free[d]
+            runs = enough if runs is None else np.logical_and(runs, enough, out=runs)
+        if runs is None:
+            runs = np.ones((len(weights.models), len(at)), dtype=np.bool_)
+        groups = np.add.reduceat(runs * weights.weight, weights.starts, axis=0)
+        np.cumsum(groups[:sizes], axis=0, out=by_class[1:])
+        if sizes == len(groups):
+            return by_class, None
+        several = np.zeros((len(groups) - sizes + 1, len(at)))
+        np.cumsum(groups[sizes:], axis=0, out=several[1:])
+        return by_class, several

@@ -84,8 +84,7 @@ class Pack:
 
     def place(self, shape: Shape) -> tuple[int, tuple[int, ...]] | None:
         self._score.note(shape)
-        at = self._score.best(shape)
-        return None if at is None else (at, self._score.slots(shape, at))
+        return self._score.best(shape)
 
 
 STRATEGIES: dict[str, Callable[[Bins, np.random.Generator], Strategy]] = {
