@@ -1,0 +1,113 @@
+"""What the agent relies on of a hypervisor."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+
+from casemate_agent.drivers.ports import DomainPhase
+from casemate_agent.records import from_metadata
+from casemate_core.errors import NotFound
+from support.contract import UIDS, Bench
+
+
+async def test_a_domain_from_definition_to_its_end(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    off = await bench.facts(desired.uid)
+    assert off is not None
+    assert (off.phase, off.owned, off.pid) == (DomainPhase.SHUT_OFF, True, 0)
+    assert (off.instance_uid, off.generation) == (desired.uid, desired.generation)
+    assert (off.placement_epoch, off.placement_generation) == (3, 7)
+    assert off.channel_path
+    assert from_metadata(off.record) == desired
+    await bench.hypervisor.start(desired.uid, 60)
+    running = await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING)
+    assert running.pid > 0
+    assert (running.vcpus, running.memory_mib) == (desired.cpus, desired.memory_mib)
+    assert from_metadata(running.record) == desired
+    await bench.hypervisor.destroy(desired.uid, 20)
+    ended = await bench.until(desired.uid, lambda d: d.phase is DomainPhase.SHUT_OFF)
+    assert ended.pid == 0
+    await bench.hypervisor.undefine(desired.uid, 20)
+    assert await bench.facts(desired.uid) is None
+
+
+async def test_doing_it_again_is_no_error_and_changes_nothing(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    await bench.hypervisor.define(desired, bench.images.files(desired), 20)
+    await bench.hypervisor.start(desired.uid, 60)
+    pid = (await bench.until(desired.uid, lambda d: d.pid > 0)).pid
+    await bench.hypervisor.start(desired.uid, 60)
+    again = await bench.facts(desired.uid)
+    assert again is not None
+    assert again.pid == pid
+    for _ in range(2):
+        await bench.hypervisor.destroy(desired.uid, 20)
+    for _ in range(2):
+        await bench.hypervisor.undefine(desired.uid, 20)
+
+
+async def test_ending_what_is_not_there_is_no_error_and_starting_it_is(bench: Bench) -> None:
+    await bench.hypervisor.shutdown(UIDS[0], 20)
+    await bench.hypervisor.destroy(UIDS[0], 20)
+    await bench.hypervisor.undefine(UIDS[0], 20)
+    with pytest.raises(NotFound):
+        await bench.hypervisor.start(UIDS[0], 20)
+
+
+async def test_a_domain_is_defined_anew_from_a_changed_record(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    changed = replace(desired, generation=6, memory_mib=96, pods=({"kind": "Pod", "metadata": {"name": "ü<]]>&"}},))
+    await bench.hypervisor.define(changed, bench.images.files(changed), 20)
+    facts = await bench.facts(desired.uid)
+    assert facts is not None
+    assert facts.generation == 6
+    assert facts.memory_mib == 96
+    assert from_metadata(facts.record) == changed
+    assert json.loads(facts.record)["pods"][0]["metadata"]["name"] == "ü<]]>&"
+
+
+async def test_asking_a_guest_that_hears_nothing_returns(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    await bench.hypervisor.start(desired.uid, 60)
+    await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING)
+    await bench.hypervisor.shutdown(desired.uid, 20)
+    assert (await bench.until(desired.uid, lambda d: True)).pid > 0
+
+
+async def test_changes_are_told(bench: Bench) -> None:
+    heard: asyncio.Queue[str] = asyncio.Queue()
+
+    async def listen() -> None:
+        async for event in bench.hypervisor.events():
+            await heard.put(event.uuid)
+
+    listener = asyncio.create_task(listen())
+    try:
+        await bench.facts(UIDS[0])
+        desired = await bench.prepared(bench.wanted())
+        await bench.hypervisor.start(desired.uid, 60)
+        async with asyncio.timeout(20):
+            while await heard.get() != desired.uid:
+                pass
+        while not heard.empty():
+            heard.get_nowait()
+        await bench.hypervisor.destroy(desired.uid, 20)
+        async with asyncio.timeout(20):
+            while await heard.get() != desired.uid:
+                pass
+    finally:
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+
+
+async def test_two_domains_are_told_apart(bench: Bench) -> None:
+    first, second = await bench.prepared(bench.wanted(0)), await bench.prepared(bench.wanted(1))
+    await bench.hypervisor.start(second.uid, 60)
+    await bench.until(second.uid, lambda d: d.phase is DomainPhase.RUNNING)
+    off = await bench.facts(first.uid)
+    assert off is not None
+    assert off.phase is DomainPhase.SHUT_OFF
+    paths = {d.channel_path for d in await bench.hypervisor.domains(20)}
+    assert len(paths) == 2
