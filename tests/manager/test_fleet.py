@@ -279,6 +279,16 @@ def test_a_waiting_instance_takes_every_change(fleet: SmallFleet) -> None:
     assert one.cpus == 1 and one.ssh_keys
 
 
+def test_an_interface_on_another_network_returns_its_address(fleet: SmallFleet) -> None:
+    fleet.apply(network("other", "10.1.0.0/24"))
+    fleet.apply(environment())
+    mac = fleet.state.instances[only(fleet)].nics[0].mac
+    fleet.apply(environment(nics=(NicSpec("other"), NicSpec("default"))))
+    nics = fleet.state.instances[only(fleet)].nics
+    assert [n.network for n in nics] == ["other", "default"] and nics[0].mac != mac
+    assert len(fleet.state.addresses["default"]) == 1 and len(fleet.state.macs) == 2
+
+
 def test_sessions_newer_supersedes_older_is_stale_same_is_a_clone(fleet: SmallFleet) -> None:
     fleet.join("h1", 5)
     stale = fleet.hello("h1", 4)
