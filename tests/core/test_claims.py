@@ -154,7 +154,7 @@ def broken_ones() -> dict[ClaimRule, list[tuple[Claim, ...]]]:
             (replace(pinned, shared=(SharedCpu(home.id, 10),)),),
             (replace(pinned, emulator=CpuSet(), emulator_owned=True),),
             (replace(a, emulator=CpuSet.of(a.vcpus[0]), exclusive_cores=False),),
-            (replace(shared, held=CpuSet.of(a.vcpus[0])),),
+            (replace(shared, held=CpuSet.of(a.vcpus[0]), one_cell=False),),
             (replace(shared, disk_mib=-1),),
             (replace(shared, memory=shared.memory * 2),),
             (replace(a, pages=(*a.pages, Pages(a.cells[0], 1 << 20, 1))),),
