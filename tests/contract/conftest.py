@@ -11,6 +11,13 @@ from support.real_host import sandbox
 __all__ = ["sandbox"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The private libvirtd lives as long as the session: it is started before a test takes stock of what is there."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "bench" in item.fixturenames and item.get_closest_marker("libvirt"):
+            item.fixturenames.insert(0, "sandbox")
+
+
 @pytest.fixture(params=["simulated", pytest.param("real", marks=pytest.mark.libvirt)])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     """A host with nothing on it."""
