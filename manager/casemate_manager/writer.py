@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 from casemate_core.errors import CasemateError, InternalError, Unavailable
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.commands import Advance, Advanced, Answer, Batch, Command, EndSession, Expire
-from casemate_manager.fleet.machine import Rules, apply
+from casemate_manager.fleet.machine import Rules, apply, is_crowded
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.state import State
 from casemate_manager.store.ports import Fenced, Store, Stored, StoreFailed, Transaction
@@ -36,6 +36,8 @@ QUEUE: Final = 10_000
 GROUP: Final = 256
 #: Batches of following work in one commit.
 ADVANCES: Final = 8
+#: Batches that forget old records in one commit: together as many records as a group may bring.
+EXPIRES: Final = 4
 #: How often waiting work is looked at without an occasion, and old records are forgotten.
 IDLE_S: Final = 5.0
 EXPIRE_S: Final = 60.0
@@ -206,9 +208,10 @@ class Writer:
                 waiting.answer = batch.answer
                 batches.append(batch)
         following: list[Command] = [Advance(self._seed()) for _ in range(ADVANCES)]
-        if not group and now_s - self._expired_s > EXPIRE_S:
+        if now_s - self._expired_s > EXPIRE_S or is_crowded(self._working):
             self._expired_s = now_s
-            following.insert(0, Expire())
+            # A group brings at most GROUP events, so that these keep pace with it.
+            following[:0] = [Expire()] * EXPIRES
         for command in following:
             batch, _ = self._one(command, now_s)
             if batch is not None:

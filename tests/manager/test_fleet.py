@@ -337,6 +337,30 @@ def test_host_events_are_kept_once_and_counted(fleet: SmallFleet) -> None:
     assert "PlacementRefused" in reasons(fleet)
 
 
+def test_a_ledger_that_differs_is_named_once(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment())
+    ((one,), _) = desired.whole(fleet.state, "h1")
+    fleet.tell("h1", 1, replace(told(one.uid, Phase.READY), claim=one.placement.claim), snapshot=True)
+    assert "ClaimDiffers" not in reasons(fleet)
+    other = replace(one.placement.claim, disk_mib=one.placement.claim.disk_mib + 1)
+    for _ in range(2):
+        fleet.tell("h1", 1, replace(told(one.uid, Phase.READY), claim=other), snapshot=True)
+    (event,) = [e for e in fleet.state.events.values() if e.reason == "ClaimDiffers"]
+    assert event.count == 2
+
+
+def test_events_are_bounded(fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("casemate_manager.fleet.machine.EVENTS_KEPT", 50)
+    fleet.join("h1")
+    for n in range(100):
+        fleet.do(HostNote("h1", 1, HostEvent(str(n), "", "", "Said", str(n))))
+    for _ in range(2):
+        fleet.do(Expire())
+    assert len(fleet.state.events) == 50
+    assert [e.message for e in fleet.state.events.values()][-1] == "99"
+
+
 def test_a_resumed_host_is_told_what_changed_since(fleet: SmallFleet) -> None:
     fleet.join("h1")
     fleet.apply(environment("a"))

@@ -7,6 +7,7 @@ A message of a session that is no longer the host's current one changes nothing.
 
 from dataclasses import replace
 
+from casemate_core.claims import Claim
 from casemate_core.spec.fleet import Host, HostSpec
 from casemate_core.spec.instance import Phase
 from casemate_core.spec.meta import Meta, check_name
@@ -155,6 +156,8 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
             continue  # not ours to speak of: the desired state already tells the host to end it
         told_of.add(instance.uid)
         draft.sightings.append(observed.see_instance(instance.uid, InstanceSeen(name, now_s, instance)))
+        if instance.claim is not None:
+            _compare_claims(draft, name, instance.uid, instance.claim)
         if instance.phase is Phase.STOPPED:
             wake.append(state.environment_keys[state.instances[instance.uid].environment_uid])
     if told.snapshot:
@@ -164,6 +167,20 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
         if uid in here:
             _gone(draft, name, uid)
     return replace(draft.batch(), wake=tuple(dict.fromkeys(wake)))
+
+
+def _compare_claims(draft: Draft, host: str, uid: str, told: Claim) -> None:
+    """The host's ledger and ours must agree on what an instance holds; a difference is drift, and it is named."""
+    for placement in draft.state.instance_placements[uid].values():
+        ours = replace(placement.claim, epoch=told.epoch, generation=told.generation)
+        if placement.host == host and told.generation == placement.generation and told != ours:
+            draft.event(
+                instance_ref(draft.state.instances[uid]),
+                "ClaimDiffers",
+                f"host {host} holds other resources for the instance than the manager gave it",
+                warning=True,
+                source=host,
+            )
 
 
 def _gone(draft: Draft, host: str, uid: str) -> None:

@@ -29,7 +29,8 @@ from casemate_manager.fleet.state import State
 
 #: How long an answered request is known by its key.
 REQUEST_KEPT_S: Final = 86400.0
-#: Events kept, the newest ones.
+#: Answered requests and events kept at most, the newest ones.
+REQUESTS_KEPT: Final = 100_000
 EVENTS_KEPT: Final = 10_000
 
 
@@ -70,13 +71,18 @@ def apply(state: State, observed: Observed, command: Command, now_s: float, rule
             assert_never(command)
 
 
+def is_crowded(state: State) -> bool:
+    """Whether `Expire` has something to do before its time."""
+    return len(state.events) > EVENTS_KEPT or len(state.requests) > REQUESTS_KEPT
+
+
 def _expire(state: State, observed: Observed, now_s: float) -> Batch:
     draft = Draft(state, observed, now_s)
-    for key, request in state.requests.items():
-        if len(draft) >= MAX_RECORDS:
-            break
-        if now_s - request.at_s > REQUEST_KEPT_S:
-            draft.drop("Request", key)
+    old = [k for k, r in state.requests.items() if now_s - r.at_s > REQUEST_KEPT_S]
+    if not old and len(state.requests) > REQUESTS_KEPT:
+        old = sorted(state.requests, key=lambda k: state.requests[k].at_s)[: len(state.requests) - REQUESTS_KEPT]
+    for key in old[: MAX_RECORDS // 2]:
+        draft.drop("Request", key)
     surplus = min(len(state.events) - EVENTS_KEPT, MAX_RECORDS - len(draft))
     if surplus > 0:
         for name in sorted(state.events)[:surplus]:

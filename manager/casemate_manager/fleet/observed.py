@@ -113,6 +113,8 @@ class Observed:
     attempts: dict[str, Attempt] = field(default_factory=dict)
     event_ids: dict[str, OrderedDict[str, None]] = field(default_factory=dict)
     capacity: int = 0
+    #: Counts changes of what is known of hosts.
+    hosts_version: int = 0
 
     def host(self, name: str) -> HostSeen:
         """What is known of a host; nothing, where it was never heard."""
@@ -132,10 +134,12 @@ class Observed:
     def fold(self, sighting: Sighting) -> None:
         """Take one change."""
         match sighting:
-            case SeeHost(name, seen, _, _):
+            case SeeHost(name, seen, news, _):
                 self.hosts[name] = seen
+                self.hosts_version += news
             case ForgetHost(name):
                 self.hosts.pop(name, None)
+                self.hosts_version += 1
                 self.event_ids.pop(name, None)
             case SeeInstance(uid, instance, _):
                 self.instances[uid] = instance

@@ -197,6 +197,9 @@ def closed_because(state: State, observed: Observed, host: HostRecord, spec: Env
         return "HostJoining", "host has not told what it is made of"
     if not observed.host(name).whole:
         return "HostJoining", "host has not told what runs on it"
+    report = observed.host(name).report
+    if report and any(c.type == "Ready" and c.status == "False" for c in report.conditions):
+        return "HostNotReady", "host says that it is not ready"
     if host.host.spec.cordoned:
         return "HostCordoned", "host is cordoned"
     labels = host.host.meta.labels
