@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from casemate_agent.drivers.fetch import SourceFailed, SourceRules, public_url
+from casemate_agent.drivers.fetch import DiskFull, SourceFailed, SourceRules, public_url
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.imageformat import HEAD_BYTES, ImageRefused, read_qcow2
 from casemate_core.errors import DeadlineExceeded, InternalError, NotFound
@@ -280,3 +280,35 @@ async def test_a_digest_or_a_uid_that_is_none_never_becomes_a_path(store: ImageS
 def test_a_url_is_shown_without_its_secrets() -> None:
     assert public_url("https://user:pw@images.example:8443/a.img?token=x#y") == "https://images.example:8443/a.img"
     assert public_url("http://[bad") == "(not a URL)"
+
+
+@pytest.mark.libvirt
+async def test_a_full_disk_leaves_nothing_half_made(tmp_path: Path, sources: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small))
+    assert await mount.wait() == 0
+    store = ImageStore(small, SourceRules(folders=(str(sources),), max_mib=4))
+    data = os.urandom(2 * 2**20)
+    try:
+        (sources / "big").write_bytes(data)
+        local = image(file=File(f"file://{sources}/big", digest_of(data)), kernel=None, initrd=None, format="raw")
+        with pytest.raises(DiskFull):
+            await store.fetch(local, 10)
+        await nothing_half_made(store)
+
+        async def handler(_request: web.Request) -> web.StreamResponse:
+            return web.Response(body=data)
+
+        async with served(handler) as url:
+            with pytest.raises(DiskFull, match="no room"):
+                await store.fetch(replace(local, file=File(f"{url}/big", digest_of(data))), 10)
+        await nothing_half_made(store)
+        (small / "ballast").write_bytes(bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_frsize))
+        with pytest.raises(DiskFull):
+            await store.write_seed(instance(), 10)
+        assert not (await store.observe(5)).seeds
+    finally:
+        await store.aclose()
+        umount = await asyncio.create_subprocess_exec("umount", str(small))
+        assert await umount.wait() == 0

@@ -38,7 +38,7 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     add(domain, "on_crash", text="destroy")
     devices = add(domain, "devices")
     add(devices, "emulator", text=shape.emulator)
-    add_disks(devices, files)
+    add_disks(devices, files, shape)
     add_small(devices)
     add_interfaces(devices, desired.nics, desired.uid, shape)
     add_channels(devices, desired, shape)

@@ -165,7 +165,7 @@ class ImageStore:
             transfer = self._transfers[file.digest] = _Transfer(
                 loop.create_task(work, name=f"fetch {file.digest[:19]}")
             )
-            transfer.task.add_done_callback(lambda _task: self._transfers.pop(file.digest, None))
+            transfer.task.add_done_callback(lambda task: self._transferred(file.digest, task))
         transfer.waiters += 1
         try:
             async with asyncio.timeout_at(end):
@@ -177,6 +177,12 @@ class ImageStore:
             if transfer.waiters == 0 and not transfer.task.done():
                 transfer.task.cancel()
                 await asyncio.wait([transfer.task])
+
+    def _transferred(self, digest: str, task: "asyncio.Task[None]") -> None:
+        self._transfers.pop(digest, None)
+        if not task.cancelled():
+            # Those who wait get the error; where the last one has just left, nobody asks for it, and asyncio would complain.
+            task.exception()
 
     def _check(self, image: ImageRef) -> None:
         """Refuse, and forget, an image whose header does not keep the rules. Raises ImageRefused."""

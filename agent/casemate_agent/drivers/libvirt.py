@@ -37,6 +37,7 @@ from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.files import write_private
 from casemate_agent.drivers.kvm import Virtualisation, probe
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import DeadlineExceeded, InternalError, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance
 
@@ -137,13 +138,17 @@ class EventLoop:
 
 @dataclass(frozen=True, slots=True)
 class LibvirtSettings:
-    """Where libvirt and our folders are. ``probe_cache`` is the file that remembers whether KVM works."""
+    """Where libvirt and our folders are. ``probe_cache`` is the file that remembers whether KVM works.
+
+    ``shared_threads`` are those on which vCPUs without a thread of their own float; empty: all.
+    """
 
     uri: str = DEFAULT_URI
     run_dir: str = "/run/casemate"
     instances_dir: str = "/var/lib/casemate/instances"
     probe_cache: str = "/var/lib/casemate/virtualisation.json"
     scope: str = "main"
+    shared_threads: CpuSet = EMPTY
 
 
 class LibvirtHypervisor:
@@ -279,6 +284,7 @@ class LibvirtHypervisor:
                 run_dir=self._settings.run_dir,
                 instances_dir=self._settings.instances_dir,
                 scope=self._settings.scope,
+                shared_threads=self._settings.shared_threads,
             )
         return self._shape
 
