@@ -86,9 +86,10 @@ class ApplyPods:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Ask the guest to power off."""
+    """Ask the guest to power off: its helper where it is connected (``helper``), else by the power button."""
 
     uid: str
+    helper: bool
     reason: str
 
 

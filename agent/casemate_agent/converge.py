@@ -196,7 +196,7 @@ def _power_off(d: _Draft, reason: str) -> bool:
         return True
     d.record = replace(r, stop_since_s=since_s)
     if domain.phase is DomainPhase.RUNNING and d.now - r.stop_asked_s >= d.settings.stop_ask_again_s:
-        d.actions.append(act.Shutdown(r.uid, reason))
+        d.actions.append(act.Shutdown(r.uid, d.guest.connected, reason))
     d.wake(min(ends_s, max(r.stop_asked_s, d.now) + d.settings.stop_ask_again_s))
     return False
 

@@ -246,8 +246,8 @@ class Executor:
             case act.ApplyPods(desired=desired, revision=revision):
                 peers = {peer.name: peer.address for peer in desired.peers}
                 await guests.apply(desired.uid, tuple(desired.pods), len(desired.archives), revision, peers, deadline_s)
-            case act.Shutdown(uid=uid):
-                await hypervisor.shutdown(uid, deadline_s)
+            case act.Shutdown():
+                await self._shut_down(action, deadline_s)
             case act.Destroy(uid=uid):
                 await hypervisor.destroy(uid, deadline_s)
             case act.Undefine(uid=uid):
@@ -268,6 +268,15 @@ class Executor:
             case act.RemoveNetwork(name=name):
                 async with self._network_lock:
                     await networks.remove_network(name, deadline_s)
+
+    async def _shut_down(self, action: act.Shutdown, deadline_s: float) -> None:
+        if action.helper:
+            try:
+                await self._drivers.guests.shutdown(action.uid, deadline_s / 2)
+                return
+            except CasemateError as error:
+                log.info("the helper of %s does not power off: %s; the power button is pressed", action.uid, error)
+        await self._drivers.hypervisor.shutdown(action.uid, deadline_s / 2)
 
     async def _fetch(self, action: act.FetchImage, deadline_s: float) -> None:
         """One fetch a digest, however many instances wait for it; it goes on while any of them does."""

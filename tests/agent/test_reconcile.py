@@ -328,6 +328,6 @@ def test_what_is_remembered_of_outcomes() -> None:
     assert started.failure is None
     assert started.started == Started("boot-1", NOW_S)
     assert started.starts == 1
-    assert after(STOP, act.Shutdown(ME, "r")).stop_asked_s == NOW_S
+    assert after(STOP, act.Shutdown(ME, False, "r")).stop_asked_s == NOW_S
     # one that was seen running already is not counted twice
     assert decide(started, seen(domain())).record.starts == 1
