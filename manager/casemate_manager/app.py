@@ -21,8 +21,11 @@ from casemate_manager.fleet.commands import Answer, ApplyResources, Command
 from casemate_manager.fleet.machine import Rules
 from casemate_manager.fleet.objects import ObjectRules
 from casemate_manager.fleet.observed import Observed
-from casemate_manager.fleet.placing import Placer, ScanPlacer
+from casemate_manager.fleet.placing import Placer
 from casemate_manager.fleet.state import State
+from casemate_manager.policy.cel import Cel
+from casemate_manager.policy.expressions import check_policy
+from casemate_manager.scheduler.placer import FleetPlacer
 from casemate_manager.sessions import Sessions
 from casemate_manager.store.ports import Store
 from casemate_manager.writer import Published, Writer
@@ -64,7 +67,9 @@ class Core:
 
 def make_rules(placer: Placer | None = None) -> Rules:
     """How objects are judged and placed."""
-    return Rules(ObjectRules(changes, lambda policy: ()), placer or ScanPlacer())
+    language = Cel()
+    judge = ObjectRules(changes, lambda policy: check_policy(language, policy))
+    return Rules(judge, placer or FleetPlacer(language))
 
 
 class Manager:

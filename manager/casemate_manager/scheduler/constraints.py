@@ -129,15 +129,18 @@ class Constraints:
 
     def add(self, instance: Instance) -> None:
         """An instance has been placed."""
+        old = self._instances.get(instance.uid)
+        if old is not None:
+            self._count(old, -1)
         self._instances[instance.uid] = instance
         self._count(instance, 1)
 
-    def remove(self, uid: str) -> Instance | None:
-        """An instance has gone; None where it was never told of."""
-        instance = self._instances.pop(uid, None)
-        if instance is not None:
+    def remove(self, uid: str, host: str) -> None:
+        """An instance has gone from a host; nothing where it was never told of, or has been told of elsewhere since."""
+        instance = self._instances.get(uid)
+        if instance is not None and instance.host == host:
+            del self._instances[uid]
             self._count(instance, -1)
-        return instance
 
     def _count(self, instance: Instance, sign: int) -> None:
         for match, rows in self._matches.items():

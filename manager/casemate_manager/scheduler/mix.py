@@ -58,8 +58,9 @@ class Weights:
     Shapes stand in groups: first those that one remainder serves (one GPU, or slices), by size, S groups; then those of
     several whole GPUs, by number, M groups. ``weight`` (J, 1) float64, sums up to 1; ``need`` (D, J) int64; ``models`` (J,)
     int64; ``starts`` (S + M,) int64, first shape of each group. ``class_of`` (1001,) int64: groups 0..S - 1 that a remainder
-    serves. ``several_of`` (G + 1,) int64: groups of several that so many whole GPUs serve. ``value`` (1001,) float64, milli. ``beside`` (D, Q) float64: milli of GPU that one unit of the dimension serves, at multiples of
-    the mean; 0 where the mix does not ask it. ``model_demand``: (models mask, share of GPU demand) of shapes that name models.
+    serves. ``several_of`` (G + 1,) int64: groups of several that so many whole GPUs serve. ``value`` (1001,) float64, milli.
+    ``beside`` (D, Q) float64: milli of GPU that one unit of the dimension serves, at multiples of the mean; 0 where the mix
+    does not ask it. ``model_demand``: (models mask, share of GPU demand) of shapes that name models.
     """
 
     need: NDArray[np.int64]

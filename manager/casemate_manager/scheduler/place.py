@@ -100,7 +100,7 @@ class Scheduler:
     def release(self, host: str, uid: str) -> Claim:
         """A placement has gone. Raises KeyError where there is none."""
         claim = self.columns.release(host, uid)
-        self.constraints.remove(uid)
+        self.constraints.remove(uid, host)
         return claim
 
     def commit(self, decision: Decision, request: PlacementRequest | None = None) -> bool:

@@ -76,6 +76,7 @@ def count_reasons(
 ) -> Unplaceable:
     """The hosts counted by the first thing that rejects each."""
     counts: Counter[str] = Counter()
+    samples: dict[str, str] = {}
     rest = np.zeros(len(columns.available), dtype=np.bool_)
     for row in columns.live_rows():
         rest[row.number] = True
@@ -85,6 +86,9 @@ def count_reasons(
         hit = rest & rejected
         if hit.any():
             counts[word] += int(hit.sum())
+            sample = columns.rows[int(hit.argmax())]
+            if sample is not None:
+                samples.setdefault(word, sample.view.name)
             rest = rest & ~hit
 
     hosts = int(rest.sum())
@@ -108,4 +112,4 @@ def count_reasons(
     for number, word in enumerate(words):
         take(short == number, word)
     take(rest.copy(), TOGETHER)
-    return Unplaceable(request.uid, hosts, dict(counts))
+    return Unplaceable(request.uid, hosts, dict(counts), samples)

@@ -70,11 +70,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Unplaceable:
-    """No host takes it. ``counts``: hosts by the first thing that rejects each; they sum up to ``hosts``."""
+    """No host takes it. ``counts``: hosts by the first thing that rejects each; they sum up to ``hosts``.
+
+    ``samples``: for each of them one host that it rejects, to ask for the exact numbers.
+    """
 
     uid: str
     hosts: int
     counts: Mapping[str, int]
+    samples: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:
