@@ -35,7 +35,7 @@ QUEUE: Final = 10_000
 #: Commands of one commit: bounds the time that the first of them waits.
 GROUP: Final = 256
 #: Batches of following work in one commit.
-ADVANCES: Final = 8
+ADVANCES: Final = 4
 #: Batches that forget old records in one commit: together as many records as a group may bring.
 EXPIRES: Final = 4
 #: How often waiting work is looked at without an occasion, and old records are forgotten.
@@ -101,6 +101,7 @@ class Writer:
         self._leading = False
         self._closed = False
         self._expired_s = 0.0
+        self._more = True
         #: The committed state: what is on disk, all that readers may see. Exchanged for another when the state is loaded anew.
         self.state = State(0)
         self.observed = Observed()
@@ -165,24 +166,26 @@ class Writer:
     # --- one group ----------------------------------------------------------------------------------------------------
 
     async def _next_group(self) -> list[_Waiting]:
-        try:
-            async with asyncio.timeout(self._idle_s):
-                group = [await self._queue.get()]
-        except TimeoutError:
-            return []
+        group: list[_Waiting] = []
+        if self._more:
+            # The rest of the work that follows does not wait, and neither do others wait for all of it.
+            await asyncio.sleep(0)
+        else:
+            try:
+                async with asyncio.timeout(self._idle_s):
+                    group.append(await self._queue.get())
+            except TimeoutError:
+                return []
         while len(group) < GROUP and not self._queue.empty():
             group.append(self._queue.get_nowait())
         return group
 
     async def _group(self, group: list[_Waiting]) -> None:
         try:
-            again = True
-            while again:
-                batches, again = self._apply(group)
-                await self._commit(batches)
-                self._trace("before-reply")
-                self._answer(group)
-                group = []
+            batches, self._more = self._apply(group)
+            await self._commit(batches)
+            self._trace("before-reply")
+            self._answer(group)
         except Fenced as error:
             # Another manager leads. To lead again would fence it in turn; whoever started two must say which.
             self._leading = False

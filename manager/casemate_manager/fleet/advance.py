@@ -26,7 +26,7 @@ from casemate_manager.fleet.state import State
 #: Records that one instance's step may write: itself, a placement dropped and made, an event.
 STEP: Final = 5
 #: Instances tried in one batch that did not fit: bounds the time of a batch on a full fleet.
-MAX_REFUSALS: Final = 32
+MAX_REFUSALS: Final = 8
 
 
 def advance(state: State, observed: Observed, now_s: float, placer: Placer) -> Batch:

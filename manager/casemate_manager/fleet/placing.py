@@ -7,7 +7,7 @@ are already counted. ``ScanPlacer`` asks ``core.fit`` of every host that is open
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from casemate_core.claims import Claim, HostClaims
 from casemate_core.fit import (
@@ -60,6 +60,10 @@ class Unplaced:
             return "the fleet has no hosts"
         told = "; ".join(f"{count}: {sentence}" for _, count, sentence in self.reasons)
         return f"0 of {self.hosts} hosts fit ({told})"
+
+
+#: Hosts that fit among which `ScanPlacer` chooses.
+ENOUGH: Final = 8
 
 
 class Overlay:
@@ -124,7 +128,11 @@ def request_of(spec: EnvironmentSpec) -> Request:
 
 
 class ScanPlacer:
-    """Tries every host. Hosts with fewest instances of the same environment first, then the best fit, then by name."""
+    """Tries hosts one by one: those with fewest instances of the same environment first, then by name.
+
+    Of the first `ENOUGH` that fit it takes the best fit: enough for a handful of hosts and for tests; a fleet wants the
+    scheduler.
+    """
 
     def place(self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp) -> Placed | Unplaced:
         """See `Placer`."""
@@ -133,12 +141,17 @@ class ScanPlacer:
         sentences: dict[str, str] = {}
         best: tuple[tuple[object, ...], Placed] | None = None
         mates = _mates(fleet, environment.meta.uid)
-        for name, host in sorted(fleet.state.hosts.items()):
+        fitting = 0
+        for name in sorted(fleet.state.hosts, key=lambda n: (mates.get(n, 0), n)):
+            if fitting >= ENOUGH:
+                break
+            host = fleet.state.hosts[name]
             closed = closed_because(fleet.state, fleet.observed, host, spec)
             if closed is None:
                 found = self._fit(fleet, name, request, stamp)
                 if isinstance(found, Fit):
                     # (instances of this environment there, quality of the fit, name)
+                    fitting += 1
                     key = (mates.get(name, 0), found.key, name)
                     if best is None or key < best[0]:
                         best = (key, Placed(name, found.claim))
