@@ -50,7 +50,9 @@ async def drivers_of(config: Config, name: str) -> AsyncIterator[Drivers]:
 
     topology = replace(from_line(config.simulated), name=name)
     pace = SimulatedPace(boot_s=config.boot_s)
-    yield SimulatedHost(name, topology, time.time, pace).drivers()
+    host = SimulatedHost(name, topology, time.time, pace)
+    host.boots = int(time.time())  # it ends with this process: the next one is another boot
+    yield host.drivers()
 
 
 async def run_host(config: Config, name: str, state_dir: Path) -> None:
