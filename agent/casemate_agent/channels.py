@@ -5,7 +5,8 @@ from another machine; that the instance is on this host, and the caller allowed,
 """
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from casemate_agent.drivers.ports import ExecRequest, ExecSession, Guests
@@ -14,6 +15,8 @@ from casemate_core.errors import CallerError, CasemateError
 from casemate_wire.channel import Eof, ExitCode, Failed, Frame, LogLine, Output, Resize, Signal, Stdin, Ticket
 from casemate_wire.stream import OpenChannel
 
+#: How long the other end may take to close a channel after its last frame.
+CLOSE_S = 5.0
 #: A command must begin within so many seconds.
 EXEC_DEADLINE_S = 30.0
 
@@ -27,25 +30,25 @@ class BadParameters(CallerError):
 async def serve_channel(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> None:
     """Say the ticket, serve to the end, and tell how it ended. Raises BrokenOff where the channel itself broke off."""
     await stream.send(Ticket(request.ticket))
+    reader: asyncio.Task[None] | None = None
     try:
         match request.kind:
             case "logs":
-                await _serve_logs(request, stream, guests)
+                reader = await _serve_logs(request, stream, guests)
             case "exec":
-                await _serve_exec(request, stream, guests)
+                reader = await _serve_exec(request, stream, guests)
             case other:
                 raise BadParameters(f"no channels of kind {other!r}")
+        if reader is not None:
+            await stream.send(Eof())
     except BrokenOff:
         raise
     except CasemateError as error:
         await stream.send(Failed(f"{error.reason}: {error}"))
-    # the other end closes when it has read the last frame; closing first could cut it off
-    try:
-        async with asyncio.timeout(5.0):
-            async for _ in frames(stream):
-                pass
-    except (TimeoutError, BrokenOff):
-        return
+    # The other end closes when it has read the last frame; closing first could cut it off.
+    with contextlib.suppress(TimeoutError, CasemateError):
+        async with asyncio.timeout(CLOSE_S):
+            await (reader if reader is not None else _drain(stream))
 
 
 def _get(parameters: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
@@ -57,7 +60,13 @@ def _get(parameters: Mapping[str, Any], name: str, kind: type, default: Any) -> 
     return value
 
 
-async def _serve_logs(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> None:
+async def _drain(stream: Stream[Frame, Frame]) -> None:
+    """Read until the other end closes; what it says on the way has no meaning here."""
+    async for _ in frames(stream):
+        pass
+
+
+async def _serve_logs(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> asyncio.Task[None] | None:
     p = request.parameters
     tail = _get(p, "tail", int, 0)
     lines = guests.logs(
@@ -75,14 +84,10 @@ async def _serve_logs(request: OpenChannel, stream: Stream[Frame, Frame], guests
                 LogLine(line.time_s, line.pod, line.container, line.sequence, line.text, line.stream, line.lost)
             )
 
-    async def watch() -> None:
-        async for _ in frames(stream):  # the manager says nothing here but its end
-            pass
-
-    await _first(pump(), watch())
+    return await _until_over(pump(), _drain(stream))
 
 
-async def _serve_exec(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> None:
+async def _serve_exec(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> asyncio.Task[None] | None:
     p = request.parameters
     argv = _get(p, "argv", list, [])
     environment = _get(p, "environment", Mapping, {})
@@ -108,7 +113,7 @@ async def _serve_exec(request: OpenChannel, stream: Stream[Frame, Frame], guests
         await stream.send(ExitCode(session.exit_code if session.exit_code is not None else 255))
 
     try:
-        await _first(pump(), _feed(stream, session))
+        return await _until_over(pump(), _feed(stream, session))
     finally:
         await session.close()
 
@@ -129,14 +134,25 @@ async def _feed(stream: Stream[Frame, Frame], session: ExecSession) -> None:
                 raise BadParameters(f"{type(frame).__name__} is not for an agent")
 
 
-async def _first(*works: Any) -> None:
-    """Run side by side until the first ends; the others are cancelled, and what it raised is raised."""
-    tasks = [asyncio.ensure_future(work) for work in works]
+async def _until_over(pump: Coroutine[Any, Any, None], listen: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+    """Run both until one is over. What the pump raises is raised; the caller's hanging up ends the pump.
+
+    Returns the listener where the pump was over first: it goes on, since in gRPC to cancel a pending read is to cancel the
+    call, and with it the frames that the other end has not read yet.
+    """
+    pumping = asyncio.create_task(pump, name="channel-pump")
+    listening = asyncio.create_task(listen, name="channel-listen")
+    kept = False
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await asyncio.wait({pumping, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not pumping.done():
+            listening.result()
+            return None
+        pumping.result()
+        kept = True
+        return listening
     finally:
-        for task in tasks:
+        ended = [pumping] if kept else [pumping, listening]
+        for task in ended:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*ended, return_exceptions=True)

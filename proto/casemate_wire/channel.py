@@ -1,9 +1,10 @@
 """PURE. What goes over a side stream of a host: logs and commands, as values.
 
 An agent dials a channel when the manager asks for one (``OpenChannel``), says its ticket, and from then on frames go both
-ways until one side ends the stream. A channel of kind ``logs`` sends ``LogLine`` frames and ends; one of kind ``exec``
-takes ``Stdin``, ``Eof``, ``Resize`` and ``Signal`` and sends ``Output`` frames, then ``ExitCode``. Either may end with
-``Failed``. How much is in flight is bounded by the transport (HTTP/2 flow control): a frame is written when there is room.
+ways until one side ends the stream. A channel of kind ``logs`` sends ``LogLine`` frames; one of kind ``exec``
+takes ``Stdin``, ``Eof``, ``Resize`` and ``Signal`` and sends ``Output`` frames, then ``ExitCode``. Either ends with ``Eof``
+or with ``Failed``, after which the manager closes the stream. How much is in flight is bounded by the transport (HTTP/2
+flow control): a frame is written when there is room.
 
 Parameters of ``OpenChannel``: for ``logs`` ``pod``, ``container`` (may be empty), ``follow``, ``tail`` (lines; 0: all that
 are kept), ``since_s``; for ``exec`` ``argv``, ``pod`` (empty: the guest itself), ``container``, ``tty``, ``rows``,
@@ -40,7 +41,7 @@ class Stdin:
 
 @dataclass(frozen=True, slots=True)
 class Eof:
-    """No more standard input."""
+    """No more standard input; from an agent: nothing more at all."""
 
 
 @dataclass(frozen=True, slots=True)

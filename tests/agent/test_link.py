@@ -154,6 +154,7 @@ def test_logs_go_over_a_channel() -> None:
         line = await pipe.up.get()
         assert isinstance(line, LogLine)
         assert (line.pod, line.container, line.sequence, line.text) == ("hello", "main", 1, "main started")
+        assert isinstance(await pipe.up.get(), Eof)
         pipe.down.put_nowait(None)
         assert await pipe.up.get() is None
         it.manager.open_channel(OpenChannel("t2", "logs", uid(1), {"pod": "nothing"}))
