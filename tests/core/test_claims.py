@@ -104,6 +104,11 @@ def test_plain_form_returns() -> None:
         ({"memory": [{"cell": 0}]}, "memory[0].size_mib"),
         ({"partition": "x"}, "partition"),
         ({"owner": None}, "owner"),
+        ({"vcpus": [10**12]}, "vcpus"),
+        ({"vcpus": [-1]}, "vcpus"),
+        ({"vfs": [{"pf": "a", "index": 10**12}]}, "vfs"),
+        ({"shares": [{"gpu": "a", "milli": 1, "slots": 10**12}]}, "shares"),
+        ({"shares": [{"gpu": "a", "milli": 1, "slots": 1, "start": -1}]}, "shares"),
     ],
 )
 def test_plain_form_is_strict(change: dict[str, Any], path: str) -> None:

@@ -88,6 +88,8 @@ def test_plain_form_of_any_topology_returns(topology: Topology) -> None:
         ({"cells": [{"id": 0, "memory_mib": True}]}, "cells[0].memory_mib"),
         ({"cells": [{"id": 0, "memory_mib": 1, "size": 2}]}, "cells[0].size"),
         ({"disk_mib": "1"}, "disk_mib"),
+        ({"pfs": [{"mac": "a", "networks": [], "vfs": [{"index": 10**12}]}]}, "pfs[0].vfs"),
+        ({"gpus": [{"uuid": "a", "model": "a", "memory_mib": 1, "share_slots": 10**12}]}, "gpus[0]"),
         ({"gpus": [{"uuid": 1, "model": "a", "memory_mib": 1}]}, "gpus[0].uuid"),
     ],
 )

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from casemate_core.cpuset import EMPTY, CpuSet
+from casemate_core.cpuset import EMPTY, MAX_CPU, CpuSet
 from casemate_core.errors import CallerError
 from casemate_core.plain import BadPlain, from_plain, to_plain
+from casemate_core.topology.model import MAX_SHARE_SLOTS, MAX_VF_INDEX
 
 FORMAT_VERSION = 1
 """Of the plain form of a Claim. A reader refuses any other."""
@@ -203,7 +204,9 @@ class Claim:
                 raise BadPlain(str(key), "Claim has no such field")
         if "owner" not in data:
             raise BadPlain("owner", "is missing")
-        return cls(**{name: from_plain(kind, data[name], path=name) for name, kind in _KINDS.items() if name in data})
+        claim = cls(**{name: from_plain(kind, data[name], path=name) for name, kind in _KINDS.items() if name in data})
+        _refuse_huge(claim)
+        return claim
 
 
 _KINDS: dict[str, Any] = {
@@ -231,6 +234,19 @@ _KINDS: dict[str, Any] = {
 }
 _EMPTY_CLAIM = Claim(owner="")
 _DEFAULTS: dict[str, object] = {name: getattr(_EMPTY_CLAIM, name) for name in _KINDS}
+
+
+def _refuse_huge(claim: Claim) -> None:
+    """Numbers that become positions of bits are bounded where they come in: a mask of 10**12 bits is an attack."""
+    for path, numbers, most in (
+        ("vcpus", claim.vcpus, MAX_CPU),
+        ("vfs", [v.index for v in claim.vfs], MAX_VF_INDEX),
+        ("shares", [s.slots for s in claim.shares], MAX_SHARE_SLOTS),
+        ("shares", [s.start if s.slots else 0 for s in claim.shares], MAX_SHARE_SLOTS),
+    ):
+        for number in numbers:
+            if not 0 <= number <= most:
+                raise BadPlain(path, f"{number} is outside 0..{most}")
 
 
 class OutsideRoom(CallerError):

@@ -74,13 +74,15 @@ def verify_claim(topology: Topology, claims: HostClaims, claim: Claim) -> list[C
     Violations that were there before, of other owners, are not repeated. Empty: the host can carry it out.
     """
     others = [held for held in claims if held.owner != claim.owner]
-    before = set(check(topology, HostClaims.of(others, claims.epoch)))
     stale = (
         [ClaimViolation(ClaimRule.STAMP, claim.owner, f"epoch {claim.epoch} is older than {claims.epoch}")]
         if claim.epoch < claims.epoch
         else []
     )
     after = check(topology, HostClaims.of([*others, claim], claims.epoch))
+    if not after:
+        return stale
+    before = set(check(topology, HostClaims.of(others, claims.epoch)))
     return stale + [violation for violation in after if violation not in before]
 
 
@@ -148,19 +150,18 @@ def _exists(topology: Topology, claim: Claim) -> Iterator[str]:
     for p in claim.pages:
         if p.cell in index.cell_by_id and p.page_kib not in index.cell_by_id[p.cell].pages:
             yield f"pool of {p.page_kib} KiB pages on cell {p.cell}"
-    gpus = {g.uuid for g in topology.gpus}
+    functions = topology.functions
     for uuid in (*claim.gpus, *(s.gpu for s in claim.shares)):
-        if uuid not in gpus:
+        if uuid not in functions.gpu_bit:
             yield f"GPU {uuid}"
-    vfs = {(pf.mac, vf.index) for pf in topology.pfs for vf in pf.vfs}
     for v in claim.vfs:
-        if (v.pf, v.index) not in vfs:
+        port = functions.pf_position.get(v.pf)
+        if port is None or v.index < 0 or not functions.vf_mask[port] >> v.index & 1:
             yield f"VF {v.index} of {v.pf}"
-    devices = {d.id for d in topology.devices}
     for device in claim.devices:
-        if device not in devices:
+        if device not in functions.device_position:
             yield f"device {device}"
-    if claim.partition is not None and claim.partition not in {p.id for p in topology.partitions}:
+    if claim.partition is not None and claim.partition not in functions.partition_ids:
         yield f"partition {claim.partition}"
 
 

@@ -85,6 +85,10 @@ class FunctionIndex:
     """Per GPU, the mask of its NVLink peers."""
     partitions: tuple[tuple[FabricPartition, int], ...]
     """With the mask of each."""
+    pf_position: Mapping[str, int]
+    """MAC to position."""
+    device_position: Mapping[str, int]
+    partition_ids: frozenset[int]
     pf_cell: tuple[int, ...]
     """Per PF, the position of its cell, -1 where not known."""
     pf_rings: tuple[tuple[int, int, int], ...]
@@ -111,6 +115,9 @@ class FunctionIndex:
             gpus_of_cell=gpus_of_cell,
             peers=tuple(sum(1 << gpu_bit[peer] for peer in gpu.peers) for gpu in topology.gpus),
             partitions=tuple((p, sum(1 << gpu_bit[uuid] for uuid in p.gpus)) for p in topology.partitions),
+            pf_position={pf.mac: i for i, pf in enumerate(topology.pfs)},
+            device_position={device.id: i for i, device in enumerate(topology.devices)},
+            partition_ids=frozenset(p.id for p in topology.partitions),
             pf_cell=tuple(position.get(pf.place.cell, -1) for pf in topology.pfs),
             pf_rings=tuple(_rings(pf.place, [gpu.place for gpu in topology.gpus]) for pf in topology.pfs),
             vf_mask=tuple(sum(1 << vf.index for vf in pf.vfs) for pf in topology.pfs),

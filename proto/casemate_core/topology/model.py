@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 """Of the plain form of a Topology. A reader refuses any other."""
 
+MAX_VF_INDEX = 65_535
+"""The VF count of the SR-IOV capability is a 16-bit number (PCI Express base specification, SR-IOV, TotalVFs)."""
+
+MAX_SHARE_SLOTS = 64
+"""Memory slices of one GPU; the largest known count is 8."""
+
 BASE_PAGE_KIB = 4
 """Size of the pages that ``memory_mib`` is made of where no huge-page pool holds them (x86-64, and arm64 with 4K pages;
 on a 64K kernel the loader still counts plain memory in MiB, so nothing depends on it but the number's meaning)."""
@@ -246,7 +252,10 @@ class Topology:
 
     @classmethod
     def from_dict(cls, data: object) -> Self:
-        """Read the plain form. Raises BadPlain; does not judge the picture: that is ``check``."""
+        """Read the plain form. Raises BadPlain; does not judge the picture: that is ``check``, to be called before use.
+
+        Only numbers that become positions of bits are bounded here: a mask of 10**12 bits is an attack.
+        """
         if not isinstance(data, Mapping):
             raise BadPlain("", f"expected a topology, got {type(data).__name__}")
         if data.get("version") != FORMAT_VERSION:
@@ -261,7 +270,17 @@ class Topology:
                 values[name] = from_plain(kind, data[name], path=name)
             elif name in ("cells", "cores"):
                 raise BadPlain(name, "is missing")
-        return cls(**values)
+        topology = cls(**values)
+        for i, pf in enumerate(topology.pfs):
+            for vf in pf.vfs:
+                if not 0 <= vf.index <= MAX_VF_INDEX:
+                    raise BadPlain(f"pfs[{i}].vfs", f"index {vf.index} is outside 0..{MAX_VF_INDEX}")
+        for i, gpu in enumerate(topology.gpus):
+            slots = [gpu.share_slots, *(s.slots for s in gpu.share_profiles)]
+            starts = [start for s in gpu.share_profiles for start in s.starts]
+            if not all(0 <= number <= MAX_SHARE_SLOTS for number in slots + starts):
+                raise BadPlain(f"gpus[{i}]", f"has a slot outside 0..{MAX_SHARE_SLOTS}")
+        return topology
 
 
 _FIELD_KINDS: dict[str, Any] = {
