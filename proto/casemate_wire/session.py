@@ -254,6 +254,7 @@ class HostEnd:
         self._sequence = 0
         # Notes sent in this session, and barriers: facts sequence -> last note sent before it.
         self._noted = -1
+        self._barrier_due = False
         self._barriers: OrderedDict[int, int] = OrderedDict()
 
     def receive(self, message: ToHost) -> HostInput | None:
@@ -402,16 +403,16 @@ class HostEnd:
             credits.may_send -= 1
             out.append(self._inventory)
             self._inventory = None
-        # Notes leave one credit over for the facts that serve as their barrier.
-        noted = False
+        # Once a note is sent, one credit is kept for the facts that serve as its barrier: with the least of windows notes
+        # and facts take turns, and neither starves.
         for number, note in self._outbox.after(self._noted):
-            if credits.may_send <= 1:
+            if credits.may_send <= self._barrier_due:
                 break
             credits.may_send -= 1
             out.append(note)
             self._noted = number
-            noted = True
-        if noted or self._snapshot or self._instances or self._gone or self._report is not None:
+            self._barrier_due = True
+        if self._barrier_due or self._snapshot or self._instances or self._gone or self._report is not None:
             self._cut_facts()
         while self._fact_parts and credits.may_send > 0:
             credits.may_send -= 1
@@ -422,6 +423,7 @@ class HostEnd:
             )
             if not self._fact_parts:
                 self._barriers[self._sequence] = self._noted
+                self._barrier_due = False
         if self._measurement is not None and credits.may_send > self._spare:
             credits.may_send -= 1
             out.append(self._measurement)

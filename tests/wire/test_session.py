@@ -249,6 +249,22 @@ def test_events_survive_cuts_until_a_barrier_behind_them_is_acknowledged() -> No
     assert len(outbox) == 0
 
 
+def test_with_a_window_of_one_events_and_facts_take_turns() -> None:
+    outbox = Outbox()
+    for name in "ab":
+        outbox.add(event(name))
+    host = HostEnd(hello(), outbox)
+    host.receive(Welcome(1, 0, False, 5.0, 1))
+    host.whole([], HostReport())
+    sent = [m for m in host.take() if isinstance(m, COUNTED)]
+    for number in range(6):
+        host.changed([state(1, number)])
+        host.receive(Credit(1))
+        sent += [m for m in host.take() if isinstance(m, COUNTED)]
+    kinds = [type(m).__name__ for m in sent]
+    assert kinds == ["HostEvent", "Facts", "HostEvent", "Facts", "Facts", "Facts", "Facts"]
+
+
 def test_an_event_after_the_barrier_is_not_forgotten_with_it() -> None:
     outbox = Outbox()
     host = HostEnd(hello(), outbox)
