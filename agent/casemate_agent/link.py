@@ -11,6 +11,7 @@ not come back at once. Channels for logs and commands are dialled when asked for
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -144,7 +145,9 @@ class Link:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
             end.bye("agent stops")
-            await asyncio.wait_for(self._flush(end, stream), 1.0)
+            with contextlib.suppress(CasemateError, TimeoutError):  # the manager notices by itself, only later
+                async with asyncio.timeout(1.0):
+                    await self._flush(end, stream)
             raise
         finally:
             receiver.cancel()
