@@ -53,7 +53,7 @@ class Settings:
     #: A guest asked to power off has so long.
     stop_grace_s: float = 60.0
     #: It is asked again so often: a guest that is still booting drops the first.
-    stop_ask_again_s: float = 15.0
+    stop_ask_again_s: float = 10.0
     #: A domain that ran so long before it ended by itself starts afresh in its back-off.
     stable_s: float = 600.0
     backoff_base_s: float = 1.0
@@ -195,6 +195,9 @@ def _power_off(d: _Draft, reason: str) -> bool:
         d.record = replace(r, stop_since_s=since_s)
         return True
     d.record = replace(r, stop_since_s=since_s)
+    if domain.phase is DomainPhase.RUNNING and domain.channel_path and r.uid not in d.observed.attached:
+        # an agent that has just begun: the helper hears what a guest without ACPI does not
+        d.actions.append(act.AttachGuest(r.uid, domain.channel_path, "to ask its helper"))
     if domain.phase is DomainPhase.RUNNING and d.now - r.stop_asked_s >= d.settings.stop_ask_again_s:
         d.actions.append(act.Shutdown(r.uid, d.guest.connected, reason))
     d.wake(min(ends_s, max(r.stop_asked_s, d.now) + d.settings.stop_ask_again_s))

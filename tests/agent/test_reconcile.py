@@ -160,11 +160,15 @@ TABLE = [
     Row("the host was rebooted", replace(RUNNING, started=Started("boot-0", NOW_S - 9), exits=5, exited_s=NOW_S),
         seen(domain(OFF)), ["Start"], Phase.STARTING, more=lambda p: p.record.exits == 0),
     # stopping
-    Row("asked to stop", STOP, seen(domain()), ["Shutdown"], Phase.STOPPING, "", 4.0,
-        more=lambda p: p.record.stop_since_s == NOW_S),
-    Row("asked, waiting", replace(STOP, stop_since_s=NOW_S - 2, stop_asked_s=NOW_S - 2), seen(domain()), [],
+    Row("asked to stop", STOP, seen(domain(), attached=frozenset({ME}), guests={ME: GUEST}), ["Shutdown"],
+        Phase.STOPPING, "", 4.0, more=lambda p: p.record.stop_since_s == NOW_S and p.actions[0].helper),  # type: ignore[union-attr]
+    Row("asked to stop by an agent that has just begun", STOP, seen(domain()), ["AttachGuest", "Shutdown"],
+        Phase.STOPPING, "", 4.0, more=lambda p: not p.actions[1].helper),  # type: ignore[union-attr]
+    Row("asked, waiting", replace(STOP, stop_since_s=NOW_S - 2, stop_asked_s=NOW_S - 2),
+        seen(domain(), attached=frozenset({ME})), [],
         Phase.STOPPING, "", 4.0),
-    Row("asked again", replace(STOP, stop_since_s=NOW_S - 5, stop_asked_s=NOW_S - 5), seen(domain()), ["Shutdown"],
+    Row("asked again", replace(STOP, stop_since_s=NOW_S - 5, stop_asked_s=NOW_S - 5),
+        seen(domain(), attached=frozenset({ME})), ["Shutdown"],
         Phase.STOPPING, "", 4.0),
     Row("grace is over", replace(STOP, stop_since_s=NOW_S - 10, stop_asked_s=NOW_S - 1), seen(domain()), ["Destroy"],
         Phase.STOPPING),
@@ -176,7 +180,7 @@ TABLE = [
         replace(RUNNING, stop_since_s=NOW_S - 3, stop_asked_s=NOW_S - 3),
         seen(domain(DomainPhase.SHUTTING_DOWN), attached=frozenset({ME})), [], Phase.STOPPING, "GuestPowersOff"),
     # ending
-    Row("removed, running", GONE, seen(domain()), ["Shutdown"], Phase.DELETING, "", 4.0),
+    Row("removed, running", GONE, seen(domain(), attached=frozenset({ME})), ["Shutdown"], Phase.DELETING, "", 4.0),
     Row("removed, grace over", replace(GONE, stop_since_s=NOW_S - 10), seen(domain(), attached=frozenset({ME})),
         ["Destroy", "DetachGuest", *ENDING], Phase.DELETING),
     Row("removed, off", GONE, seen(domain(OFF)), ENDING, Phase.DELETING),
