@@ -94,7 +94,7 @@ def monitor(root: Path, folder: Path, process: Facts) -> None:
                     del names[fd]
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = code if code >= 0 else 128 - code
-    (folder / "code").write_text(str(code))
+    write_whole(folder / "code", str(code))
     exits = root / "run/libpod/exits"
     exits.mkdir(parents=True, exist_ok=True)
     temporary = exits / f".{folder.name}"

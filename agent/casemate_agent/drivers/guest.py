@@ -230,6 +230,7 @@ class GuestChannel:
             if message.session == self._session and message.version == PROTOCOL:
                 self.hello = message
                 self.greeted.set()
+                self._write({"t": "notes"})
                 self._event(GuestHello(self.uid, message.boot_id, message.helper, message.cloud_init.status))
             return
         if not self.greeted.is_set():

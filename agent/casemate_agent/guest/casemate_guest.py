@@ -22,9 +22,9 @@ The protocol (docs/guest-protocol.md has the table of messages) runs over the vi
   FF is written FE 02. Unstuffed: CRC-32 of the rest (4 bytes, big-endian), length of the header (2 bytes), header (a
   JSON object), payload (any bytes). At most 65,535 bytes of header and 2 MiB of payload.
 * The helper says ``here`` when it starts, so that a host that never left the port knows. The host begins with
-  ``hello`` and a session name of its own; the guest answers ``hello`` with the same session, and
-  what it sent before that is of an older session and is ignored. A session ends when the host leaves the port or says
-  ``hello`` again; its streams end with it, pods do not.
+  ``hello`` and a session name of its own; the guest answers ``hello`` with the same session, and what it sent before
+  that is of an older session and is ignored. The host then asks for ``notes``. A session ends when the host leaves the
+  port or says ``hello`` again; its streams end with it, pods do not.
 * State goes by level: ``pods`` carries all pods as they are, after ``hello`` and after each change.
 * A stream (``logs``, ``exec``) has a number chosen by the host. Payload of streams costs credit that the receiver
   grants, so that no stream holds up another or grows a buffer; control messages cost nothing and are small.
@@ -534,7 +534,9 @@ class Port:
         self._peer: socket.socket | None = None
 
     def open_device(self, sysfs: str, dev: str) -> bool:
-        """Open the port of our name; False when the guest has none (yet)."""
+        """Open the port of our name; False when the guest has none (yet), or when it is open already."""
+        if self._fd >= 0:
+            return False
         folder = f"{sysfs}/class/virtio-ports"
         with contextlib.suppress(FileNotFoundError):
             for entry in os.listdir(folder):
@@ -807,6 +809,7 @@ class ExecStream(Stream):
             crun = [self.helper.paths.crun, "exec", "--process", f"{self.folder}/process.json"]
             crun += ["--pid-file", f"{self.folder}/pid"]
             if tty:
+                self._window = (_size(request, "rows", 24), _size(request, "cols", 80))
                 self._await_console()
                 crun += ["--console-socket", f"{self.folder}/console"]
             self.child = Child(loop, [*crun, container_id], env=BASE_ENV, stdin=not tty)
@@ -911,11 +914,9 @@ class ExecStream(Stream):
                 self.helper.port.send({"t": "data", "s": self.number, "ch": channel}, data)
                 sent = True
             else:
+                # A terminal stays open until the command has ended: closed sooner, it would be hung up while it exits.
                 del self._open_outputs[fd]
                 self.helper.loop.unwatch(fd)
-                if fd == self.master:
-                    os.close(fd)
-                    self.master = -1
         if not self._open_outputs:
             self._ended()
         elif not self.closed:
@@ -1004,11 +1005,16 @@ class ExecStream(Stream):
             with contextlib.suppress(OSError):
                 fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    def signal(self, number: int) -> None:
+    def signal(self, number: int, tries: int = 40) -> None:
         """Send a signal to the command."""
         if self.in_container:
-            with contextlib.suppress(ValueError, OSError):
-                os.kill(int(read_text(f"{self.folder}/pid")), number)
+            pid = read_text(f"{self.folder}/pid").strip()
+            if pid.isdigit():
+                with contextlib.suppress(OSError):
+                    os.kill(int(pid), number)
+            elif tries and self.child is not None and not self.child.ended.done:
+                # The command runs an instant before crun has written its number down.
+                self.helper.loop.after(0.05, lambda: self.signal(number, tries - 1))
         elif self.child is not None:
             self.child.kill(number)
 
@@ -1065,6 +1071,7 @@ class Paths:
         self.cloud = f"{root}/run/cloud-init"
         self.hosts = f"{root}/etc/hosts"
         self.resolv = f"{root}/etc/resolv.conf"
+        self.ssh = f"{root}/root/.ssh"
         self.hostname = f"{root}/proc/sys/kernel/hostname"
         self.sys = f"{root}/sys"
         self.dev = f"{root}/dev"
@@ -1334,6 +1341,11 @@ class Pods:
             self.save()
         self.helper.pods_changed()
 
+    def settle(self) -> None:
+        """Release the rest of the boot once no pod is about to be played for the first time."""
+        if not any(pod.wanted is not None and not pod.playing and not pod.failures for pod in self.pods.values()):
+            self.helper.release_boot()
+
     # podman.
 
     async def _podman(self, words: list[str], stdin: bytes = b"") -> Ended:
@@ -1350,13 +1362,18 @@ class Pods:
                 self._podman_waiters.popleft().set()
 
     async def _inspect(self, names: list[str]) -> dict[str, Message]:
-        """Facts of containers by id; those that are gone are left out."""
-        ended = await self._podman(["container", "inspect", *names])
-        try:
-            # It prints what it found, and fails, when one of them is missing.
-            return {str(fact["Id"]): fact for fact in json.loads(ended.out or b"[]")}
-        except (ValueError, KeyError, TypeError):
-            return {}
+        """Facts of containers by id; those that are gone are left out.
+
+        That podman fails is not that they are gone: it is asked again until it answers.
+        """
+        while True:
+            ended = await self._podman(["container", "inspect", *names])
+            try:
+                # It prints what it found, and fails, when one of them is missing.
+                return {str(fact["Id"]): fact for fact in json.loads(ended.out)}
+            except (ValueError, KeyError, TypeError):
+                log(f"podman inspect: {ended.reason()}")
+                await self.loop.sleep(1.0)
 
     def process_of(self, container_id: str) -> Message:
         """The process that a container was started with: user, environment, capabilities, folder. Raises OSError."""
@@ -1443,6 +1460,7 @@ class Pods:
             pod.reason, pod.message = "PlayFailed", ended.reason()
             self.helper.note(pod.name, "", "PlayFailed", pod.message, "Warning")
             self.changed()
+            self.settle()
             return
         words = ended.out.decode(errors="replace").split()
         pod_id = words[words.index("Pod:") + 1] if "Pod:" in words[:-1] else ""
@@ -1475,6 +1493,7 @@ class Pods:
             if container.state == "running":
                 self._watch_readiness(pod, container)
         self.changed()
+        self.settle()
 
     async def _start(self, pod: Pod, container: Container) -> None:
         container.restart_at = 0.0
@@ -1783,6 +1802,8 @@ class System:
             name = json.loads(read_text(f"{self.paths.seed}/meta-data")).get("local-hostname")
             if name and not os.path.exists(done):
                 write_text(self.paths.hostname, str(name))
+        if not os.path.exists(done):
+            self._keys()
         if text and not os.path.exists(done):
             try:
                 lines, servers, search = network_commands(text)
@@ -1800,6 +1821,18 @@ class System:
                 write_text(done, "")
         await self._read_addresses()
 
+    def _keys(self) -> None:
+        """The keys of the seed may log in as root; cloud-init would do the same, much later."""
+        with contextlib.suppress(ValueError, AttributeError, TypeError, OSError):
+            keys = json.loads(read_text(f"{self.paths.seed}/meta-data")).get("public-keys") or []
+            if keys:
+                os.makedirs(self.paths.ssh, mode=0o700, exist_ok=True)
+                path = f"{self.paths.ssh}/authorized_keys"
+                old = read_text(path)
+                new = "".join(f"{key}\n" for key in map(str, keys) if key not in old)
+                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
+                    file.write(new)
+
     def _addresses_changed(self, _: list[bytes]) -> None:
         self.loop.start(self._read_addresses())
 
@@ -1814,7 +1847,9 @@ class System:
                 self.helper.tell({"t": "addresses", "addresses": self.addresses})
 
     def _watch_cloud_init(self) -> None:
-        if not os.path.exists("/usr/bin/cloud-init") and not os.path.isdir(self.paths.cloud):
+        # Our own image runs cloud-init only for the sake of user-data; a stock image runs it, and then us.
+        wanted = os.path.exists(f"{self.paths.run}/user-data")
+        if not wanted and not os.path.isdir(self.paths.cloud):
             return
         os.makedirs(self.paths.cloud, exist_ok=True)
         self.helper.inotify.add(self.paths.cloud, IN_MOVED_TO | IN_CLOSE_WRITE, lambda _: self.read_cloud_init())
@@ -1859,6 +1894,7 @@ class Helper:
         self._jobs: deque[tuple[Message, bytes]] = deque()
         self._job_wake = Signal(self.loop)
         self._filling = False
+        self._notes_wanted = False  # by a host that has taken our hello: to another they would be lost
 
     def start(self, socket_path: str) -> None:
         """Begin: the loop does the rest."""
@@ -1870,6 +1906,10 @@ class Helper:
             self.port.listen(socket_path)
         elif not self.port.open_device(self.paths.sys, self.paths.dev):
             log(f"no port {PORT_NAME} yet")
+
+    def release_boot(self) -> None:
+        """Let the rest of the system boot: on an emulated processor it waits for the first pods (the image's init)."""
+        write_text(f"{self.paths.run}/go", "")
 
     def port_appeared(self) -> None:
         """The kernel has a new virtio port: perhaps it is ours."""
@@ -1890,7 +1930,7 @@ class Helper:
         self._send_notes()
 
     def _send_notes(self) -> None:
-        while self.session and self._notes and self.port.queued < OUT_LOW:
+        while self._notes_wanted and self._notes and self.port.queued < OUT_LOW:
             self.port.send(self._notes.popleft())
 
     def pods_changed(self) -> None:
@@ -1937,6 +1977,7 @@ class Helper:
     def on_lost(self) -> None:
         """The host has left: its streams end, and everything that would be told waits for the next."""
         self.session = ""
+        self._notes_wanted = False
         for stream in list(self.streams.values()):
             stream.close()
 
@@ -1969,6 +2010,7 @@ class Helper:
         self._jobs.clear()
         self.session_count += 1
         self.session = str(header["session"])[:64]
+        write_text(f"{self.paths.run}/greeted", "")
         self.tell(
             {
                 "t": "hello",
@@ -1984,6 +2026,9 @@ class Helper:
         )
         self._pods_told = True
         self._tell_pods()
+
+    def _want_notes(self, _: Message, __: bytes) -> None:
+        self._notes_wanted = True
         self._send_notes()
 
     def _ping(self, header: Message, _: bytes) -> None:
@@ -2012,6 +2057,7 @@ class Helper:
                             await self.cloud_init_changed.wait(None)
                     self._hosts(header.get("hosts") or {})
                     self.pods.apply(json.loads(payload), str(header["revision"]))
+                    self.pods.settle()
             except (KeyError, ValueError, TypeError, OSError) as problem:
                 error = f"{header['t']}: {problem!r}"
             if self.session == session:
@@ -2111,12 +2157,15 @@ class Helper:
 
         async def act() -> None:
             ended = await run(self.loop, ["systemctl", action])
-            done = {"t": "done", "id": header.get("id", 0), "ok": ended.code == 0}
-            self.tell(done | ({} if ended.code == 0 else {"error": ended.reason()}))
+            if ended.code != 0:
+                self.note("", "", "PowerFailed", ended.reason(), "Warning")
 
+        # Answered before it is done: then there may be nobody left to answer.
+        self.tell({"t": "done", "id": header.get("id", 0), "ok": True})
         self.loop.start(act())
 
     HANDLERS: Mapping[str, Callable[["Helper", Message, bytes], None]] = {
+        "notes": _want_notes,
         "ping": _ping,
         "load": _queue,
         "apply": _queue,
@@ -2147,6 +2196,7 @@ def main(arguments: list[str]) -> int:
 
     helper.loop.watch(read, select.EPOLLIN, woken)
     helper.start(options.get("socket", ""))
+    log(f"helper {VERSION} runs")
     helper.loop.run()
     return 0
 

@@ -134,6 +134,10 @@ MASKED_GENERATORS = (
     "systemd-tpm2-generator",
 )
 
+# Started before anything else when the image is built, to make in it what podman would otherwise make in every guest.
+PRIME_COMMAND_LINE = "init=/usr/lib/casemate/prime"
+PRIME_DONE = b"casemate-prime: done"
+
 # unit -> the target that wants it.
 ENABLED_UNITS = {
     "casemate-guest.service": "sysinit.target",
