@@ -3,7 +3,7 @@
 May live here: the mapping of hosts, cells and claims to rows, bins and amounts. Nothing here chooses or scores.
 
 Theory of operation. A host is a *row*; each of its cells with CPUs is a *bin* of ``FleetColumns.cells``; the host as a whole
-is the bin of the same number as its row in ``FleetColumns.hosts``. Both are :class:`~casemate_manager.scheduler.pack.Bins`:
+is the bin of the same number as its row in ``FleetColumns.hosts``, brought up to date when somebody looks. Both are ``Bins``:
 one array per kind of amount (a *dimension*), GPUs as free milli in slots. A claim changes a few numbers of a few bins; their
 versions tell every cache what to compute again. The columns say what may fit; what does fit, and with which ids, is said by
 ``casemate_core.fit`` on the host's topology and claims, which a row keeps beside it.
@@ -15,7 +15,7 @@ Dimensions, in order (a bin that is not in use has -1 everywhere, so that nothin
     isolated     free isolated threads
     cores        cores of which every thread is free, pool and isolated
     memory_mib   plain memory that can still be promised (of a host: memory cells too)
-    disk_mib     of the host
+    disk_mib     of the host (for its cells the power of two above, so that they seldom change)
     pages:K      free huge pages of K KiB
     vf:NETWORK   free virtual functions that reach the network, of the host
 
@@ -118,6 +118,13 @@ class FleetColumns:
     def __contains__(self, host: object) -> bool:
         return host in self._row_of
 
+    @property
+    def hosts(self) -> Bins:
+        """The bins of the hosts as a whole, up to date."""
+        if self._dirty:
+            self._flush()
+        return self._hosts
+
     def row(self, host: str) -> Row:
         """The row of a host; raises :class:`UnknownHost`."""
         try:
@@ -158,7 +165,7 @@ class FleetColumns:
             old.view = view
             self.available[old.number] = view.available and not view.cordoned
             if changed:
-                self._write(old, range(len(old.bins)), gpus=True)
+                self._write(old, range(len(old.bins)), old.slots)
             return
         if old is not None:
             self.remove(view.name)
@@ -173,7 +180,10 @@ class FleetColumns:
         self.rows[row.number] = None
         self._free_rows.append(row.number)
         self._free_bins.extend(reversed(row.bins))
-        for bins, numbers in ((self.hosts, (row.number,)), (self.cells, row.bins)):
+        self._tick += 1
+        self.row_version[row.number] = self._tick
+        self._dirty.discard(row.number)
+        for bins, numbers in ((self._hosts, (row.number,)), (self.cells, row.bins)):
             for number in numbers:
                 bins.free[:, number] = -1
                 bins.gpu[:, number] = 0
@@ -210,7 +220,8 @@ class FleetColumns:
         owned = changed.owned_mask
         memory = {m.cell for m in changed.memory} | {p.cell for p in changed.pages} | {s.cell for s in changed.shared}
         touched = [i for i, cell in enumerate(row.cells) if owned & cell.mask or cell.id in memory]
-        self._write(row, touched, gpus=bool(changed.gpus or changed.shares))
+        gpus = (*changed.gpus, *(share.gpu for share in changed.shares)) if row.slots else ()
+        self._write(row, touched, gpus, vfs=bool(changed.vfs))
 
     # --- layout ----------------------------------------------------------------------------------------------------------
 
@@ -218,7 +229,11 @@ class FleetColumns:
         """New arrays, all empty."""
         self.layout += 1
         per_cell, per_host = self._slots
-        self.hosts = _empty(len(self.dimensions), per_host, rows)
+        self._hosts = _empty(len(self.dimensions), per_host, rows)
+        self._dirty: set[int] = set()
+        self._tick = 0
+        #: (N,) int64: grows with every change of a host's claims or picture.
+        self.row_version: NDArray[np.int64] = np.zeros(rows, dtype=np.int64)
         self.cells = _empty(len(self.dimensions), per_cell, bins)
         #: (B,) int64: row of each bin of ``cells``, -1 where it is not in use.
         self.cell_row: NDArray[np.int64] = np.full(bins, -1, dtype=np.int64)
@@ -244,7 +259,7 @@ class FleetColumns:
             self._index[name] = len(self.dimensions)
             self.dimensions.append(name)
         self._slots = slots
-        self._rebuild(len(self.hosts.model), len(self.cells.model))
+        self._rebuild(len(self._hosts.model), len(self.cells.model))
 
     def _rebuild(self, rows: int, bins: int) -> None:
         views = [row.view for row in self.live_rows()]
@@ -261,10 +276,10 @@ class FleetColumns:
         topology = view.topology
         cells = topology.index.cpu_cells
         count = len(cells)
-        if len(self.rows) - len(self._free_rows) >= len(self.hosts.model):
-            self._rebuild(2 * len(self.hosts.model), len(self.cells.model))
+        if len(self.rows) - len(self._free_rows) >= len(self._hosts.model):
+            self._rebuild(2 * len(self._hosts.model), len(self.cells.model))
         while self._used_bins + count > len(self.cells.model) and len(self._free_bins) < count:
-            self._rebuild(len(self.hosts.model), 2 * len(self.cells.model))
+            self._rebuild(len(self._hosts.model), 2 * len(self.cells.model))
         if self._free_rows:
             number = self._free_rows.pop()
         else:
@@ -280,13 +295,13 @@ class FleetColumns:
             for slot, gpu in enumerate(gpus):
                 slots[gpu.uuid] = (position, slot, len(slots))
             self.cells.model[bins[position]] = self._kind(gpus)
-        self.hosts.model[number] = self._kind(topology.gpus)
+        self._hosts.model[number] = self._kind(topology.gpus)
         row = Row(number, view, bins, cells, slots, [[] for _ in cells])
         self.rows[number] = row
         self._row_of[view.name] = row
         self.cell_row[list(bins)] = number
         self.available[number] = view.available and not view.cordoned
-        self._write(row, range(count), gpus=True)
+        self._write(row, range(count), slots)
 
     def _kind(self, gpus: Iterable[Gpu]) -> int:
         held = tuple(gpus)
@@ -299,62 +314,79 @@ class FleetColumns:
 
     # --- amounts ---------------------------------------------------------------------------------------------------------
 
-    def _write(self, row: Row, touched: Iterable[int], *, gpus: bool) -> None:
-        """Bring the bins of some of a host's cells, and of the host, in line with its claims."""
-        view, dims = row.view, len(self.dimensions)
-        usage, index = view.claims.usage, view.topology.index
-        free = index.online & ~usage.owned
+    def _write(self, row: Row, touched: Iterable[int], gpus: Iterable[str], *, vfs: bool = True) -> None:
+        """Bring some cells of a host, and some of its GPUs, in line with its claims; of the host only that it changed."""
+        usage = row.view.claims.usage
+        self._tick += 1
+        self.row_version[row.number] = self._tick
+        self._dirty.add(row.number)
+        # A power of two above: what is shared by all cells would else touch them all with every claim. ``fit`` is exact.
+        shared = [(DISK, 1 << max(0, row.view.topology.disk_mib - usage.disk_mib).bit_length())]
+        if vfs:
+            shared += self._vfs(row)
+        free = row.view.topology.index.online & ~usage.owned
+        old = row.amounts[:]
         for position in touched:
             row.amounts[position] = self._amounts(row, position, free)
-        host = [sum(amounts) for amounts in zip(*row.amounts, strict=True)] if row.amounts else [0] * dims
-        host[DISK] = max(0, view.topology.disk_mib - usage.disk_mib)
+        for position, bin_ in enumerate(row.bins):
+            amounts = row.amounts[position]
+            if any(amounts[d] != amount for d, amount in shared):
+                amounts = row.amounts[position] = amounts[:]
+                for d, amount in shared:
+                    amounts[d] = amount
+            if amounts != old[position]:
+                self.cells.free[:, bin_] = amounts
+                self.cells.touch(bin_)
+        counted = set()
+        for uuid in gpus:
+            position, slot, host_slot = row.slots[uuid]
+            milli = 0 if uuid in usage.gpus else WHOLE_GPU - usage.share_milli.get(uuid, 0)
+            self.cells.gpu[slot, row.bins[position]] = milli
+            self._hosts.gpu[host_slot, row.number] = milli
+            counted.add(row.bins[position])
+        if counted:
+            for bin_ in counted:
+                self.cells.count(bin_)
+                self.cells.touch(bin_)
+            self._hosts.count(row.number)
+
+    def _flush(self) -> None:
+        """Write the amounts of hosts that changed since somebody looked at hosts as a whole."""
+        for number in self._dirty:
+            row = self.rows[number]
+            if row is not None:
+                self._hosts.free[:, number] = self._of_host(row)
+            self._hosts.touch(number)
+        self._dirty.clear()
+
+    def _of_host(self, row: Row) -> list[int]:
+        usage, index = row.view.claims.usage, row.view.topology.index
+        host = [sum(amounts) for amounts in zip(*row.amounts, strict=True)] or [0] * len(self.dimensions)
         for cell in index.cells:
             if not cell.pool | cell.isolated:
                 host[MEMORY] += max(0, cell.plain_mib - usage.charged_mib.get(cell.id, 0))
                 for page_kib, count in cell.pages.items():
                     left = count - usage.pages.get((cell.id, page_kib), 0)
                     host[self._index[f"pages:{page_kib}"]] += max(0, left)
-        shared = [(DISK, host[DISK]), *self._vfs(row)]
-        for d, amount in shared:
+        host[DISK] = max(0, row.view.topology.disk_mib - usage.disk_mib)
+        for d, amount in self._vfs(row):
             host[d] = amount
-        self.hosts.free[:, row.number] = host
-        self.hosts.touch(row.number)
-        for position, bin_ in enumerate(row.bins):
-            amounts = row.amounts[position]
-            if any(amounts[d] != amount for d, amount in shared):
-                for d, amount in shared:
-                    amounts[d] = amount
-            elif position not in touched:
-                continue
-            self.cells.free[:, bin_] = amounts
-            self.cells.touch(bin_)
-        if gpus and row.slots:
-            for uuid, (position, slot, host_slot) in row.slots.items():
-                milli = 0 if uuid in usage.gpus else WHOLE_GPU - usage.share_milli.get(uuid, 0)
-                self.cells.gpu[slot, row.bins[position]] = milli
-                self.hosts.gpu[host_slot, row.number] = milli
-            for bin_ in row.bins:
-                self.cells.count(bin_)
-            self.hosts.count(row.number)
+        return host
 
     def _amounts(self, row: Row, position: int, free: int) -> list[int]:
+        """Amounts of a cell; those that all cells share stay as they were, the caller writes them."""
         cell, usage = row.cells[position], row.view.claims.usage
-        amounts = [0] * len(self.dimensions)
-        isolated = cell.isolated & free
-        milli = 1000 * (cell.pool & free).bit_count() - usage.shared_milli.get(cell.id, 0)
-        amounts[CPU] = max(0, milli)
-        amounts[ISOLATED] = isolated.bit_count()
-        amounts[ANY_CPU] = amounts[CPU] + 1000 * amounts[ISOLATED]
+        amounts = row.amounts[position][:] or [0] * len(self.dimensions)
+        isolated = (cell.isolated & free).bit_count()
+        milli = max(0, 1000 * (cell.pool & free).bit_count() - usage.shared_milli.get(cell.id, 0))
         usable = (cell.pool | cell.isolated) & free
-        amounts[CORES] = sum(cls.whole(usable).bit_count() for cls in cell.classes)
+        amounts[CPU] = milli
+        amounts[ANY_CPU] = milli + 1000 * isolated
+        amounts[ISOLATED] = isolated
+        amounts[CORES] = sum([cls.whole(usable).bit_count() for cls in cell.classes])
         amounts[MEMORY] = max(0, cell.plain_mib - usage.charged_mib.get(cell.id, 0))
         for page_kib, count in cell.pages.items():
             amounts[self._index[f"pages:{page_kib}"]] = max(0, count - usage.pages.get((cell.id, page_kib), 0))
-        old = row.amounts[position]
-        for d in (DISK, *range(len(FIXED_DIMENSIONS), len(self.dimensions))):
-            # amounts of the whole host are written by the caller; what stands there is kept so that a change is seen
-            if old and (d == DISK or self.dimensions[d].startswith("vf:")):
-                amounts[d] = old[d]
         return amounts
 
     def _vfs(self, row: Row) -> list[tuple[int, int]]:

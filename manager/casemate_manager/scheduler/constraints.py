@@ -71,6 +71,7 @@ class Constraints:
     _instances: dict[str, Instance] = field(default_factory=dict)
     _version: tuple[int, int] = (-1, -1)
     _static: dict[object, tuple[NDArray[np.bool_], NDArray[np.float64] | None]] = field(default_factory=dict)
+    _everything: set[int] = field(default_factory=set)
     _domains: dict[str, _Domain] = field(default_factory=dict)
     _matches: dict[Labels, Counter[str]] = field(default_factory=dict)
     _apart: dict[tuple[Labels, str], Counter[str]] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Constraints:
         if self._version != now:
             self._version = now
             self._static.clear()
+            self._everything.clear()
             self._domains.clear()
 
     def hosts(
@@ -107,9 +109,15 @@ class Constraints:
                             dislike[row.number] += 1.0
             kept = (allowed, dislike if dislike.any() else None)
             if len(self._static) >= MAX_KEPT:
-                self._static.pop(next(iter(self._static)))
+                self._everything.discard(id(self._static.pop(next(iter(self._static)))[0]))
             self._static[key] = kept
+            if all(allowed[row.number] for row in self.columns.live_rows()):
+                self._everything.add(id(allowed))
         return kept
+
+    def is_everything(self, allowed: NDArray[np.bool_]) -> bool:
+        """Whether ``allowed`` is a kept mask that excludes no host there is: cheap, may say no where it could say yes."""
+        return id(allowed) in self._everything
 
     def domain(self, label: str) -> _Domain:
         """Numbers of the values of a host label; every host is its own domain for ``host``."""

@@ -87,6 +87,7 @@ class PackScore:
         named = weights.models[:, None]
         self._compatible = (named == 0) | ((named >> np.minimum(np.arange(_KINDS), 62)) & 1 == 1)
         self._any_named = bool((weights.models != 0).any())
+        self._mass = 1.0 if len(weights.starts) else 0.0
         self._asked = [d for d in range(len(bins.free)) if weights.need[d].any()]
         priced = [(d, p) for d in self._beside for p in weights.beside[d].tolist() if p > 0]
         self._priced = np.array([d for d, _ in priced], dtype=np.int64)
@@ -163,7 +164,7 @@ class PackScore:
                 np.maximum(whole, 0, out=whole)
             worth, several = self._served(after, both)
             of_gpu = self._worth_of(gpu, worth)
-            bad = FRAGMENT * left - of_gpu.sum(axis=0)
+            bad = FRAGMENT * self._mass * left - of_gpu.sum(axis=0)
             if several is not None:
                 columns = np.arange(len(both))
                 group = weights.several_of[whole]

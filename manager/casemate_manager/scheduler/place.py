@@ -32,6 +32,7 @@ from casemate_manager.scheduler.refused import count_reasons
 from casemate_manager.scheduler.request import (
     BALANCE,
     DEFAULT_POLICY,
+    PACK,
     SPREAD,
     Decision,
     PlacementPolicy,
@@ -141,32 +142,37 @@ class Scheduler:
             here = np.zeros(len(self.columns.available), dtype=np.bool_)
             here[self.columns.row(only).number] = True
             allowed = allowed & here
+        if shapes.missing:
+            return self._unplaceable(request, policy, shapes, allowed)
+        strategy = SPREAD if request.spread_by or policy.spread_by else policy.strategy
+        chosen_seed = None if strategy == PACK else seed_of(request.uid) if seed is None else seed
         tried = 0
-        if not shapes.missing:
+        for aligned in (True, False):
+            if aligned and (shapes.aligned is None or strategy == BALANCE):
+                continue
             penalty = self._penalty(known, allowed, bonus)
-            strategy = SPREAD if request.spread_by or policy.spread_by else policy.strategy
-            chosen_seed = seed_of(request.uid) if seed is None else seed
-            for aligned in (True, False):
-                if aligned and (shapes.aligned is None or strategy == BALANCE):
-                    continue
-                scores = self._scores(shapes, aligned, strategy, penalty)
-                while True:
-                    at = _lowest(scores, chosen_seed if strategy != "pack" else None)
-                    if at is None:
-                        break
-                    number = int(self.columns.cell_row[at]) if aligned else at
-                    row = self.columns.rows[number]
-                    assert row is not None
-                    tried += 1
-                    found = self._fit(row, request, policy.overcommit, epoch, generation)
-                    if isinstance(found, Fit):
-                        whole = found.claim.one_cell
-                        return Decision(request.uid, row.view.name, found.claim, row.view.generation, whole, tried)
-                    known.refused[number] = self.columns.hosts.version[number]
-                    known.any_refused = True
-                    for bin_ in row.bins if aligned else (number,):
-                        scores[bin_] = np.inf
-                penalty = self._penalty(known, allowed, bonus)
+            scores = self._scores(shapes, aligned, strategy, penalty)
+            own = penalty is not None
+            while (at := _lowest(scores, chosen_seed)) is not None:
+                number = int(self.columns.cell_row[at]) if aligned else at
+                row = self.columns.rows[number]
+                assert row is not None
+                tried += 1
+                found = self._fit(row, request, policy.overcommit, epoch, generation)
+                if isinstance(found, Fit):
+                    one_cell = found.claim.one_cell
+                    return Decision(request.uid, row.view.name, found.claim, row.view.generation, one_cell, tried)
+                known.refused[number] = self.columns.row_version[number]
+                known.any_refused = True
+                if not own:
+                    scores, own = scores.copy(), True
+                for bin_ in row.bins if aligned else (number,):
+                    scores[bin_] = np.inf
+        return self._unplaceable(request, policy, shapes, allowed)
+
+    def _unplaceable(
+        self, request: PlacementRequest, policy: PlacementPolicy, shapes: Shapes, allowed: NDArray[np.bool_]
+    ) -> Unplaceable:
         return count_reasons(self.columns, request, policy, shapes, allowed, self.constraints)
 
     def place_gang(
@@ -247,28 +253,34 @@ class Scheduler:
 
     def _penalty(
         self, known: _Known, allowed: NDArray[np.bool_], bonus: NDArray[np.float64] | None
-    ) -> NDArray[np.float64]:
-        """What is added to the score of each row (N,): inf where it may not be, less where it is liked."""
+    ) -> NDArray[np.float64] | None:
+        """What is added to the score of each row (N,): inf where it may not be, less where it is liked. None: nothing."""
         if known.any_refused:
-            still = known.refused == self.columns.hosts.version
+            still = known.refused == self.columns.row_version
             known.any_refused = bool(still.any())
             if known.any_refused:
                 allowed = allowed & ~still
+        if bonus is None and self.constraints.is_everything(allowed):
+            return None
         penalty = np.where(allowed, 0.0, np.inf)
         if bonus is not None:
             penalty -= PREFERENCE * bonus
         return penalty
 
     def _scores(
-        self, shapes: Shapes, aligned: bool, strategy: str, penalty: NDArray[np.float64]
+        self, shapes: Shapes, aligned: bool, strategy: str, penalty: NDArray[np.float64] | None
     ) -> NDArray[np.float64]:
-        """Score of each bin of the cells (B,) or of the hosts (N,); lower is better, inf where it cannot be. A fresh array."""
-        if not aligned:
-            if strategy == BALANCE:
-                return _balance(self.columns.hosts, shapes.whole) + penalty
-            return self._host_score.rises(shapes.whole) + penalty
-        assert shapes.aligned is not None
-        return self._cell_score.rises(shapes.aligned) + penalty[self.columns.cell_row]
+        """Score of each bin of the cells (B,) or of the hosts (N,); lower is better, inf where it cannot be.
+
+        Without a penalty it may be the array of a cache, not to be written.
+        """
+        if aligned:
+            assert shapes.aligned is not None
+            rises = self._cell_score.rises(shapes.aligned)
+            return rises if penalty is None else rises + penalty[self.columns.cell_row]
+        whole = self.columns.hosts
+        rises = _balance(whole, shapes.whole) if strategy == BALANCE else self._host_score.rises(shapes.whole)
+        return rises if penalty is None else rises + penalty
 
     def _fit(
         self, row: Row, request: PlacementRequest, overcommit: Overcommit, epoch: int, generation: int
