@@ -391,4 +391,4 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=40, stateful_step_count=12)
+TestLife.settings = settings(max_examples=25, stateful_step_count=12)

@@ -114,7 +114,7 @@ def test_pages_are_not_taken_from_under_others() -> None:
     assert not any(isinstance(r, reasons.MorePages) for way in ways_out(small, request, full) for r in way)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(topologies(), st.lists(requests(), max_size=2), requests())
 def test_every_suggestion_holds_and_none_contains_another(
     topology: Topology, before: list[Request], request: Request

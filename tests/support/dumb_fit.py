@@ -8,7 +8,7 @@ smallest with what the core found, and "there is none" with a refusal.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 
 from casemate_core.claims import HostClaims
 from casemate_core.fit import (
@@ -373,7 +373,7 @@ class Twin:
         return False
 
     def spreads_over(self, cells: tuple[int, ...]) -> bool:
-        """Equal parts over exactly these cells, in some order; only for one or two of them."""
+        """Equal parts over exactly these cells, in some order."""
         n = len(cells)
         emulator = self.r.cpu.emulator is EmulatorPolicy.ISOLATE and self.dedicated
 
@@ -390,8 +390,7 @@ class Twin:
                 strict=True,
             )
         )
-        orders = [cells, cells[::-1]]
-        for order in orders:
+        for order in permutations(cells):
             if not all(
                 self.memory_in(c, size, pages, extra) for c, (_, _, size, pages, extra) in zip(order, rows, strict=True)
             ):

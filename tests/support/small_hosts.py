@@ -47,13 +47,13 @@ SHARES = (
 
 @st.composite
 def topologies(draw: st.DrawFn) -> Topology:
-    """One or two cells with up to eight threads, perhaps a memory cell, up to three GPUs, two ports, three devices."""
-    cell_count = draw(st.integers(1, 2))
+    """Up to three cells with a few cores of one, two or four threads, perhaps a memory cell, up to three GPUs, two ports, three devices."""
+    cell_count = draw(st.integers(1, 3))
     cores: list[Core] = []
     thread = 0
     for cell in range(cell_count):
-        for n in range(draw(st.integers(1, 4 if cell_count == 1 else 3))):
-            width = draw(st.sampled_from((1, 2, 2)))
+        for n in range(draw(st.integers(1, (4, 3, 2)[cell_count - 1]))):
+            width = draw(st.sampled_from((1, 2, 2, 4)))
             kind = draw(st.sampled_from((CoreKind.UNIFORM, CoreKind.UNIFORM, CoreKind.PERFORMANCE)))
             threads = CpuSet.from_ids(range(thread, thread + width))
             thread += width
