@@ -18,8 +18,8 @@ from casemate_manager.scheduler.value import WHOLE_MILLI
 #: A kind that no bin has: a request that names a model nobody has fits nowhere.
 NO_KIND = 1 << MAX_KINDS
 
-#: Threads of a core that are assumed where a host's width is not known to the shape: the most there are (x86-64).
-MOST_THREADS_PER_CORE = 2
+#: Threads of a core assumed where a host's width is not known to the shape: the most there are (POWER).
+MOST_THREADS_PER_CORE = 8
 
 
 @dataclass(frozen=True, slots=True)
