@@ -188,7 +188,8 @@ def test_nothing_is_given_twice_under_churn() -> None:
 
 def test_the_same_fleet_and_request_give_the_same_decision() -> None:
     def story() -> list[object]:
-        made, told = scheduler(5), []
+        made = scheduler(5)
+        told: list[object] = []
         for step in range(60):
             found = made.place(PlacementRequest(f"i{step}", MENU[step % len(MENU)]))
             told.append(found)
