@@ -59,8 +59,8 @@ systemctl start --no-block casemate-guest.service
 
 
 def host_name(desired: DesiredInstance) -> str:
-    """The guest's own name: the instance's, and its ordinal."""
-    return f"{desired.name}-{desired.ordinal}"[:63]
+    """The guest's own name: the instance's, which ends with its ordinal; a label of DNS has at most 63 characters."""
+    return desired.name[:63]
 
 
 def meta_data(desired: DesiredInstance) -> dict[str, Any]:
