@@ -1072,6 +1072,7 @@ class Paths:
         self.hosts = f"{root}/etc/hosts"
         self.resolv = f"{root}/etc/resolv.conf"
         self.ssh = f"{root}/root/.ssh"
+        self.etc_hostname = f"{root}/etc/hostname"
         self.hostname = f"{root}/proc/sys/kernel/hostname"
         self.sys = f"{root}/sys"
         self.dev = f"{root}/dev"
@@ -1502,11 +1503,18 @@ class Pods:
         container.restarts += 1
         container.state, container.reason = "running", ""
         container.started = time.time()
-        ended = await self._podman(["start", container.id])
-        if pod.wanted is None or container.state != "running":
-            return  # it has ended again already, which was seen
-        if ended.code != 0:
-            container.message = ended.reason()
+        # podman's own clean-up after the last run may be under way still, and then the start fails: once more, and again.
+        for pause_s in (1.0, 3.0, 0.0):
+            ended = await self._podman(["start", container.id])
+            if pod.wanted is None or container.state != "running":
+                return  # it has ended again already, which was seen
+            if ended.code == 0:
+                break
+            log(f"podman start {pod.name}/{container.name}: {ended.reason()}")
+            if pause_s:
+                await self.loop.sleep(pause_s)
+        else:
+            self.helper.note(pod.name, container.name, "StartFailed", ended.reason(), "Warning")
             self._ended(pod, container, 128, "StartFailed")
             return
         container.message = ""
@@ -1802,6 +1810,7 @@ class System:
             name = json.loads(read_text(f"{self.paths.seed}/meta-data")).get("local-hostname")
             if name and not os.path.exists(done):
                 write_text(self.paths.hostname, str(name))
+                write_text(self.paths.etc_hostname, f"{name}\n")  # systemd sets it again from here
         if not os.path.exists(done):
             self._keys()
         if text and not os.path.exists(done):
