@@ -252,7 +252,8 @@ GuestEvent = GuestHello | GuestPods | GuestGone | GuestNote
 
 @dataclass(frozen=True, slots=True)
 class LogRecord:
-    """A line of a container's log. ``sequence`` counts the lines of the container; ``lost`` lines are missing before it."""
+    """A line of a container's log. ``sequence`` is a position that grows along the log (not by one), from which
+    ``after_sequence`` goes on; ``lost`` lines are missing before it."""
 
     time_s: float
     pod: str
