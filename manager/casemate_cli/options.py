@@ -31,7 +31,7 @@ def connection(function: F) -> F:
             callback=_keep,
             help="Longest time for one call. [default: 30]",
         ),
-        click.option("-t", "--tenant", metavar="NAME", expose_value=False, callback=_keep, help="Tenant to speak for."),
+        click.option("--tenant", metavar="NAME", expose_value=False, callback=_keep, help="Tenant to speak for."),
         click.option("--context", metavar="NAME", expose_value=False, callback=_keep, help="Context to use."),
         click.option("--manager", metavar="HOST:PORT", expose_value=False, callback=_keep, help="Manager to talk to."),
     ):

@@ -13,16 +13,13 @@ import grpc
 from casemate_core import selector as selectors
 from casemate_core.errors import (
     CallerError,
-    Conflict,
     InternalError,
     InvalidSpec,
     NotFound,
-    Unavailable,
     Violation,
-    shown,
 )
-from casemate_core.spec.pod import pod_name
 from casemate_core.spec.views import EventView
+from casemate_manager.api import side
 from casemate_manager.api.errors import streaming, unary
 from casemate_manager.api.feed import Feed, Subscription, is_event_of, parse_token
 from casemate_manager.api.lookup import Found, Query, Reader
@@ -43,14 +40,13 @@ from casemate_wire import schema
 from casemate_wire.codec import resources
 from casemate_wire.codec.basics import ref_to_message
 from casemate_wire.codec.views import change_to_message
-from casemate_wire.v1 import fleet_pb2, hosts_pb2, meta_pb2, operators_pb2_grpc
+from casemate_wire.v1 import fleet_pb2, meta_pb2, operators_pb2_grpc
 from casemate_wire.v1 import operators_pb2 as pb
 
 PAGE: Final = 500
 MAX_PAGE: Final = 1000
 MAX_OBJECTS: Final = 2000
 BOOKMARK_S: Final = 30.0
-MAX_TAIL: Final = 100_000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -74,24 +70,6 @@ class Core(Protocol):
         ...
 
 
-class Channel(Protocol):
-    """A stream that a host dialled back."""
-
-    def frames(self) -> AsyncIterator[hosts_pb2.ChannelFrame]: ...
-
-    async def send(self, frame: hosts_pb2.ChannelFrame) -> None: ...
-
-    async def close(self) -> None: ...
-
-
-class Channels(Protocol):
-    """Opens streams to hosts that are connected."""
-
-    async def open(self, host: str, kind: str, instance: str, parameters: dict[str, Any]) -> Channel:
-        """Ask the host to dial back. Raises Unavailable where it is not connected or does not dial in time."""
-        ...
-
-
 class Why(Protocol):
     """Why an instance is where it is, or nowhere."""
 
@@ -101,7 +79,9 @@ class Why(Protocol):
 class FleetService(operators_pb2_grpc.FleetServicer):
     """casemate.v1.Fleet. ``new_seed`` gives randomness for new identities."""
 
-    def __init__(self, core: Core, channels: Channels, why: Why, version: str, new_seed: Callable[[], str]) -> None:
+    def __init__(
+        self, core: Core, channels: side.Channels, why: Why, version: str, new_seed: Callable[[], str]
+    ) -> None:
         self._core = core
         self._channels = channels
         self._why = why
@@ -226,53 +206,16 @@ class FleetService(operators_pb2_grpc.FleetServicer):
     @streaming
     async def Logs(self, request: pb.LogsRequest, context: Context) -> AsyncIterator[pb.LogLine]:
         """Log lines of a container, from the guest that runs it."""
-        if not 0 <= request.tail <= MAX_TAIL:
-            raise InvalidSpec((Violation("tail", str(request.tail), "is out of range", f"write 0 to {MAX_TAIL}"),))
-        instance, pod, container = self._container(request)
-        placement = self._core.state.placement_of(instance.meta.uid)
-        if placement is None:
-            raise Conflict(f"instance {instance.meta.name} is not placed on a host yet")
-        channel = await self._channels.open(
-            placement.host,
-            "logs",
-            instance.meta.uid,
-            {
-                "pod": pod,
-                "container": container,
-                "follow": request.follow,
-                "tail": request.tail,
-                "since_s": request.since.seconds + request.since.nanos / 1e9,
-            },
-        )
-        try:
-            async for frame in channel.frames():
-                match frame.WhichOneof("frame"):
-                    case "log":
-                        yield _log_line(frame.log)
-                    case "error":
-                        raise Unavailable(shown(frame.error))
-                    case "eof":
-                        return
-                    case _:
-                        continue
-        finally:
-            await channel.close()
+        async for line in side.logs(self._core.state, self._reader(), self._channels, request):
+            yield line
 
-    def _container(self, request: pb.LogsRequest) -> tuple[InstanceRecord, str, str]:
-        """Instance, pod and container that are meant; a name may be left out where there is one only."""
-        instance = self._reader().instance(request.tenant, request.instance)
-        pods = {pod_name(p): p for p in self._core.state.environment_of(instance).environment.spec.pods}
-        pod = request.pod or _only("pod", list(pods), instance.meta.name)
-        if pod not in pods:
-            raise NotFound("Pod", f"{instance.meta.name}.{pod}")
-        containers = [
-            str(c["name"]) for c in (*pods[pod]["spec"].get("initContainers", ()), *pods[pod]["spec"]["containers"])
-        ]
-        regular = [str(c["name"]) for c in pods[pod]["spec"]["containers"]]
-        container = request.container or _only("container", regular, f"{instance.meta.name}.{pod}")
-        if container not in containers:
-            raise NotFound("Container", f"{instance.meta.name}.{pod}/{container}")
-        return instance, pod, container
+    @streaming
+    async def Exec(
+        self, request_iterator: AsyncIterator[pb.ExecInput], context: Context
+    ) -> AsyncIterator[pb.ExecOutput]:
+        """Runs a command in a container, or in the guest itself."""
+        async for output in side.exec_command(self._core.state, self._reader(), self._channels, request_iterator):
+            yield output
 
     # --- explanations -------------------------------------------------------------------------------------------------
 
@@ -361,28 +304,6 @@ def _after(keys: list[str], token: str) -> list[str]:
     if token in keys:
         return keys[keys.index(token) + 1 :]
     return [key for key in keys if key > token]
-
-
-def _only(what: str, names: list[str], of: str) -> str:
-    if len(names) == 1:
-        return names[0]
-    if not names:
-        raise NotFound(what.capitalize(), of)
-    raise InvalidSpec(
-        (Violation(what, "", f"is missing, and {of} has {len(names)}", f"name one: {', '.join(names[:8])}"),)
-    )
-
-
-def _log_line(log: hosts_pb2.ChannelLog) -> pb.LogLine:
-    return pb.LogLine(
-        time=log.time,
-        pod=log.pod,
-        container=log.container,
-        sequence=log.sequence,
-        text=log.text,
-        stream=log.stream,
-        lost=log.lost,
-    )
 
 
 class _Watcher:

@@ -67,6 +67,11 @@ class FleetStub:
                 request_serializer=casemate__wire_dot_v1_dot_operators__pb2.LogsRequest.SerializeToString,
                 response_deserializer=casemate__wire_dot_v1_dot_operators__pb2.LogLine.FromString,
                 _registered_method=True)
+        self.Exec = channel.stream_stream(
+                '/casemate.v1.Fleet/Exec',
+                request_serializer=casemate__wire_dot_v1_dot_operators__pb2.ExecInput.SerializeToString,
+                response_deserializer=casemate__wire_dot_v1_dot_operators__pb2.ExecOutput.FromString,
+                _registered_method=True)
         self.Events = channel.unary_stream(
                 '/casemate.v1.Fleet/Events',
                 request_serializer=casemate__wire_dot_v1_dot_operators__pb2.EventsRequest.SerializeToString,
@@ -136,6 +141,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Exec(self, request_iterator, context):
+        """Runs a command in a container, or in the guest itself. The first input says which; the last output is its exit code.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Events(self, request, context):
         """What happened, oldest first.
         """
@@ -196,6 +208,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Logs,
                     request_deserializer=casemate__wire_dot_v1_dot_operators__pb2.LogsRequest.FromString,
                     response_serializer=casemate__wire_dot_v1_dot_operators__pb2.LogLine.SerializeToString,
+            ),
+            'Exec': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exec,
+                    request_deserializer=casemate__wire_dot_v1_dot_operators__pb2.ExecInput.FromString,
+                    response_serializer=casemate__wire_dot_v1_dot_operators__pb2.ExecOutput.SerializeToString,
             ),
             'Events': grpc.unary_stream_rpc_method_handler(
                     servicer.Events,
@@ -382,6 +399,33 @@ class Fleet:
             '/casemate.v1.Fleet/Logs',
             casemate__wire_dot_v1_dot_operators__pb2.LogsRequest.SerializeToString,
             casemate__wire_dot_v1_dot_operators__pb2.LogLine.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exec(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/casemate.v1.Fleet/Exec',
+            casemate__wire_dot_v1_dot_operators__pb2.ExecInput.SerializeToString,
+            casemate__wire_dot_v1_dot_operators__pb2.ExecOutput.FromString,
             options,
             channel_credentials,
             insecure,

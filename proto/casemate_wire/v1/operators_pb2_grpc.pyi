@@ -48,6 +48,8 @@ class FleetStub:
     """Asks for an object's end."""
     Logs: _grpc.UnaryStreamMultiCallable[_operators_pb2.LogsRequest, _operators_pb2.LogLine]
     """Log lines of a container."""
+    Exec: _grpc.StreamStreamMultiCallable[_operators_pb2.ExecInput, _operators_pb2.ExecOutput]
+    """Runs a command in a container, or in the guest itself. The first input says which; the last output is its exit code."""
     Events: _grpc.UnaryStreamMultiCallable[_operators_pb2.EventsRequest, _fleet_pb2.Event]
     """What happened, oldest first."""
     Explain: _grpc.UnaryUnaryMultiCallable[_operators_pb2.ExplainRequest, _operators_pb2.ExplainResponse]
@@ -76,6 +78,8 @@ class FleetAsyncStub(FleetStub):
     """Asks for an object's end."""
     Logs: _aio.UnaryStreamMultiCallable[_operators_pb2.LogsRequest, _operators_pb2.LogLine]  # type: ignore[assignment]
     """Log lines of a container."""
+    Exec: _aio.StreamStreamMultiCallable[_operators_pb2.ExecInput, _operators_pb2.ExecOutput]  # type: ignore[assignment]
+    """Runs a command in a container, or in the guest itself. The first input says which; the last output is its exit code."""
     Events: _aio.UnaryStreamMultiCallable[_operators_pb2.EventsRequest, _fleet_pb2.Event]  # type: ignore[assignment]
     """What happened, oldest first."""
     Explain: _aio.UnaryUnaryMultiCallable[_operators_pb2.ExplainRequest, _operators_pb2.ExplainResponse]  # type: ignore[assignment]
@@ -137,6 +141,14 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_operators_pb2.LogLine], _abc.AsyncIterator[_operators_pb2.LogLine]]:
         """Log lines of a container."""
+
+    @_abc_1.abstractmethod
+    def Exec(
+        self,
+        request_iterator: _MaybeAsyncIterator[_operators_pb2.ExecInput],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_operators_pb2.ExecOutput], _abc.AsyncIterator[_operators_pb2.ExecOutput]]:
+        """Runs a command in a container, or in the guest itself. The first input says which; the last output is its exit code."""
 
     @_abc_1.abstractmethod
     def Events(

@@ -1,0 +1,178 @@
+"""`casemate exec`: a command in a container, or in the VM itself; its exit code is ours."""
+
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from casemate_cli import completing, options
+from casemate_cli.failure import Exit, Failure
+from casemate_cli.verbs.logs import parse_name
+
+if TYPE_CHECKING:
+    from casemate_wire.v1 import operators_pb2 as pb
+
+#: Bytes of standard input in one message.
+CHUNK = 32 * 1024
+#: Messages that wait to be sent; a reader of standard input stops there.
+QUEUED = 16
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+@click.command("exec")
+@click.argument("name", metavar="ENVIRONMENT|INSTANCE[.POD]", shell_complete=completing.names_of("Environment"))
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [WORD]...")
+@click.option("-p", "--pod", default="", metavar="NAME", help="Pod; needed where the instance has several.")
+@click.option("-c", "--container", default="", metavar="NAME", help="Container; needed where the pod has several.")
+@click.option("--vm", is_flag=True, help="Run it in the VM itself, in no container.")
+@click.option("-i", "--stdin", "with_stdin", is_flag=True, help="Give it our standard input.")
+@click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
+@click.option(
+    "-e", "--env", "environment", multiple=True, metavar="NAME=VALUE", help="Set a variable; may be repeated."
+)
+@options.connection
+@click.pass_context
+def exec_(
+    ctx: click.Context,
+    name: str,
+    command: tuple[str, ...],
+    pod: str,
+    container: str,
+    vm: bool,
+    with_stdin: bool,
+    tty: bool,
+    environment: tuple[str, ...],
+) -> int:
+    """Run a command in a container, or with --vm in the VM itself.
+
+    The exit code is the command's own; 128 + N where signal N ended it. Signals that we get are passed on.
+
+    \b
+    Examples:
+      casemate exec hello -- cat /etc/hostname
+      casemate exec -it hello-0.web -- sh
+      casemate exec --vm hello-0 -- podman ps
+    """
+    from casemate_cli.client import Client
+    from casemate_wire.v1 import operators_pb2 as pb
+
+    instance, named_pod = parse_name(name)
+    settings = options.settings(ctx)
+    start = pb.ExecStart(
+        tenant=settings.tenant,
+        instance=instance,
+        pod=pod or named_pod,
+        container=container,
+        guest=vm,
+        argv=command,
+        tty=tty,
+        environment=_variables(environment),
+    )
+    if tty:
+        start.size.CopyFrom(_size())
+    with Client(settings) as client, ExitStack() as stack:
+        outbox: queue.Queue[pb.ExecInput | None] = queue.Queue(QUEUED)
+        outbox.put(pb.ExecInput(start=start))
+        stack.enter_context(_signals_to(outbox, tty))
+        if tty and with_stdin and sys.stdin.isatty():
+            stack.enter_context(_raw_terminal())
+        if with_stdin:
+            threading.Thread(target=_read_stdin, args=(outbox,), name="stdin", daemon=True).start()
+        else:
+            outbox.put(pb.ExecInput(close_stdin=True))
+        return _run(client.stream(client.stub.Exec, _sent(outbox)))
+
+
+def _variables(pairs: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not key or not separator:
+            raise Failure(f"{pair!r} is no variable", remedy="write it as --env NAME=VALUE")
+        found[key] = value
+    return found
+
+
+def _run(outputs: "Iterator[pb.ExecOutput]") -> int:
+    for output in outputs:
+        match output.WhichOneof("output"):
+            case "stdout":
+                _write(sys.stdout.buffer, output.stdout)
+            case "stderr":
+                _write(sys.stderr.buffer, output.stderr)
+            case "exit_code":
+                return output.exit_code
+    raise Failure("the command's exit code did not come back", code=Exit.UNREACHABLE)
+
+
+def _write(stream: Any, data: bytes) -> None:
+    """A command's output goes out as it is: that is what was asked for, as with ssh."""
+    stream.write(data)
+    stream.flush()
+
+
+def _sent(outbox: "queue.Queue[pb.ExecInput | None]") -> "Iterator[pb.ExecInput]":
+    while (item := outbox.get()) is not None:
+        yield item
+
+
+def _read_stdin(outbox: "queue.Queue[pb.ExecInput | None]") -> None:
+    from casemate_wire.v1 import operators_pb2 as pb
+
+    while data := os.read(0, CHUNK):
+        outbox.put(pb.ExecInput(stdin=data))
+    outbox.put(pb.ExecInput(close_stdin=True))
+
+
+def _size() -> "pb.TerminalSize":
+    from casemate_wire.v1 import operators_pb2 as pb
+
+    try:
+        columns, rows = os.get_terminal_size(sys.stdout.fileno())
+    except OSError:
+        columns, rows = 80, 24
+    return pb.TerminalSize(rows=rows or 24, columns=columns or 80)
+
+
+@contextmanager
+def _signals_to(outbox: "queue.Queue[pb.ExecInput | None]", tty: bool) -> Iterator[None]:
+    """Pass signals on to the command, and the terminal's size where it changes."""
+    from casemate_wire.v1 import operators_pb2 as pb
+
+    def put(item: "pb.ExecInput") -> None:
+        try:
+            outbox.put_nowait(item)
+        except queue.Full:
+            return  # input is stuck; a second try of the person will find room or none
+
+    before = {n: signal.signal(n, lambda number, _: put(pb.ExecInput(signal=number))) for n in _FORWARDED}
+    if tty:
+        before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: put(pb.ExecInput(resize=_size())))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        with outbox.mutex:
+            outbox.queue.clear()
+        outbox.put(None)
+
+
+@contextmanager
+def _raw_terminal() -> Iterator[None]:
+    """Keys go to the command as they are typed."""
+    import termios
+    import tty
+
+    before = termios.tcgetattr(0)
+    tty.setraw(0)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
