@@ -25,6 +25,7 @@ from casemate_manager.fleet.state import State
 from casemate_manager.policy.book import PolicyBook
 from casemate_manager.policy.expressions import Language
 from casemate_manager.scheduler.constraints import Instance
+from casemate_manager.scheduler.explain import Explanation, explain
 from casemate_manager.scheduler.place import Scheduler
 from casemate_manager.scheduler.request import Decision, PlacementPolicy, PlacementRequest, Unplaceable
 
@@ -46,7 +47,7 @@ class FleetPlacer:
     def place(self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp) -> Placed | Unplaced:
         """See ``Placer``."""
         self.sync(fleet)
-        request = placement_request(environment, spec, stamp.owner)
+        request = placement_request(environment, self.request_for(environment, spec), spec, stamp.owner)
         policy = self.policy_for(environment, spec)
         found = self.scheduler.place(request, policy, epoch=stamp.epoch, generation=stamp.generation)
         if isinstance(found, Decision):
@@ -63,7 +64,7 @@ class FleetPlacer:
         found = fit(
             fleet.state.inventories[host].topology,
             fleet.claims(host),
-            request_of(spec),
+            self.request_for(environment, spec),
             owner=stamp.owner,
             epoch=stamp.epoch,
             generation=stamp.generation,
@@ -72,6 +73,22 @@ class FleetPlacer:
         if isinstance(found, Fit):
             return Placed(host, found.claim)
         return Unplaced(1, tuple((type(r).__name__, 1, r.sentence) for r in found.reasons))
+
+    def explain(
+        self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp, host: str = ""
+    ) -> Explanation:
+        """Why an instance has no place in the fleet, or on one host, and what would give it one. Raises UnknownHost."""
+        self.sync(fleet)
+        state = fleet.state
+
+        def movable(uid: str) -> PlacementRequest | None:
+            instance = state.instances.get(uid)
+            if instance is None or state.is_ending(instance):
+                return None
+            return placement_request(state.environment_of(instance).environment, state.spec_of(instance), uid)
+
+        request = placement_request(environment, spec, stamp.owner)
+        return explain(self.scheduler, request, self.policy_for(environment, spec), host=host, movable=movable)
 
     def policy_for(self, environment: Environment, spec: EnvironmentSpec) -> PlacementPolicy:
         """The policy of an environment on the columns as they are."""

@@ -1,0 +1,183 @@
+"""``why``: every host is counted, near misses have numbers, and each suggestion, when applied, places the request."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from casemate_core.claims import HostClaims
+from casemate_core.fit import CellPolicy, CpuPolicy, CpuRequest, GpuLink, GpuRequest, MemoryRequest, NicRequest, Request
+from casemate_core.fit import ThreadPolicy as Threads
+from casemate_core.spec.environment import Affinity
+from casemate_core.spec.fleet import Taint
+from casemate_core.topology_loaders import from_line
+from casemate_manager.columns import HostView
+from casemate_manager.scheduler.explain import Change, Explanation, explain
+from casemate_manager.scheduler.place import Scheduler
+from casemate_manager.scheduler.request import DEFAULT_POLICY, Decision, PlacementPolicy, PlacementRequest
+
+LINE = "2s 8k/c 2t 64G 1G=16 hk=1 iso=2 gpu=4xH200:141G@fabric vf=1x2@fast disk=1T name={}"
+DEDICATED = CpuPolicy.DEDICATED
+
+
+def fleet(count: int = 3) -> Scheduler:
+    made = Scheduler()
+    for i in range(count):
+        view = HostView(f"h{i}", from_line(LINE.format(f"h{i}")), HostClaims.empty(), labels={"rack": f"r{i}"})
+        made.upsert_host(view)
+    return made
+
+
+def apply(made: Scheduler, request: PlacementRequest, change: Change) -> Decision | object:
+    """Do what a suggestion says, then place. Moves and pages are read from its sentence, as a person would."""
+    words = change.sentence.split()
+    if change.request is not None:
+        return made.place(change.request)
+    if words[0] == "uncordon":
+        made.upsert_host(replace(made.columns.row(words[-1]).view, cordoned=False))
+        return made.place(request)
+    assert words[0] == "move", change.sentence
+    uid, target = words[2], words[6]
+    claim = made.release(change.host, uid)
+    moved = made.place(KNOWN[uid], only=target)
+    assert isinstance(moved, Decision) and claim.owner == uid
+    made.apply_claim(moved.host, moved.claim, KNOWN[uid])
+    return made.place(request)
+
+
+KNOWN: dict[str, PlacementRequest] = {}
+
+
+def put(made: Scheduler, uid: str, request: Request, only: str = "") -> None:
+    asked = KNOWN[uid] = PlacementRequest(uid, request)
+    found = made.place(asked, only=only)
+    assert isinstance(found, Decision)
+    made.apply_claim(found.host, found.claim, asked)
+
+
+def proved(made: Scheduler, request: PlacementRequest, answer: Explanation) -> None:
+    """Each suggestion alone, on the fleet as it was, places the request."""
+    assert answer.changes, answer
+    views = [row.view for row in made.columns.live_rows()]
+    for change in answer.changes:
+        if "set aside" in change.sentence:
+            continue
+        copy = Scheduler()
+        for view in views:
+            copy.upsert_host(view)
+        assert isinstance(apply(copy, request, change), Decision), change
+
+
+def test_what_fits_is_told_to_fit() -> None:
+    answer = explain(fleet(), PlacementRequest("x", Request()), DEFAULT_POLICY)
+    assert answer.decision is not None and answer.changes == () and answer.reasons == ()
+
+
+def test_too_many_gpus_are_too_many_and_fewer_would_do() -> None:
+    made = fleet()
+    request = PlacementRequest(
+        "x", Request(CpuRequest(2, policy=DEDICATED), MemoryRequest(1024), gpus=(GpuRequest(6),))
+    )
+    answer = explain(made, request, DEFAULT_POLICY)
+    assert sum(count for _, count, _ in answer.reasons) == answer.hosts == 3
+    assert len(answer.nearest) == 3 and any("6" in text for text in answer.nearest[0].messages)
+    assert any(c.request is not None and c.request.request.gpus[0].count == 4 for c in answer.changes)
+    proved(made, request, answer)
+
+
+def test_a_cordoned_host_that_has_room_is_named_first() -> None:
+    made = fleet()
+    for i in range(3):
+        put(
+            made,
+            f"g{i}",
+            Request(CpuRequest(2, policy=DEDICATED), MemoryRequest(1024), gpus=(GpuRequest(1 + 2 * (i < 2)),)),
+            f"h{i}",
+        )
+    made.upsert_host(replace(made.columns.row("h2").view, cordoned=True))
+    request = PlacementRequest("x", Request(CpuRequest(2), MemoryRequest(1024), gpus=(GpuRequest(3),)))
+    answer = explain(made, request, DEFAULT_POLICY)
+    assert answer.changes[0] == Change("uncordon host h2", "h2", "casemate uncordon h2")
+    proved(made, request, answer)
+
+
+def test_moving_one_instance_makes_room() -> None:
+    made = fleet(2)
+    one = Request(CpuRequest(2, policy=DEDICATED), MemoryRequest(1024), gpus=(GpuRequest(1),))
+    put(made, "a", one, "h0")
+    put(made, "b", one, "h1")
+    request = PlacementRequest("x", Request(CpuRequest(2), MemoryRequest(1024), gpus=(GpuRequest(4),)))
+    answer = explain(made, request, DEFAULT_POLICY, movable=KNOWN.get)
+    assert answer.changes[0].sentence in ("move instance a from h0 to h1", "move instance b from h1 to h0")
+    proved(made, request, answer)
+
+
+def test_rules_that_stand_in_the_way_are_told_and_loosened() -> None:
+    made = fleet()
+    for i in range(3):
+        made.upsert_host(replace(made.columns.row(f"h{i}").view, taints=(Taint("gpu", "only"),)))
+    request = PlacementRequest("x", Request())
+    answer = explain(made, request, DEFAULT_POLICY)
+    assert [c.sentence for c in answer.changes] == ["tolerate the taint gpu=only"]
+    proved(made, request, answer)
+    made = fleet()
+    selected = PlacementRequest("x", Request(), node_selector={"rack": "r9"})
+    answer = explain(made, selected, DEFAULT_POLICY)
+    assert "drop the node selector rack=r9" in [c.sentence for c in answer.changes]
+    assert "has rack=r0" in answer.nearest[0].messages[0]
+    proved(made, selected, answer)
+    near = PlacementRequest("x", Request(), affinity=(Affinity("near", {"app": "none"}, "host", True),))
+    answer = explain(made, near, DEFAULT_POLICY)
+    proved(made, near, answer)
+
+
+def test_policy_is_named_and_not_argued_with() -> None:
+    made = fleet(2)
+    rows = len(made.columns.available)
+    allowed = [False] * rows
+    policy = PlacementPolicy(
+        allowed=np.array(allowed),
+        denied=np.zeros(rows, dtype=np.int64),
+        reasons=("policy gold (require[0])",),
+    )
+    answer = explain(made, PlacementRequest("x", Request()), policy)
+    assert answer.changes == () and answer.nearest[0].messages == ("denied by policy gold (require[0])",)
+
+
+def test_one_host_can_be_asked_about() -> None:
+    made = fleet()
+    put(made, "a", Request(CpuRequest(2), MemoryRequest(1024), gpus=(GpuRequest(4),)), "h1")
+    request = PlacementRequest("x", Request(CpuRequest(2), MemoryRequest(1024), gpus=(GpuRequest(1),)))
+    answer = explain(made, request, DEFAULT_POLICY, host="h1", movable=KNOWN.get)
+    assert answer.decision is None and [m.host for m in answer.nearest] == ["h1"] and answer.hosts == 1
+    assert explain(made, request, DEFAULT_POLICY, host="h0").decision is not None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_suggestion_places_it_on_fleets_that_are_full(seed: int) -> None:
+    rng = random.Random(seed)
+    menu = (
+        Request(CpuRequest(rng.randint(1, 6), policy=DEDICATED), MemoryRequest(2048), gpus=(GpuRequest(1),)),
+        Request(CpuRequest(4, policy=DEDICATED, threads=Threads.ISOLATE), MemoryRequest(4096)),
+        Request(CpuRequest(2), MemoryRequest(4096, page_kib=1048576, cells=CellPolicy.ONE)),
+        Request(CpuRequest(2), MemoryRequest(1024), nics=(NicRequest("fast"),)),
+        Request(CpuRequest(6, policy=DEDICATED), MemoryRequest(2048), gpus=(GpuRequest(2, link=GpuLink.NVLINK),)),
+    )
+    made = fleet(4)
+    KNOWN.clear()
+    for i in range(200):
+        request = PlacementRequest(f"i{i}", rng.choice(menu))
+        found = made.place(request)
+        if isinstance(found, Decision):
+            KNOWN[request.uid] = request
+            made.apply_claim(found.host, found.claim, request)
+            continue
+        if rng.random() < 0.8:
+            continue
+        before = [row.view for row in made.columns.live_rows()]
+        answer = explain(made, request, DEFAULT_POLICY, movable=KNOWN.get)
+        assert [row.view for row in made.columns.live_rows()] == before
+        assert answer.decision is None and sum(count for _, count, _ in answer.reasons) == 4
+        if answer.changes:
+            proved(made, request, answer)
