@@ -40,6 +40,8 @@ log = logging.getLogger("casemate.agent.link")
 
 #: Before a manager has stated one, in seconds.
 WINDOW_S = 2.0
+#: A manager that does not answer is dialled less and less often, down to this window, in seconds.
+LONGEST_WINDOW_S = 10.0
 #: A manager that forbids coming back is asked again so rarely, in seconds: someone may have acted.
 FORBIDDEN_S = 60.0
 #: Channels open at the same time.
@@ -66,6 +68,7 @@ class Link:
         self._window_s = WINDOW_S
         self._channels: set[asyncio.Task[None]] = set()
         self._digest = ""
+        self._failures = 0
         self.connected = False
 
     async def run(self) -> None:
@@ -89,7 +92,8 @@ class Link:
             stream = await self._transport.session()
             refused = await self._converse(end, stream)
         except CasemateError as error:
-            log.warning("session ended: %s", error)
+            # the first time is news; that the manager is still away is not
+            log.log(logging.DEBUG if self._failures else logging.WARNING, "session ended: %s", error)
             refused = None
         finally:
             self.connected = False
@@ -100,7 +104,9 @@ class Link:
             if refused.retry_after_s < 0:
                 return FORBIDDEN_S
             return refused.retry_after_s + self._random.uniform(0, self._window_s)
-        return self._random.uniform(0, self._window_s)
+        window_s = max(self._window_s, min(LONGEST_WINDOW_S, self._window_s * 2.0 ** min(self._failures, 8)))
+        self._failures += 1
+        return self._random.uniform(0, window_s)
 
     async def _ready(self) -> None:
         """Until the agent has something whole to tell."""
@@ -179,6 +185,7 @@ class Link:
                 case Welcome():
                     self._window_s = max(0.1, value.reconnect_window_s)
                     self.connected = True
+                    self._failures = 0
                     log.info("session open, epoch %d, resumed from revision %d", value.epoch, value.since)
                     if value.send_inventory and agent.machine is not None:
                         end.tell_inventory(Inventory(self._digest, agent.machine.topology))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 
@@ -19,13 +20,8 @@ async def _settled_or_dead(rig: Rig) -> None:
 
 async def _story(rig: Rig) -> None:
     """Make a second instance, stop it, start it, and take it away; a kill breaks it off where it stands."""
-    for act in (
-        lambda: rig.want(instance(2)),
-        lambda: rig.want(instance(2, run=Run.STOPPED)),
-        lambda: rig.want(instance(2)),
-        lambda: rig.unwant(uid(2)),
-    ):
-        await act()
+    for wanted in (instance(2), instance(2, run=Run.STOPPED), instance(2), None):
+        await (rig.want(wanted) if wanted is not None else rig.unwant(uid(2)))
         await _settled_or_dead(rig)
         if rig.dead:
             return
@@ -105,7 +101,7 @@ async def _check(rig: Rig, pid: int, foreign: set[str]) -> None:
 
 @pytest.mark.parametrize("manager_there", [True, False], ids=["manager-there", "manager-away"])
 def test_killed_at_every_step_it_ends_where_it_should(manager_there: bool) -> None:
-    async def story(loop: VirtualLoop, step: int) -> None:
+    async def story(step: int, loop: VirtualLoop) -> None:
         rig = await _prepared(loop)
         pid, foreign = rig.active()[uid(1)], {u for u, d in rig.host.domains.items() if not d.facts.owned}
         rig.kill_at = rig.steps + step
@@ -118,11 +114,11 @@ def test_killed_at_every_step_it_ends_where_it_should(manager_there: bool) -> No
         await rig.kill()
 
     for step in range(1, STEPS + 1, 1 if manager_there else 2):
-        run_virtual(lambda loop, step=step: story(loop, step))
+        run_virtual(partial(story, step))
 
 
 def test_rebooted_at_every_step_what_should_run_is_started() -> None:
-    async def story(loop: VirtualLoop, step: int) -> None:
+    async def story(step: int, loop: VirtualLoop) -> None:
         rig = await _prepared(loop)
         rig.kill_at = rig.steps + step
         await _story(rig)
@@ -137,11 +133,11 @@ def test_rebooted_at_every_step_what_should_run_is_started() -> None:
         await rig.kill()
 
     for step in range(1, STEPS + 1, 3):
-        run_virtual(lambda loop, step=step: story(loop, step))
+        run_virtual(partial(story, step))
 
 
 def test_ledger_lost_at_every_step_is_rebuilt_from_the_domains() -> None:
-    async def story(loop: VirtualLoop, step: int) -> None:
+    async def story(step: int, loop: VirtualLoop) -> None:
         rig = await _prepared(loop)
         pid, foreign = rig.active()[uid(1)], {u for u, d in rig.host.domains.items() if not d.facts.owned}
         rig.kill_at = rig.steps + step
@@ -161,7 +157,7 @@ def test_ledger_lost_at_every_step_is_rebuilt_from_the_domains() -> None:
         await rig.kill()
 
     for step in range(1, STEPS + 1, 2):
-        run_virtual(lambda loop, step=step: story(loop, step))
+        run_virtual(partial(story, step))
 
 
 class _MortalDisk(SimulatedDisk):
@@ -189,7 +185,7 @@ def test_dead_within_any_write_of_the_ledger_nothing_accepted_is_lost(power_cut:
         except Killed:
             return True
 
-    async def story(loop: VirtualLoop, operation: int) -> bool:
+    async def story(operation: int, loop: VirtualLoop) -> bool:
         rig = Rig(loop)
         rig.disk = disk = _MortalDisk(operation)
         accepted: list[str] = []
@@ -211,6 +207,10 @@ def test_dead_within_any_write_of_the_ledger_nothing_accepted_is_lost(power_cut:
         disk.left = 0
         rig.connected = False
         await rig.start()
+        assert rig.agent is not None
+        # what the host says it has, it has: the manager will not tell it again
+        told = {uid(number) for number in (1, 2) if rig.agent.ledger.host.revision >= number + 1}
+        assert told <= set(rig.agent.ledger.book.instances)
         await asyncio.sleep(60)
         for name in accepted:
             assert rig.states()[name].phase is Phase.READY, f"{name} was accepted, and lost"
@@ -222,6 +222,6 @@ def test_dead_within_any_write_of_the_ledger_nothing_accepted_is_lost(power_cut:
         return died
 
     operation = 1
-    while run_virtual(lambda loop, operation=operation: story(loop, operation)):
+    while run_virtual(partial(story, operation)):
         operation += 2
     assert operation > 40
