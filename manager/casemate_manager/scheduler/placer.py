@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from casemate_core.claims import HostClaims
-from casemate_core.fit import Fit, fit
+from casemate_core.fit import Fit, Request, fit
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Policy
 from casemate_manager.columns import HostView
@@ -47,7 +47,7 @@ class FleetPlacer:
     def place(self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp) -> Placed | Unplaced:
         """See ``Placer``."""
         self.sync(fleet)
-        request = placement_request(environment, self.request_for(environment, spec), spec, stamp.owner)
+        request = placement_request(environment, spec, stamp.owner, self.request_for(environment, spec))
         policy = self.policy_for(environment, spec)
         found = self.scheduler.place(request, policy, epoch=stamp.epoch, generation=stamp.generation)
         if isinstance(found, Decision):
@@ -85,10 +85,15 @@ class FleetPlacer:
             instance = state.instances.get(uid)
             if instance is None or state.is_ending(instance):
                 return None
-            return placement_request(state.environment_of(instance).environment, state.spec_of(instance), uid)
+            owner, its = state.environment_of(instance).environment, state.spec_of(instance)
+            return placement_request(owner, its, uid, self.request_for(owner, its))
 
-        request = placement_request(environment, spec, stamp.owner)
+        request = placement_request(environment, spec, stamp.owner, self.request_for(environment, spec))
         return explain(self.scheduler, request, self.policy_for(environment, spec), host=host, movable=movable)
+
+    def request_for(self, environment: Environment, spec: EnvironmentSpec) -> Request:
+        """What one instance of an environment asks of a host; the simulation asks for more than a spec can say yet."""
+        return request_of(spec)
 
     def policy_for(self, environment: Environment, spec: EnvironmentSpec) -> PlacementPolicy:
         """The policy of an environment on the columns as they are."""
@@ -214,12 +219,12 @@ class FleetPlacer:
 NO_KVM = "the request for KVM, which they do not have"
 
 
-def placement_request(environment: Environment, spec: EnvironmentSpec, uid: str) -> PlacementRequest:
+def placement_request(environment: Environment, spec: EnvironmentSpec, uid: str, request: Request) -> PlacementRequest:
     """One instance of an environment, as the scheduler is asked."""
     rules = spec.placement
     return PlacementRequest(
         uid=uid,
-        request=request_of(spec),
+        request=request,
         group=environment.meta.uid,
         labels=environment.meta.labels,
         node_selector=rules.node_selector,
