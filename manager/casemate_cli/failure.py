@@ -78,7 +78,6 @@ _CODES: dict[str, tuple[Exit, str]] = {
 }
 
 _REMEDIES: dict[str, str] = {
-    "ABORTED": "read the object again and repeat the change",
     "DEADLINE_EXCEEDED": "ask again; the same request has its effect only once",
 }
 
@@ -169,7 +168,9 @@ def _transport_words(why: str) -> str:
 def lines(failure: Failure) -> list[str]:
     """The text of a failure, one line an item, without colour and not yet escaped."""
     told = [f"error: {failure.what}"]
-    for detail in failure.details:
+    for i, detail in enumerate(failure.details):
+        if i:
+            told.append("")
         parts = (
             ("field", detail.field),
             ("value", detail.value),
@@ -178,5 +179,7 @@ def lines(failure: Failure) -> list[str]:
         )
         told += [f"  {label + ':':<9}{text}" for label, text in parts if text]
     if failure.remedy:
+        if len(failure.details) > 1:
+            told.append("")
         told.append(f"  {'remedy:':<9}{failure.remedy}")
     return told

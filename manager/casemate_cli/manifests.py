@@ -75,7 +75,7 @@ def load(names: tuple[str, ...], *, recursive: bool, tenant: str) -> "list[pb.Re
         except InvalidSpec as invalid:
             violations += invalid.violations
     if violations:
-        raise from_violations("nothing was applied: the manifests are refused", violations)
+        raise from_violations("the manifests are refused; nothing was done", violations)
     return _ready(found, tenant)
 
 

@@ -48,7 +48,7 @@ def parse(document: Any, where: str = "") -> operators_pb2.Resource:
             (Violation(f"{prefix}document", shown(document), "is not an object", "begin it with apiVersion and kind"),)
         )
     kind = document.get("kind")
-    if not isinstance(kind, str) or kind not in schema.KIND_FIELDS:
+    if not isinstance(kind, str) or kind not in schema.KIND_FIELDS or document.get("apiVersion") == "v1":
         raise InvalidSpec((_unknown_kind(prefix, document, kind),))
     metadata = document.get("metadata")
     name = metadata.get("name") if isinstance(metadata, dict) else None

@@ -60,8 +60,7 @@ def images(fleet: Fleet) -> None:
 
 @pytest.mark.usefixtures("images")
 def test_the_transcript(fleet: Fleet, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    before = PAGE.read_text()
-    after = replay(fleet, tmp_path, before)
+    after = replay(fleet, tmp_path, PAGE.read_text())
     if request.config.getoption("--regenerate"):
         PAGE.write_text(after)
-    assert after == before
+    assert after == PAGE.read_text()

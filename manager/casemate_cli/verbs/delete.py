@@ -65,7 +65,7 @@ def delete(
                 if failure.code is not Exit.NOT_FOUND or not ignore_not_found:
                     raise
         if pending and wait:
-            with term.Progress(f"waiting for hosts to let go of {len(pending)}") as progress:
+            with term.Progress(f"waiting for hosts to let go of {pending[0][0]}") as progress:
                 for target, tenant in pending:
                     progress.update(f"waiting for hosts to let go of {target}")
                     until(client, [target], tenant, Gone(), timeout)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casemate_cli import kinds, output, term
-from casemate_cli.failure import Exit, Failure
+from casemate_cli.failure import Detail, Exit, Failure
 
 if TYPE_CHECKING:
     from casemate_wire.explain import Explanation
@@ -40,7 +40,12 @@ def explain(path: str, recursive: bool, form: str) -> None:
         word = kinds.find(word).name.lower()
         found = schema_explain.explain(word + dot + rest)
     except schema_explain.UnknownField as unknown:
-        raise Failure(str(unknown), code=Exit.NOT_FOUND) from None
+        problem, _, remedy = str(unknown).partition("; ")
+        raise Failure(
+            "there is no such field",
+            code=Exit.NOT_FOUND,
+            details=[Detail("path", path, problem.partition("' ")[2] or problem, remedy)],
+        ) from None
     if form == "json":
         term.out(output.to_json(dataclasses.asdict(found)))
         return
