@@ -5,6 +5,7 @@ import warnings
 
 from casemate_wire.v1 import fleet_pb2 as casemate__wire_dot_v1_dot_fleet__pb2
 from casemate_wire.v1 import operators_pb2 as casemate__wire_dot_v1_dot_operators__pb2
+from casemate_wire.v1 import top_pb2 as casemate__wire_dot_v1_dot_top__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -86,6 +87,11 @@ class FleetStub:
                 '/casemate.v1.Fleet/Why',
                 request_serializer=casemate__wire_dot_v1_dot_operators__pb2.WhyRequest.SerializeToString,
                 response_deserializer=casemate__wire_dot_v1_dot_operators__pb2.WhyResponse.FromString,
+                _registered_method=True)
+        self.Top = channel.unary_unary(
+                '/casemate.v1.Fleet/Top',
+                request_serializer=casemate__wire_dot_v1_dot_top__pb2.TopRequest.SerializeToString,
+                response_deserializer=casemate__wire_dot_v1_dot_top__pb2.TopResponse.FromString,
                 _registered_method=True)
         self.Version = channel.unary_unary(
                 '/casemate.v1.Fleet/Version',
@@ -169,6 +175,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Top(self, request, context):
+        """What a host or the fleet has, what of it is used, and what is free and stranded, by cause.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Version(self, request, context):
         """The manager's version, epoch and revision.
         """
@@ -228,6 +241,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Why,
                     request_deserializer=casemate__wire_dot_v1_dot_operators__pb2.WhyRequest.FromString,
                     response_serializer=casemate__wire_dot_v1_dot_operators__pb2.WhyResponse.SerializeToString,
+            ),
+            'Top': grpc.unary_unary_rpc_method_handler(
+                    servicer.Top,
+                    request_deserializer=casemate__wire_dot_v1_dot_top__pb2.TopRequest.FromString,
+                    response_serializer=casemate__wire_dot_v1_dot_top__pb2.TopResponse.SerializeToString,
             ),
             'Version': grpc.unary_unary_rpc_method_handler(
                     servicer.Version,
@@ -507,6 +525,33 @@ class Fleet:
             '/casemate.v1.Fleet/Why',
             casemate__wire_dot_v1_dot_operators__pb2.WhyRequest.SerializeToString,
             casemate__wire_dot_v1_dot_operators__pb2.WhyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Top(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/casemate.v1.Fleet/Top',
+            casemate__wire_dot_v1_dot_top__pb2.TopRequest.SerializeToString,
+            casemate__wire_dot_v1_dot_top__pb2.TopResponse.FromString,
             options,
             channel_credentials,
             insecure,

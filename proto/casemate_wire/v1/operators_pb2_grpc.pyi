@@ -5,6 +5,7 @@ What operators and tenants may ask of the manager."""
 
 from casemate_wire.v1 import fleet_pb2 as _fleet_pb2
 from casemate_wire.v1 import operators_pb2 as _operators_pb2
+from casemate_wire.v1 import top_pb2 as _top_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
@@ -56,6 +57,8 @@ class FleetStub:
     """What a kind or a field is for."""
     Why: _grpc.UnaryUnaryMultiCallable[_operators_pb2.WhyRequest, _operators_pb2.WhyResponse]
     """Why an instance was placed where it is, or is not placed."""
+    Top: _grpc.UnaryUnaryMultiCallable[_top_pb2.TopRequest, _top_pb2.TopResponse]
+    """What a host or the fleet has, what of it is used, and what is free and stranded, by cause."""
     Version: _grpc.UnaryUnaryMultiCallable[_operators_pb2.VersionRequest, _operators_pb2.VersionResponse]
     """The manager's version, epoch and revision."""
 
@@ -86,6 +89,8 @@ class FleetAsyncStub(FleetStub):
     """What a kind or a field is for."""
     Why: _aio.UnaryUnaryMultiCallable[_operators_pb2.WhyRequest, _operators_pb2.WhyResponse]  # type: ignore[assignment]
     """Why an instance was placed where it is, or is not placed."""
+    Top: _aio.UnaryUnaryMultiCallable[_top_pb2.TopRequest, _top_pb2.TopResponse]  # type: ignore[assignment]
+    """What a host or the fleet has, what of it is used, and what is free and stranded, by cause."""
     Version: _aio.UnaryUnaryMultiCallable[_operators_pb2.VersionRequest, _operators_pb2.VersionResponse]  # type: ignore[assignment]
     """The manager's version, epoch and revision."""
 
@@ -173,6 +178,14 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operators_pb2.WhyResponse, _abc.Awaitable[_operators_pb2.WhyResponse]]:
         """Why an instance was placed where it is, or is not placed."""
+
+    @_abc_1.abstractmethod
+    def Top(
+        self,
+        request: _top_pb2.TopRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_top_pb2.TopResponse, _abc.Awaitable[_top_pb2.TopResponse]]:
+        """What a host or the fleet has, what of it is used, and what is free and stranded, by cause."""
 
     @_abc_1.abstractmethod
     def Version(
