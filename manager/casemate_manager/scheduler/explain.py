@@ -196,6 +196,7 @@ def _uncordon(
 ) -> Iterator[Change]:
     columns = scheduler.columns
     cordoned = near if host else [row for row in columns.live_rows() if row.view.cordoned]
+    cordoned = sorted(cordoned, key=lambda row: row.view.name)
     tried = 0
     for row in cordoned:
         if not row.view.cordoned or not row.view.available or not _permitted(scheduler, request, policy, row):

@@ -10,7 +10,7 @@ written again. Several states may be asked about in turn; each time the differen
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class FleetPlacer:
     """A ``Placer`` for fleets of any size. One owner at a time; asking does not change the fleet."""
 
     def __init__(self, language: Language) -> None:
+        self._language = language
         self.scheduler = Scheduler()
         self.book = PolicyBook(language)
         self._policies: tuple[Policy, ...] = ()
@@ -74,21 +75,26 @@ class FleetPlacer:
             return Placed(host, found.claim)
         return Unplaced(1, tuple((type(r).__name__, 1, r.sentence) for r in found.reasons))
 
-    def explain(
-        self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp, host: str = ""
-    ) -> Explanation:
-        """Why an instance has no place in the fleet, or on one host, and what would give it one. Raises UnknownHost."""
-        self.sync(fleet)
-        state = fleet.state
+    def twin(self) -> Self:
+        """Another placer of this kind, with columns of its own and nothing learnt: for questions."""
+        return type(self)(self._language)
 
-        def movable(uid: str) -> PlacementRequest | None:
-            instance = state.instances.get(uid)
+    def explain_synced(
+        self, state: State, environment: Environment, spec: EnvironmentSpec, uid: str, host: str = ""
+    ) -> Explanation:
+        """Why an instance has no place on the columns as ``sync`` left them, and what would give it one.
+
+        Of ``state`` only records of instances are read, to know what may be moved. Raises UnknownHost.
+        """
+
+        def movable(other: str) -> PlacementRequest | None:
+            instance = state.instances.get(other)
             if instance is None or state.is_ending(instance):
                 return None
             owner, its = state.environment_of(instance).environment, state.spec_of(instance)
-            return placement_request(owner, its, uid, self.request_for(owner, its))
+            return placement_request(owner, its, other, self.request_for(owner, its))
 
-        request = placement_request(environment, spec, stamp.owner, self.request_for(environment, spec))
+        request = placement_request(environment, spec, uid, self.request_for(environment, spec))
         return explain(self.scheduler, request, self.policy_for(environment, spec), host=host, movable=movable)
 
     def request_for(self, environment: Environment, spec: EnvironmentSpec) -> Request:
