@@ -1,0 +1,5 @@
+"""Fixtures of the journeys."""
+
+from support.realfleet import real_fleet
+
+__all__ = ["real_fleet"]

@@ -1,0 +1,228 @@
+"""The first walk: one command to a pod in a real VM, its states, logs and end; and a private fleet that leaves nothing.
+
+One boot serves as many claims as it can, because an emulated guest takes its time.
+"""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from casemate_agent import sandbox as sandboxes
+from support.fleet import Done, casemate, clean_environment, free_port
+from support.realfleet import SUBNET, nft, tail, traces_of, traces_of_scope, until
+
+pytestmark = pytest.mark.libvirt
+
+HELLO = Path(__file__).resolve().parents[2] / "examples/hello.yaml"
+#: Boots take half a minute on a quiet machine without KVM, and minutes on a busy one.
+BOOT_S = 420.0
+
+
+class DevFleet:
+    """`casemate dev` in a folder of its own, and `casemate` beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "d"
+        self.port = free_port()
+        self.environ = clean_environment(folder, f"127.0.0.1:{self.port}")
+        self.scope = sandboxes.scope_of(self.root / "virt")
+
+    def run(self, *arguments: str, timeout_s: float = 120, stdin: str = "") -> Done:
+        return casemate(*arguments, environ=self.environ, timeout_s=timeout_s, stdin=stdin)
+
+    def up(self, *more: str, timeout_s: float = 900) -> Done:
+        where = ("--dir", str(self.root), "--port", str(self.port), "--subnet", SUBNET)
+        done = self.run("dev", "up", *where, *more, timeout_s=timeout_s)
+        if done.code:
+            pytest.fail(f"dev up: exit {done.code}\n{done.out}\n{done.err}\n{self.tails()}", pytrace=False)
+        return done
+
+    def down(self) -> Done:
+        return self.run("dev", "down", "--dir", str(self.root), timeout_s=240)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.run("dev", "status", "--dir", str(self.root), "-o", "json").ok())
+        return found
+
+    def get(self, kind: str, name: str) -> dict[str, Any]:
+        """One object; empty where there is none."""
+        done = self.run("get", kind, name, "-o", "json")
+        if done.code == 4:
+            return {}
+        found: dict[str, Any] = json.loads(done.ok())
+        return found
+
+    def tails(self) -> str:
+        logs = [self.root / "logs/agent.log", self.root / "logs/manager.log"]
+        return "\n".join(map(tail, [*logs, *sorted(self.root.glob("agent/instances/*/console.log"))]))
+
+    def until(self, what: str, met: Any, timeout_s: float = 120) -> Any:
+        return until(what, met, timeout_s, self.tails, every_s=1.0)
+
+    def qemus(self) -> dict[str, int]:
+        sandbox = sandboxes.status(self.root / "virt")
+        assert sandbox is not None
+        found = {}
+        for pid in sandboxes._members(sandbox):
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            if "qemu-system" in argv[0] and "-uuid" in argv:
+                found[argv[argv.index("-uuid") + 1]] = pid
+        return found
+
+
+def answer(address: str) -> str:
+    """What the pod says over HTTP, from the host over the bridge; empty where it does not."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{address}:8080/", timeout=10) as reply:
+            return str(reply.read().decode())
+    except (urllib.error.URLError, OSError):
+        return ""
+
+
+@pytest.mark.timeout(2400)
+def test_one_command_to_a_pod_in_a_vm_and_back(tmp_path_factory: pytest.TempPathFactory) -> None:
+    dev = DevFleet(tmp_path_factory.mktemp("h"))
+    try:
+        began_s = time.monotonic()
+        up = dev.up("--timeout", f"{BOOT_S:.0f}s", timeout_s=BOOT_S + 600)
+        first_s = time.monotonic() - began_s
+        assert "Hello from hello-0" in up.out
+        _adopts(dev, first_s)
+        before = _states(dev)
+        address = before["spec"]["nics"][0]["address"]
+        assert answer(address) == "Hello from hello-0\n"
+        _logs(dev)
+        _a_second_pod(dev, before)
+        _stop_and_start(dev, before)
+        _delete(dev, before)
+    finally:
+        down = dev.down()
+    down.ok()
+    assert traces_of_scope(dev.scope, dev.root) == []
+    assert os.listdir(dev.root.parent) == []
+
+
+def _adopts(dev: DevFleet, first_s: float) -> None:
+    """A second `up` starts nothing."""
+    before, qemus = dev.status(), dev.qemus()
+    began_s = time.monotonic()
+    again = dev.up()
+    took_s = time.monotonic() - began_s
+    assert "Hello from hello-0" in again.out
+    assert dev.status() == before
+    assert dev.qemus() == qemus
+    assert took_s < min(first_s, 60), f"the second up took {took_s:.0f} s, the first {first_s:.0f} s"
+
+
+def _states(dev: DevFleet) -> dict[str, Any]:
+    """What `get -o json` says of a fleet where all is well, and of what is not there. The instance."""
+    environment = dev.get("env", "hello")
+    assert environment["status"]["phase"] == "Ready"
+    host = dev.get("host", "dev")
+    assert host["status"]["phase"] == "Ready" and host["status"]["instances"] == 1
+    instance = dev.get("instance", "hello-0")
+    status = instance["status"]
+    assert status["phase"] == "Ready" and status["pods"] == ["web"] and status["podsReady"] == 1
+    assert status["starts"] == 1
+    assert {instance["metadata"]["uid"]: int(status["pid"])} == dev.qemus()
+    pod = dev.get("pod", "hello-0.web")
+    assert (pod["status"]["phase"], pod["status"]["ready"]) == ("Running", True)
+    assert [c["state"] for c in pod["status"]["containers"]] == ["running"]
+    assert dev.run("wait", "env/hello", "--for", "ready", "--timeout", "30s").code == 0
+    assert dev.run("get", "env", "nobody").code == 4
+    assert dev.run("diff", "-f", str(HELLO)).code == 0
+    assert dev.run("wait", "env/hello", "--for", "phase=Stopped", "--timeout", "1s").code == 6
+    return instance
+
+
+def _logs(dev: DevFleet) -> None:
+    assert "hello: serving on port 8080 as hello-0" in dev.run("logs", "hello", timeout_s=180).ok()
+
+
+def _hello(*pods: dict[str, Any]) -> str:
+    """The example with other pods beside its own."""
+    import yaml
+
+    manifest = yaml.safe_load(HELLO.read_text())
+    manifest["spec"]["pods"] += pods
+    return json.dumps(manifest)
+
+
+def _a_second_pod(dev: DevFleet, before: dict[str, Any]) -> None:
+    """A pod added while its VM runs: it fails as it should, and the first pod does not notice."""
+    web = dev.get("pod", "hello-0.web")["status"]["containers"]
+    container = {
+        "name": "main",
+        "image": "localhost/hello:1",
+        "imagePullPolicy": "Never",
+        "command": ["sh", "-c", "echo about to fail; exit 3"],
+    }
+    job = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "job"},
+        "spec": {"restartPolicy": "Never", "hostNetwork": True, "containers": [container]},
+    }
+    assert dev.run("diff", "-f", "-", stdin=_hello(job)).code == 3
+    dev.run("apply", "-f", "-", stdin=_hello(job)).ok()
+
+    def failed() -> dict[str, Any]:
+        pod = dev.get("pod", "hello-0.job")
+        return pod if pod.get("status", {}).get("phase") == "Failed" else {}
+
+    pod = dev.until("the pod that exits 3 is Failed", failed, 300)
+    assert [(c["state"], c["exitCode"]) for c in pod["status"]["containers"]] == [("terminated", 3)]
+    events = [json.loads(line) for line in dev.run("events", "-o", "json").ok().splitlines()]
+    assert any(e["reason"] == "ContainerExited" and "exit code 3" in e["message"] for e in events), events
+    assert "about to fail" in dev.run("logs", "hello-0.job", timeout_s=180).ok()
+    instance = dev.get("instance", "hello-0")
+    assert instance["status"]["pid"] == before["status"]["pid"], "the VM was restarted for a pod"
+    assert dev.get("pod", "hello-0.web")["status"]["containers"] == web, "the other pod was touched"
+    assert answer(before["spec"]["nics"][0]["address"]) == "Hello from hello-0\n"
+    dev.run("apply", "-f", "-", stdin=_hello()).ok()
+    dev.until("the pod is gone", lambda: not dev.get("pod", "hello-0.job"), 120)
+    dev.run("wait", "env/hello", "--for", "ready", "--timeout", "120s", timeout_s=150).ok()
+
+
+def _stop_and_start(dev: DevFleet, before: dict[str, Any]) -> None:
+    """Off and on again it is the same: uid, MAC, address."""
+    address = before["spec"]["nics"][0]["address"]
+    dev.run("stop", "hello", timeout_s=300).ok()
+    stopped = dev.until("it is Stopped", lambda: _phase(dev, "Stopped"), 180)
+    assert not int(stopped["status"].get("pid", 0)) and dev.qemus() == {}
+    events = [json.loads(line) for line in dev.run("events", "-o", "json").ok().splitlines()]
+    assert not [e for e in events if e["reason"] == "Destroyed"], "the guest did not power off when it was asked"
+    assert answer(address) == ""
+    assert dev.run("start", "hello", timeout_s=300).code == 0
+    started = dev.until("it is Ready again", lambda: _phase(dev, "Ready"), BOOT_S)
+    assert started["metadata"]["uid"] == before["metadata"]["uid"]
+    assert started["spec"]["nics"] == before["spec"]["nics"]
+    assert started["status"]["starts"] == 2
+    assert started["status"]["guestBootId"] != before["status"]["guestBootId"]
+    assert dev.until("it answers again", lambda: answer(address), 60) == "Hello from hello-0\n"
+
+
+def _phase(dev: DevFleet, phase: str) -> dict[str, Any]:
+    instance = dev.get("instance", "hello-0")
+    return instance if instance["status"]["phase"] == phase else {}
+
+
+def _delete(dev: DevFleet, before: dict[str, Any]) -> None:
+    uid = before["metadata"]["uid"]
+    sandbox = sandboxes.status(dev.root / "virt")
+    assert sandbox is not None
+    assert traces_of(uid, sandbox.scope, dev.root, {uid}, set(dev.qemus())) != [], "nothing is found of what runs"
+    assert before["spec"]["nics"][0]["address"] in nft("list", "ruleset")
+    dev.run("delete", "-f", str(HELLO), "--timeout", "3m", timeout_s=240).ok()
+    assert dev.run("get", "env", "hello").code == 4
+    assert dev.get("instance", "hello-0") == {} and dev.get("pod", "hello-0.web") == {}
+    assert traces_of(uid, sandbox.scope, dev.root, set(), set(dev.qemus())) == []
+    assert dev.get("network", "default")["status"].get("addressesUsed", 0) == 0
+    assert dev.get("host", "dev")["status"].get("instances", 0) == 0
