@@ -22,7 +22,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "start": ("run", "start", "Start the instances of environments."),
         "stop": ("run", "stop", "Stop the instances of environments; disks stay."),
         "logs": ("logs", "logs", "Show what a container wrote."),
-        "exec": ("exec", "exec_", "Run a command in a container, or in the VM."),
+        "exec": ("exec", "exec_", "Run a command in a container, or with --vm in the VM itself."),
         "events": ("events", "events", "Show what happened."),
         "why": ("why", "why", "Say why an instance is where it is, or is nowhere; exit 2 if nowhere."),
     },

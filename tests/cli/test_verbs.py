@@ -247,7 +247,7 @@ def test_watch_shows_changes_and_ends_well(fleet: Fleet, name: str) -> None:
 
 def test_another_tenant_sees_nothing_of_it(fleet: Fleet, ready: str) -> None:
     assert fleet.run("get", "env", ready, "--tenant", "other").code == 4
-    assert ready not in fleet.run("get", "env", "-t", "other", "-o", "name").ok()
+    assert ready not in fleet.run("get", "env", "--tenant", "other", "-o", "name").ok()
     assert ready in fleet.run("get", "env", "-A").ok()
     assert fleet.run("get", "env", "-A").ok().startswith("TENANT")
 
