@@ -51,11 +51,6 @@ lock: venv ## resolve pyproject.toml into the lock files again
 	@.ci/lock
 	@.ci/venv
 
-.PHONY: lab
-lab: venv ## tests on the emulated server
-	@.ci/apt-install run guest test lab
-	@.ci/group lab
-
 .PHONY: bench
 bench: venv ## list the measurements; bench-NAME runs one
 	@for f in tests/bench/*.py; do n=$$(basename "$$f" .py); case $$n in _*|conftest) ;; *) echo "  make bench-$$n" ;; esac; done

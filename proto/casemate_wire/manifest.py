@@ -172,6 +172,8 @@ def _check_json(value: Any, path: str) -> Iterator[Violation]:
             yield from _check_json(item, f"{path}[{i}]")
     elif isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**53:
         yield Violation(path, shown(value), "is too large a number", "put it in quotes")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Violation(path, shown(value), "is not a number", "write a number such as 1.5")
 
 
 def _set_map(message: Message, field: FieldDescriptor, value: Any, path: str) -> Iterator[Violation]:

@@ -26,7 +26,7 @@ def image() -> pb.Resource:
             api_version="casemate/v1",
             kind="Image",
             metadata=meta_pb2.Meta(name="debian"),
-            spec=fleet_pb.ImageSpec(source="file:///d.qcow2", digest="sha256:" + "0" * 64, format="qcow2"),
+            spec=fleet_pb.ImageSpec(source="file:///d.qcow2", digest="sha256:" + "0" * 64, format="qcow2", size="1Gi"),
         )
     )
 

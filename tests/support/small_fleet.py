@@ -34,7 +34,7 @@ DIGEST = "sha256:" + "0" * 64
 
 
 def image(name: str = "debian") -> Image:
-    return Image(Meta(name), ImageSpec(File("file:///images/x.qcow2", DIGEST), "qcow2"))
+    return Image(Meta(name), ImageSpec(File("file:///images/x.qcow2", DIGEST), "qcow2", size_mib=1024))
 
 
 def network(name: str = "default", subnet: str = "10.99.0.0/24") -> Network:

@@ -96,6 +96,11 @@ def test_a_good_manifest_comes_back_with_its_defaults() -> None:
         ("spec.pods.0.spec.containers.0.image", None, "spec.pods[0].spec.containers[0].image: is missing"),
         ("spec.pods.0.spec.containers.0.lifecycle", {}, "containers[0].lifecycle: is not a supported Pod field"),
         ("spec.pods.0.spec.containers.0.ports.0.containerPort", 70000, "is not a port number"),
+        (
+            "spec.pods.0.spec.terminationGracePeriodSeconds",
+            float("inf"),
+            "terminationGracePeriodSeconds: 'inf' is not a number",
+        ),
         ("spec.pods.0.kind", "Job", "spec.pods[0].kind: 'Job' is not one of the words"),
         ("spec.userData", "rm -rf", "spec.userData: 'rm -rf' is neither #cloud-config nor a script"),
         ("spec.sshKeys", ["nonsense"], "spec.sshKeys[0]: 'nonsense' is not a public SSH key"),
@@ -211,3 +216,11 @@ def test_every_field_of_the_schema_has_a_comment_in_specs() -> None:
         assert spec is not None
         missing = [f.full_name for f in schema.fields_of(spec) if not schema.comment(f.full_name)]
         assert not missing
+
+
+def test_numbers_that_json_lacks_are_refused_from_any_client() -> None:
+    resource = manifest.parse(GOOD)
+    resource.environment.spec.pods[0].update({"spec": {"terminationGracePeriodSeconds": float("nan")}})
+    with pytest.raises(InvalidSpec) as invalid:
+        resources.from_message(resource)
+    assert invalid.value.violations[0].path == "spec.pods[0]"

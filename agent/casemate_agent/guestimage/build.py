@@ -354,6 +354,7 @@ class _Build:
             "type": "disk",
             **part("root.qcow2"),
             "format": "qcow2",
+            "size": f"{recipe.ROOT_DISK_MIB}Mi",
             "kernel": part("vmlinux"),
             "initrd": part("initrd"),
             "cmdline": recipe.KERNEL_COMMAND_LINE,

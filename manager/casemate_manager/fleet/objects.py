@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from casemate_core.errors import CallerError, Conflict, InvalidSpec, NotFound, Violation, shown
 from casemate_core.plain import from_plain, to_plain
+from casemate_core.quantity import format_mib
 from casemate_core.spec.environment import Environment
 from casemate_core.spec.fleet import Host, Image, Network, Policy
 from casemate_core.spec.meta import DEFAULT_TENANT, Meta
@@ -76,6 +77,7 @@ def apply_resources(
     given = _Given(state, command.objects)
     results = []
     for one in command.objects:
+        one = _with_defaults(given, one)
         old = _stored(state, one)
         _check_preconditions(one, old)
         _check_references(state, given, one, old, rules)
@@ -164,6 +166,13 @@ class _Given:
         self.networks = {**state.networks, **{o.meta.name: o for o in objects if isinstance(o, Network)}}
 
 
+def _with_defaults(given: _Given, one: Object) -> Object:
+    """What an object leaves to others, written out, so that what is stored says exactly what is claimed."""
+    if isinstance(one, Environment) and not one.spec.disk_mib and (image := given.images.get(one.spec.image)):
+        return replace(one, spec=replace(one.spec, disk_mib=image.spec.size_mib))
+    return one
+
+
 def _check_references(state: State, given: _Given, one: Object, old: Object | None, rules: ObjectRules) -> None:
     match one:
         case Environment():
@@ -181,6 +190,19 @@ def _check_references(state: State, given: _Given, one: Object, old: Object | No
 def _check_environment(given: _Given, one: Environment) -> Iterator[Violation]:
     spec = one.spec
     yield from _check_image(given, "spec.image", spec.image, "disk")
+    image = given.images.get(spec.image)
+    if image is not None and not spec.disk_mib:
+        yield Violation(
+            "spec.disk.size",
+            "",
+            f"is missing, and image {spec.image} does not say its size",
+            "write a size such as 8Gi",
+        )
+    elif image is not None and spec.disk_mib < image.spec.size_mib:
+        least = format_mib(image.spec.size_mib)
+        yield Violation(
+            "spec.disk.size", format_mib(spec.disk_mib), f"is smaller than image {spec.image}", f"write {least} or more"
+        )
     for i, name in enumerate(spec.archives):
         yield from _check_image(given, f"spec.archives[{i}]", name, "oci-archive")
     for i, nic in enumerate(spec.nics):

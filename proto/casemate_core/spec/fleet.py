@@ -21,6 +21,8 @@ class ImageSpec:
     kernel: File | None = None
     initrd: File | None = None
     cmdline: str = ""
+    #: Virtual size of a disk; 0 where the manifest does not say it.
+    size_mib: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from casemate_core.quantity import (
     parse_seconds,
 )
 from casemate_wire import schema
+from casemate_wire.manifest import struct_to_plain
 from casemate_wire.v1 import options_pb2
 
 MAX_TEXT = 256 * 1024
@@ -62,7 +63,11 @@ def _how_to_write(field: FieldDescriptor) -> str:
 
 def _check_field(message: Message, field: FieldDescriptor, path: str) -> Iterator[Violation]:
     value = getattr(message, field.name)
-    if schema.is_map(field) or schema.is_timestamp(field) or schema.is_struct(field):
+    if schema.is_map(field) or schema.is_timestamp(field):
+        return
+    if schema.is_struct(field):
+        for i, item in enumerate(value if field.is_repeated else [value]):
+            yield from _check_struct(item, f"{path}[{i}]" if field.is_repeated else path)
         return
     if field.message_type is not None:
         items = value if field.is_repeated else [value]
@@ -75,6 +80,14 @@ def _check_field(message: Message, field: FieldDescriptor, path: str) -> Iterato
         return
     for i, text in enumerate(value if field.is_repeated else [value]):
         yield from _check_text(field, str(text), f"{path}[{i}]" if field.is_repeated else path)
+
+
+def _check_struct(struct: Struct, path: str) -> Iterator[Violation]:
+    """Free JSON can hold what JSON cannot: NaN and infinities, and values of no kind."""
+    try:
+        struct_to_plain(struct)
+    except (ValueError, RecursionError):
+        yield Violation(path, "", "holds a number that is not finite, or is nested too deep", "write plain JSON")
 
 
 def _check_text(field: FieldDescriptor, text: str, path: str) -> Iterator[Violation]:

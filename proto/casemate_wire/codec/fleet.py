@@ -1,6 +1,6 @@
 """Image, Network, Host, Policy ⇄ messages."""
 
-from casemate_core.quantity import format_mib, format_millicpus
+from casemate_core.quantity import format_mib, format_millicpus, parse_mib
 from casemate_core.spec.fleet import (
     Host,
     HostSpec,
@@ -33,6 +33,7 @@ def image_from_message(message: pb.Image) -> Image:
             kernel=File(spec.kernel.source, spec.kernel.digest) if spec.HasField("kernel") else None,
             initrd=File(spec.initrd.source, spec.initrd.digest) if spec.HasField("initrd") else None,
             cmdline=spec.cmdline,
+            size_mib=parse_mib(spec.size) if spec.size else 0,
         ),
     )
 
@@ -52,6 +53,7 @@ def image_to_message(image: Image, status: ImageStatus | None = None) -> pb.Imag
             kernel=pb.BootFile(source=spec.kernel.source, digest=spec.kernel.digest) if spec.kernel else None,
             initrd=pb.BootFile(source=spec.initrd.source, digest=spec.initrd.digest) if spec.initrd else None,
             cmdline=spec.cmdline,
+            size=format_mib(spec.size_mib) if spec.size_mib else "",
         ),
         status=pb.ImageStatus(hosts=status.hosts, environments=status.environments) if status else None,
     )

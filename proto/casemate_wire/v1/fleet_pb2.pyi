@@ -293,6 +293,7 @@ class ImageSpec(_message.Message):
     KERNEL_FIELD_NUMBER: _builtins.int
     INITRD_FIELD_NUMBER: _builtins.int
     CMDLINE_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     type: _builtins.str
     """`disk` for a root disk, `oci-archive` for a tar file of container images. `disk` where it is not set."""
     source: _builtins.str
@@ -303,6 +304,8 @@ class ImageSpec(_message.Message):
     """Format, said here and never probed: `qcow2` or `raw`."""
     cmdline: _builtins.str
     """Kernel command line for a direct boot."""
+    size: _builtins.str
+    """Size of the disk as a guest sees it: what an environment gets that sets no `disk.size`, and the least it can ask for."""
     @_builtins.property
     def kernel(self) -> Global___BootFile:
         """Kernel for a direct boot; the image's own boot loader is used where it is not set."""
@@ -321,10 +324,11 @@ class ImageSpec(_message.Message):
         kernel: Global___BootFile | None = ...,
         initrd: Global___BootFile | None = ...,
         cmdline: _builtins.str = ...,
+        size: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["initrd", b"initrd", "kernel", b"kernel"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cmdline", b"cmdline", "digest", b"digest", "format", b"format", "initrd", b"initrd", "kernel", b"kernel", "source", b"source", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cmdline", b"cmdline", "digest", b"digest", "format", b"format", "initrd", b"initrd", "kernel", b"kernel", "size", b"size", "source", b"source", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
