@@ -190,7 +190,7 @@ class FleetColumns:
                 bins.model[number] = 0
                 bins.touch(number)
         self.cell_row[list(row.bins)] = -1
-        self.available[row.number] = False
+        self.available[row.number] = self.live[row.number] = False
         self.meta_version += 1
 
     def apply_claim(self, host: str, claim: Claim) -> None:
@@ -237,6 +237,8 @@ class FleetColumns:
         self.cells = _empty(len(self.dimensions), per_cell, bins)
         #: (B,) int64: row of each bin of ``cells``, -1 where it is not in use.
         self.cell_row: NDArray[np.int64] = np.full(bins, -1, dtype=np.int64)
+        #: (N,) bool: there is a host in the row.
+        self.live: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
         #: (N,) bool: the host is there, available and not cordoned.
         self.available: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
 
@@ -300,6 +302,7 @@ class FleetColumns:
         self.rows[number] = row
         self._row_of[view.name] = row
         self.cell_row[list(bins)] = number
+        self.live[number] = True
         self.available[number] = view.available and not view.cordoned
         self._write(row, range(count), slots)
 

@@ -111,7 +111,7 @@ class Constraints:
             if len(self._static) >= MAX_KEPT:
                 self._everything.discard(id(self._static.pop(next(iter(self._static)))[0]))
             self._static[key] = kept
-            if all(allowed[row.number] for row in self.columns.live_rows()):
+            if np.array_equal(allowed, self.columns.live):
                 self._everything.add(id(allowed))
         return kept
 

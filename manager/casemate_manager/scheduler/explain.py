@@ -166,10 +166,7 @@ def _missing(scheduler: Scheduler, request: PlacementRequest, policy: PlacementP
             missing += (shape.models >> bins.model) & 1 == 0
     allowed, _ = scheduler.allowed(request, policy)
     missing += ~allowed
-    live = np.zeros(len(missing), dtype=np.bool_)
-    for row in columns.live_rows():
-        live[row.number] = True
-    missing[~live] = np.inf
+    missing[~columns.live] = np.inf
     return missing
 
 

@@ -141,72 +141,82 @@ class PackScore:
 
     def compute(self, shape: Shape, at: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Rise (K,) of the bins ``at``, from their columns alone, and the slot of the cheapest slice."""
-        bins, weights, known = self._bins, self._weights, len(at)
-        slot = np.zeros(known, dtype=np.int64)
+        bins = self._bins
         after = bins.free[:, at]
         after[: len(shape.need)] -= np.array(shape.need, dtype=np.int64)[:, None]
         fits = after.min(axis=0) >= 0
         if shape.models:
             fits &= (shape.models >> bins.model[at]) & 1 == 1
-        total = bins.total[at]
-        if total.any():
-            # Bins that changed since anybody looked need their badness as they are, too: computed in the same pass.
-            stale = at[bins.version[at] > self._known[at]]
-            both = at
-            if len(stale):
-                both = np.concatenate([at, stale])
-                after = np.concatenate([after, bins.free[:, stale]], axis=1)
-            gpu, whole, left = bins.gpu[:, both], bins.whole[both], bins.total[both]
-            left[:known] -= shape.gpu_milli
-            if shape.gpus and shape.share_milli == WHOLE_MILLI:
-                fits &= whole[:known] >= shape.gpus
-                whole[:known] -= shape.gpus
-                np.maximum(whole, 0, out=whole)
-            worth, several = self._served(after, both)
-            of_gpu = self._worth_of(gpu, worth)
-            bad = FRAGMENT * self._mass * left - of_gpu.sum(axis=0)
+        if shape.gpus and shape.share_milli == WHOLE_MILLI:
+            fits &= bins.whole[at] >= shape.gpus
+        elif shape.gpus:
+            fits &= (bins.gpu[:, at] >= shape.share_milli).sum(axis=0) >= shape.gpus
+        rise, slot = np.full(len(at), np.inf), np.zeros(len(at), dtype=np.int64)
+        # The badness is for where GPUs are free; the rest, often most of it, is best fit or does not fit at all.
+        busy = bins.total[at] == 0
+        heavy = (fits & ~busy).nonzero()[0]
+        if len(heavy):
+            rise[heavy], slot[heavy] = self._rise(shape, at[heavy], after[:, heavy])
+        if not shape.gpus:
+            room = np.zeros(len(at))
+            for d, scale in self._tight:
+                room += after[d] * (TIGHT * scale)
+            plain = fits & busy
+            rise[plain] = room[plain]
+        return rise, slot
+
+    def _rise(
+        self, shape: Shape, at: NDArray[np.int64], after: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """As ``compute``, for bins (K,) where the shape fits and GPUs are free; ``after`` (D, K) is what it leaves."""
+        bins, weights, known = self._bins, self._weights, len(at)
+        slot = np.zeros(known, dtype=np.int64)
+        # Bins that changed since anybody looked need their badness as they are, too: computed in the same pass.
+        stale = at[bins.version[at] > self._known[at]]
+        both = at
+        if len(stale):
+            both = np.concatenate([at, stale])
+            after = np.concatenate([after, bins.free[:, stale]], axis=1)
+        gpu, whole, left = bins.gpu[:, both], bins.whole[both], bins.total[both]
+        left[:known] -= shape.gpu_milli
+        if shape.gpus and shape.share_milli == WHOLE_MILLI:
+            whole[:known] -= shape.gpus
+        worth, several = self._served(after, both)
+        of_gpu = self._worth_of(gpu, worth)
+        bad = FRAGMENT * self._mass * left - of_gpu.sum(axis=0)
+        if several is not None:
+            columns = np.arange(len(both))
+            in_wholes = several[weights.several_of[whole], columns] * whole
+            bad -= FRAGMENT * WHOLE_MILLI * in_wholes
+        if len(self._priced):
+            bad += BESIDE * np.maximum(0.0, left - after[self._priced] * self._per_unit).sum(axis=0)
+        then = bad[:known]
+        if shape.gpus and shape.share_milli == WHOLE_MILLI:
+            then += shape.gpus * (WHOLE_MILLI * FRAGMENT * worth[-1, :known] + weights.value[WHOLE_MILLI])
+        elif shape.gpus:
+            # `then` counts every GPU as it is; the change of the cheapest ones is added.
+            mine = gpu[:, :known]
+            rest = mine - shape.share_milli
+            can = rest >= 0
+            rest *= can
+            change = of_gpu[:, :known] - self._worth_of(rest, worth[:, :known])
             if several is not None:
-                columns = np.arange(len(both))
-                group = weights.several_of[whole]
-                in_wholes = several[group, columns] * whole
-                bad -= FRAGMENT * WHOLE_MILLI * in_wholes
-            if len(self._priced):
-                bad += BESIDE * np.maximum(0.0, left - after[self._priced] * self._per_unit).sum(axis=0)
-            then = bad[:known]
-            if shape.gpus and shape.share_milli == WHOLE_MILLI:
-                then += shape.gpus * (WHOLE_MILLI * FRAGMENT * worth[-1, :known] + weights.value[WHOLE_MILLI])
-            elif shape.gpus:
-                # `then` counts every GPU as it is; the change of the cheapest ones is added.
-                mine = gpu[:, :known]
-                rest = mine - shape.share_milli
-                can = rest >= 0
-                rest *= can
-                change = of_gpu[:, :known] - self._worth_of(rest, worth[:, :known])
-                if several is not None:
-                    less = np.maximum(whole[:known] - 1, 0)
-                    fewer = in_wholes[:known] - several[weights.several_of[less], columns[:known]] * less
-                    change += FRAGMENT * WHOLE_MILLI * fewer * (mine == WHOLE_MILLI)
-                change[~can] = np.inf
-                if shape.gpus == 1:
-                    slot = change.argmin(axis=0)
-                    then += change[slot, np.arange(known)]
-                elif shape.gpus <= len(change):
-                    change.partition(shape.gpus - 1, axis=0)
-                    then += change[: shape.gpus].sum(axis=0)
-                else:
-                    then += np.inf
-            if len(stale):
-                self._bad[stale] = bad[known:]
-                self._known[stale] = bins.version[stale]
-            then -= self._bad[at]
-            if shape.gpus and weights.model_demand:
-                then += self._scarcity[bins.model[at]] * shape.gpu_milli
-        else:
-            then = np.full(known, np.inf if shape.gpus else 0.0)
-        if self._tight:
-            room = sum((after[d, :known] * scale for d, scale in self._tight), start=np.zeros(known))
-            then += np.where(total == 0, TIGHT * room, 0.0)
-        then[~fits] = np.inf
+                less = np.maximum(whole[:known] - 1, 0)
+                fewer = in_wholes[:known] - several[weights.several_of[less], columns[:known]] * less
+                change += FRAGMENT * WHOLE_MILLI * fewer * (mine == WHOLE_MILLI)
+            change[~can] = np.inf
+            if shape.gpus == 1:
+                slot = change.argmin(axis=0)
+                then += change[slot, np.arange(known)]
+            else:
+                change.partition(shape.gpus - 1, axis=0)
+                then += change[: shape.gpus].sum(axis=0)
+        if len(stale):
+            self._bad[stale] = bad[known:]
+            self._known[stale] = bins.version[stale]
+        then -= self._bad[at]
+        if shape.gpus and weights.model_demand:
+            then += self._scarcity[bins.model[at]] * shape.gpu_milli
         return then, slot
 
     def _worth_of(self, gpu: NDArray[np.int64], worth: NDArray[np.float64]) -> NDArray[np.float64]:

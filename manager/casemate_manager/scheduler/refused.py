@@ -77,9 +77,7 @@ def count_reasons(
     """The hosts counted by the first thing that rejects each."""
     counts: Counter[str] = Counter()
     samples: dict[str, str] = {}
-    rest = np.zeros(len(columns.available), dtype=np.bool_)
-    for row in columns.live_rows():
-        rest[row.number] = True
+    rest = columns.live.copy()
 
     def take(rejected: NDArray[np.bool_], word: str) -> None:
         nonlocal rest
@@ -93,11 +91,12 @@ def count_reasons(
 
     hosts = int(rest.sum())
     take(~columns.available, CLOSED)
-    selected = np.ones(len(rest), dtype=np.bool_)
-    for row in columns.live_rows():
-        labels = row.view.labels
-        selected[row.number] = all(labels.get(k) == v for k, v in request.node_selector.items())
-    take(~selected, SELECTOR)
+    if request.node_selector:
+        selected = np.ones(len(rest), dtype=np.bool_)
+        for row in columns.live_rows():
+            labels = row.view.labels
+            selected[row.number] = all(labels.get(k) == v for k, v in request.node_selector.items())
+        take(~selected, SELECTOR)
     tolerated, _ = constraints.hosts(request.node_selector, request.tolerations)
     take(~tolerated, TAINT)
     if policy.allowed is not None:
