@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.fleet import casemate, clean_environment, free_port
 
 #: Objects of one request.
-CHUNK = 500
+CHUNK = 60
 
 
 def fill(manager: str, environments: int) -> float:

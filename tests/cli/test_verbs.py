@@ -62,6 +62,17 @@ def test_apply_is_idempotent_and_dry_run_does_nothing(fleet: Fleet, name: str) -
     assert fleet.run("apply", "-f", "-", stdin=manifest(name)).ok() == f"environment/{name} unchanged\n"
 
 
+def test_more_objects_than_one_request_takes(fleet: Fleet, name: str) -> None:
+    names = [f"{name}-{i}" for i in range(61)]
+    text = "---\n".join(manifest(n, app=name).replace("spec:", "spec:\n  run: stopped") for n in names)
+    done = fleet.run("apply", "-f", "-", stdin=text)
+    assert done.ok().splitlines() == [f"environment/{n} created" for n in names]
+    assert "61 objects go in 2 requests" in done.err
+    assert len(fleet.run("get", "env", "-l", f"app={name}", "-o", "name").ok().splitlines()) == 61
+    fleet.run("delete", "env", "-l", f"app={name}", "--no-wait").ok()
+    fleet.run("wait", "env", "-l", f"app={name}", "--for", "delete", "--timeout", "60s").ok()
+
+
 def test_diff_says_what_would_change_and_how(fleet: Fleet, ready: str) -> None:
     same = fleet.run("diff", "-f", "-", stdin=manifest(ready))
     assert (same.code, same.out) == (0, "")

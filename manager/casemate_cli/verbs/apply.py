@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from casemate_cli.client import Client
     from casemate_wire.v1 import operators_pb2 as pb
 
+#: Objects that a manager takes in one request (its batches are bounded, as those of its stores are).
+MAX_AT_ONCE = 60
+
 _SOURCE = click.option(
     "-f",
     "--filename",
@@ -47,8 +50,8 @@ def apply(
 ) -> None:
     """Make or change objects from files, a folder, or standard input.
 
-    All objects of one call are made and changed, or none. The same manifests applied twice change nothing. A call that was
-    cut off can be repeated.
+    Up to 60 objects are made and changed all together, or none of them. The same manifests applied twice change nothing. A
+    call that was cut off can be repeated.
 
     \b
     Examples:
@@ -68,21 +71,40 @@ def apply(
     settings = options.settings(ctx)
     resources = manifests.load(filenames, recursive=recursive, tenant=settings.tenant)
     with Client(settings) as client:
-        answer = client.apply(resources, key=request_key(), dry_run=dry_run)
-        _tell_results(answer, form, dry_run)
+        _tell_results(_batches(client, resources, request_key(), dry_run), form, dry_run)
         if prune:
             _prune(client, resources, selector, settings.tenant, dry_run)
 
 
-def _tell_results(answer: "pb.ApplyResponse", form: str, dry_run: bool) -> None:
-    for result in answer.results:
+def _batches(client: "Client", resources: "list[pb.Resource]", key: str, dry_run: bool) -> "list[pb.ApplyResult]":
+    """Apply in as many requests as are needed; one that fails says what was done before it."""
+    parts = [resources[first : first + MAX_AT_ONCE] for first in range(0, len(resources), MAX_AT_ONCE)]
+    if len(parts) > 1:
+        term.say(
+            f"{len(resources)} objects go in {len(parts)} requests, each of which is done as a whole or not at all"
+        )
+    results: list[pb.ApplyResult] = []
+    for i, part in enumerate(parts):
+        try:
+            results += client.apply(part, key=f"{key}.{i}", dry_run=dry_run).results
+        except Failure:
+            if results and not dry_run:
+                term.say(
+                    f"{len(results)} objects before were applied; the same command again goes on from there", "yellow"
+                )
+            raise
+    return results
+
+
+def _tell_results(results: "list[pb.ApplyResult]", form: str, dry_run: bool) -> None:
+    for result in results:
         for warning in result.warnings:
             term.say(f"warning: {_ref(result)}: {warning}", "yellow")
     if form in ("json", "yaml", "name"):
-        shown = [r.resource for r in answer.results if r.resource.WhichOneof("object")]
+        shown = [r.resource for r in results if r.resource.WhichOneof("object")]
         output.write(shown, form, listed=len(shown) != 1)
         return
-    for result in answer.results:
+    for result in results:
         would = " (dry run)" if dry_run else ""
         term.out(f"{term.clean(_ref(result))} {term.clean(result.action)}{would}")
 
@@ -144,8 +166,8 @@ def diff(ctx: click.Context, filenames: tuple[str, ...], recursive: bool, form: 
     settings = options.settings(ctx)
     resources = manifests.load(filenames, recursive=recursive, tenant=settings.tenant)
     with Client(settings) as client:
-        answer = client.apply(resources, key=request_key(), dry_run=True)
-    differing = [r for r in answer.results if r.action != "unchanged"]
+        results = _batches(client, resources, request_key(), dry_run=True)
+    differing = [r for r in results if r.action != "unchanged"]
     if form == "json":
         term.out(output.to_json([_change_plain(r) for r in differing]))
     for result in differing if form == "text" else ():
