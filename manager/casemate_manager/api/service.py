@@ -23,6 +23,7 @@ from casemate_manager.api import side
 from casemate_manager.api.errors import streaming, unary
 from casemate_manager.api.feed import Feed, Subscription, is_event_of, parse_token
 from casemate_manager.api.lookup import Found, Query, Reader
+from casemate_manager.api.top import Top
 from casemate_manager.fleet.commands import (
     Answer,
     Applied,
@@ -40,7 +41,7 @@ from casemate_wire import schema
 from casemate_wire.codec import resources
 from casemate_wire.codec.basics import ref_to_message
 from casemate_wire.codec.views import change_to_message
-from casemate_wire.v1 import fleet_pb2, meta_pb2, operators_pb2_grpc
+from casemate_wire.v1 import fleet_pb2, meta_pb2, operators_pb2_grpc, top_pb2
 from casemate_wire.v1 import operators_pb2 as pb
 
 PAGE: Final = 500
@@ -85,6 +86,7 @@ class FleetService(operators_pb2_grpc.FleetServicer):
         self._core = core
         self._channels = channels
         self._why = why
+        self._top = Top()
         self._version = version
         self._new_seed = new_seed
 
@@ -257,6 +259,11 @@ class FleetService(operators_pb2_grpc.FleetServicer):
         if request.host and request.host not in state.hosts:
             raise NotFound("Host", request.host)
         return await self._why.why(state, self._core.observed, instance, request.host)
+
+    @unary
+    async def Top(self, request: top_pb2.TopRequest, context: Context) -> top_pb2.TopResponse:
+        """What a host or the fleet has, what of it is used, and what is free and stranded."""
+        return await self._top.top(self._core.state, self._core.observed, request)
 
     @unary
     async def Version(self, request: pb.VersionRequest, context: Context) -> pb.VersionResponse:
