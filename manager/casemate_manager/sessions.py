@@ -138,7 +138,8 @@ class Sessions:
         self._seed = seed
         self._window = window
         self._sessions: dict[str, Session] = {}
-        self._streams: set[Session] = set()
+        #: In the order of their arrival, so that what is told to all is told in an order that can be repeated.
+        self._streams: dict[Session, None] = {}
         self._admission = asyncio.Semaphore(ADMITTED)
         self._queued = 0
         self._tickets: dict[str, Channel] = {}
@@ -176,7 +177,7 @@ class Sessions:
     async def serve(self, stream: Stream[FromHost, ToHost]) -> None:
         """Serve a host's stream until either end closes it."""
         session = Session(ManagerEnd(self._writer.epoch, window=self._window, reconnect_window_s=RECONNECT_WINDOW_S))
-        self._streams.add(session)
+        self._streams[session] = None
         reader = asyncio.create_task(self._read(session, stream), name="host-session-reader")
         reason = "the stream was cut"
         try:
@@ -191,7 +192,7 @@ class Sessions:
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-            self._streams.discard(session)
+            self._streams.pop(session, None)
             if self._sessions.get(session.host) is session:
                 del self._sessions[session.host]
                 await self._gone(session, reason)

@@ -124,11 +124,11 @@ def affected(state: State, batch: Batch) -> dict[str, set[str]]:
         for placement in state.instance_placements.get(uid, {}).values():
             hosts.setdefault(placement.host, set()).add(uid)
 
-    environments: set[str] = set()
+    environments: dict[str, None] = {}
     for change in batch.records:
         match change:
             case Put(EnvironmentRecord() as record):
-                environments.add(record.environment.meta.uid)
+                environments[record.environment.meta.uid] = None
             case Put(PlacementRecord() as placement):
                 hosts.setdefault(placement.host, set()).add(placement.instance_uid)
             case Put(InstanceRecord() as instance):
@@ -136,12 +136,12 @@ def affected(state: State, batch: Batch) -> dict[str, set[str]]:
                 if old is not None:
                     wake(instance.meta.uid)
                 if old is None or old.nics != instance.nics:
-                    environments.add(instance.environment_uid)  # its peers' records name it
+                    environments[instance.environment_uid] = None  # its peers' records name it
             case Put(Network() as network):
                 for uid in state.addresses.get(network.meta.name, {}).values():
                     wake(uid)
             case Drop("Instance", uid):
-                environments.add(state.instances[uid].environment_uid)
+                environments[state.instances[uid].environment_uid] = None
             case _:
                 pass
     for environment in environments:

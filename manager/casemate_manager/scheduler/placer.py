@@ -131,13 +131,14 @@ class FleetPlacer:
             self._records, self._inventories = dict(state.hosts), dict(state.inventories)
             self._claims, self._asked = dict(state.claims), asked
             self._overlaid = set()
-            for host in changed:
+            # by name: rows are numbered as they come, and equal ones are chosen by their numbers
+            for host in sorted(changed):
                 self._write(state, observed, host, None)
             policies = tuple(state.policies.values())
             if policies != self._policies:
                 self._policies = policies
                 self.book.set(policies)
-        for host in self._overlaid - overlay.keys():
+        for host in sorted(self._overlaid - overlay.keys()):
             self._write(state, observed, host, None)
             self._overlaid.discard(host)
         for host, claims in overlay.items():
