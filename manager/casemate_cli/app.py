@@ -28,6 +28,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
     },
     "Fleet": {
         "host": ("hosts", "host", "See the hosts."),
+        "top": ("top", "top", "Show capacity: what is used, free, and stranded, and why."),
         "cordon": ("hosts", "cordon", "Place nothing new on hosts."),
         "uncordon": ("hosts", "uncordon", "Let hosts take instances again."),
     },

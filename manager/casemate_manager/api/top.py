@@ -1,7 +1,7 @@
 """Capacity for operators: the sums of a fleet, or one host down to its threads (``picture``).
 
 Theory of operation. What is asked about is copied on the loop (references to frozen records); the numbers are made in a
-worker thread, which lets go of the interpreter after every host, so that the loop goes on. Numbers of hosts that have not
+worker thread, which lets go of the interpreter after every few hosts, so that the loop goes on. Numbers of hosts that have not
 changed since they were last asked for are kept.
 """
 
@@ -24,6 +24,8 @@ from casemate_wire.v1 import top_pb2 as messages
 DEFAULT_HOSTS = 10
 MAX_HOSTS = 1000
 MAX_GROUPS = 1000
+#: Hosts between two moments at which the worker lets go of the interpreter: about a millisecond of new ones.
+HOSTS_AT_A_TIME = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,9 @@ class Top:
         whole = Group()
         groups: dict[str, Group] = {}
         worst: list[tuple[int, str, Asked, Summary]] = []
-        for host in asked:
+        for number, host in enumerate(asked):
+            if number % HOSTS_AT_A_TIME == 0:
+                time.sleep(0)  # lets the loop have the interpreter
             summary = None
             if host.topology is not None:
                 summary = self._summaries.of(host.name, host.topology, host.claims)
@@ -83,7 +87,6 @@ class Top:
                         )
                     )
                 groups.setdefault(host.group, Group()).add(summary, closed=bool(host.closed))
-            time.sleep(0)  # lets the loop have the interpreter
         worst.sort(key=lambda item: item[:2])
         return messages.FleetCapacity(
             groups=[_group("", whole, is_all=True), *(_group(value, groups[value]) for value in sorted(groups))],
