@@ -44,7 +44,14 @@ class Failure(Exception):
     """A verb failed. `what` is one line, `details` the fields that are wrong, `remedy` what to do about the whole."""
 
     def __init__(
-        self, what: str, *, code: Exit = Exit.ERROR, details: Iterable[Detail] = (), remedy: str = "", reason: str = ""
+        self,
+        what: str,
+        *,
+        code: Exit = Exit.ERROR,
+        details: Iterable[Detail] = (),
+        remedy: str = "",
+        reason: str = "",
+        log: Iterable[str] = (),
     ) -> None:
         self.what = what
         self.code = code
@@ -52,6 +59,8 @@ class Failure(Exception):
         self.remedy = remedy
         #: One word for programs, where the manager sent one.
         self.reason = reason
+        #: Last lines of what a program said that failed.
+        self.log = tuple(log)
         super().__init__(what)
 
 
@@ -178,6 +187,7 @@ def lines(failure: Failure) -> list[str]:
             ("remedy", detail.remedy),
         )
         told += [f"  {label + ':':<9}{text}" for label, text in parts if text]
+    told += [f"  | {line}" for line in failure.log]
     if failure.remedy:
         if len(failure.details) > 1:
             told.append("")

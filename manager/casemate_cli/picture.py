@@ -269,7 +269,7 @@ def _state_of(row: "pb.FunctionCapacity", style: Style) -> str:
 def _legend(found: "pb.HostCapacity", style: Style) -> Iterator[str]:
     words = {
         "free": "free",
-        "shared": "needed by shared CPUs",
+        "shared": "kept for shared CPUs and emulators",
         "housekeeping": "housekeeping",
         "unusable": "unusable",
         "stranded": "free, stranded",

@@ -97,12 +97,18 @@ def test_a_broken_detail_does_not_hide_the_error() -> None:
 
 
 def test_the_shape() -> None:
-    failure = Failure("no", details=[Detail("spec.a", "1", "is odd", "write 2")], remedy="again")
+    failure = Failure(
+        "no", details=[Detail("spec.a", "1", "is odd", "write 2"), Detail("b")], remedy="again", log=["x"]
+    )
     assert lines(failure) == [
         "error: no",
         "  field:   spec.a",
         "  value:   1",
         "  problem: is odd",
         "  remedy:  write 2",
+        "",
+        "  field:   b",
+        "  | x",
+        "",
         "  remedy:  again",
     ]

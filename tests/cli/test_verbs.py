@@ -1,6 +1,7 @@
 """The verbs on a fleet of simulated hosts, as a person uses them: one story a test, names of its own, nothing left."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_apply_is_idempotent_and_dry_run_does_nothing(fleet: Fleet, name: str) -
 
 def test_more_objects_than_one_request_takes(fleet: Fleet, name: str) -> None:
     names = [f"{name}-{i}" for i in range(61)]
-    text = "---\n".join(manifest(n, app=name).replace("spec:", "spec:\n  run: stopped") for n in names)
+    text = "---\n".join(manifest(n, app=name).replace("\nspec:", "\nspec:\n  run: stopped") for n in names)
     done = fleet.run("apply", "-f", "-", stdin=text)
     assert done.ok().splitlines() == [f"environment/{n} created" for n in names]
     assert "61 objects go in 2 requests" in done.err
@@ -173,7 +174,10 @@ def test_describe_tells_the_story(fleet: Fleet, ready: str) -> None:
         assert text in story
     assert f"{ready}-0" in fleet.run("describe", "inst", f"{ready}-0").ok()
     host = fleet.run("get", "inst", f"{ready}-0", "-o", "jsonpath={.spec.host}").ok().strip()
-    assert f"{ready}-0" in fleet.run("describe", f"host/{host}").ok()
+    told = fleet.run("describe", f"host/{host}").ok()
+    assert f"{ready}-0" in told
+    assert re.search(r"^  Virtualisation +True .*Simulated: guests are simulated", told, re.MULTILINE)
+    assert all(f"\n  {kind} " in told for kind in ("Hypervisor", "Network", "DiskSpace"))
 
 
 def test_events(fleet: Fleet, ready: str) -> None:

@@ -23,7 +23,12 @@ GRACE_S = 15.0
 
 def down(folder: Folder, fleet: Fleet | None) -> None:
     """End everything of this fleet. What is not there needs no end; so it may be run after anything."""
-    if fleet is not None and all(processes.running(folder, n) for n in (steps.MANAGER, steps.AGENT)):
+    # What simulated hosts hold ends with their process: there is nothing to let go of.
+    if (
+        fleet is not None
+        and not fleet.simulated
+        and all(processes.running(folder, n) for n in (steps.MANAGER, steps.AGENT))
+    ):
         _delete_environments(fleet)
     for name in (steps.AGENT, steps.MANAGER):
         process = processes.running(folder, name)

@@ -57,7 +57,7 @@ def run_program(folder: Folder, name: str, argv: Sequence[str], progress: Progre
     if code:
         raise Failure(
             f"{name} failed (exit code {code})",
-            details=[Detail(problem=line) for line in last],
+            log=last,
             remedy=f"the whole log is in {log}",
         )
     return answer.strip()
@@ -138,20 +138,18 @@ def _until(folder: Folder, name: str, met: Callable[[], bool]) -> None:
     while not met():
         if processes.running(folder, name) is None:
             raise Failure(
-                f"the {name} ended at its start", details=_log(folder, name), remedy=f"see {folder.log(name)}"
+                f"the {name} ended at its start",
+                log=processes.tail(folder.log(name), 8),
+                remedy=f"see {folder.log(name)}",
             )
         if time.monotonic() > give_up_s:
             raise Failure(
                 f"the {name} does not answer after {START_S:g} s",
                 code=Exit.TIMEOUT,
-                details=_log(folder, name),
+                log=processes.tail(folder.log(name), 8),
                 remedy=f"see {folder.log(name)}",
             )
         time.sleep(0.1)
-
-
-def _log(folder: Folder, name: str) -> list[Detail]:
-    return [Detail(problem=line) for line in processes.tail(folder.log(name), 6)]
 
 
 def connect(fleet: Fleet, retry_s: float = 2.0) -> "Client":

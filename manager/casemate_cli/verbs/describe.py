@@ -97,7 +97,7 @@ def _conditions(message: Any, plain: list[dict[str, str]]) -> None:
     for condition in message.status.conditions:
         status = term.paint(f"{term.clean(condition.status):<8}", WORD_COLOURS.get(condition.status, ""))
         why = ": ".join(w for w in (condition.reason, condition.message) if w)
-        term.out(f"  {term.clean(condition.type):<14}{status}{age(condition.since):<8}{term.clean(why)}")
+        term.out(f"  {term.clean(condition.type):<16}{status}{age(condition.since):<8}{term.clean(why)}")
 
 
 def _parts(client: "Client", kind_name: str, tenant: str, owner: str) -> None:
