@@ -5,6 +5,9 @@ import logging
 import sys
 import time
 
+#: Libraries that narrate each of their steps at debug, thousands of lines for one look at a host; heard from info on.
+TALKATIVE = ("asyncio", "grpc", "pyroute2")
+
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -39,3 +42,5 @@ def set_up(form: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else Console())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(max(logging.getLogger().level, logging.INFO))
