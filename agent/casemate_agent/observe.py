@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import TypeVar
 
 from casemate_agent.drivers.ports import Drivers, MachineFacts
@@ -21,6 +22,11 @@ T = TypeVar("T")
 #: Interfaces whose taps are looked for on behalf of an instance of which only files are left.
 MOST_NICS = 8
 
+NETWORK_CHECK_S = 600.0
+"""How long the answer to whether this host can make networks holds: it costs a process, and a kernel rarely changes."""
+NETWORK_RECHECK_S = 30.0
+"""The same while the answer is no: somebody is mending it."""
+
 
 @dataclass(slots=True)
 class Observer:
@@ -32,6 +38,9 @@ class Observer:
     _machine: MachineFacts | None = None
     _virtualisation: str = ""
     _taps: dict[tuple[str, int], str] = field(default_factory=dict)
+    _silent_since_s: dict[str, float] = field(default_factory=dict)
+    _network_problem: str | None = None
+    _network_checked_s: float = -inf
 
     async def machine(self) -> MachineFacts:
         """The host's facts. Raises MachineError where they were never read and cannot be now."""
@@ -51,11 +60,13 @@ class Observer:
         machine = self._machine or await self.machine()
         if not self._virtualisation:
             self._virtualisation = await self._ask("virtualisation", drivers.hypervisor.virtualisation, 60.0, {}) or ""
-        domains, files, networks = await asyncio.gather(
+        domains, files, networks, _ = await asyncio.gather(
             self._ask("hypervisor", drivers.hypervisor.domains, deadline_s, silent),
             self._ask("images", drivers.images.observe, deadline_s, silent),
             self._ask("networks", drivers.networks.observe, deadline_s, silent),
+            self._check_network(now_s),
         )
+        self._silent_since_s = {port: self._silent_since_s.get(port, now_s) for port in silent}
         guarded: dict[str, tuple[str, ...]] = {}
         if networks is not None and networks.guards:
             uids = {*records, *(files.overlays if files else ()), *(files.seeds if files else ())}
@@ -71,9 +82,20 @@ class Observer:
             guests=dict(guests),
             attached=drivers.guests.attached(),
             virtualisation=self._virtualisation,
+            virtualisation_reason=drivers.hypervisor.virtualisation_reason,
+            network_problem=self._network_problem,
             busy=busy,
             silent=silent,
+            silent_since_s=dict(self._silent_since_s),
         )
+
+    async def _check_network(self, now_s: float) -> None:
+        """Ask whether this host can make networks, where the last answer is old."""
+        age_s = now_s - self._network_checked_s
+        if 0 <= age_s < (NETWORK_CHECK_S if self._network_problem == "" else NETWORK_RECHECK_S):
+            return
+        self._network_checked_s = now_s
+        self._network_problem = await self._ask("networks", self.drivers.networks.condition, self.deadline_s, {})
 
     def _guarded(self, uids: Iterable[str], guards: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
         found = {}
@@ -106,5 +128,5 @@ class Observer:
             silent[port] = str(error)
         except OSError as error:
             silent[port] = f"{type(error).__name__}: {error}"
-        log.warning("%s does not answer: %s", port, silent.get(port, ""))
+        log.warning("%s does not answer: %s", port, silent[port])
         return None

@@ -16,6 +16,7 @@ from math import inf
 from casemate_agent import actions as act
 from casemate_agent.actions import Action
 from casemate_agent.admission import admit, foreign_claim, held_claims
+from casemate_agent.conditions import host_conditions
 from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
 from casemate_agent.drivers.ports import DomainFacts
 from casemate_agent.records import (
@@ -28,7 +29,6 @@ from casemate_agent.records import (
 )
 from casemate_core.claims import Claim
 from casemate_core.spec.instance import DesiredInstance, Run
-from casemate_core.spec.views import Condition
 from casemate_wire.stream import HostReport
 
 __all__ = ["InstancePlan", "Plan", "Settings", "plan"]
@@ -76,7 +76,7 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None) ->
         report=HostReport(
             foreign=len(observed.foreign),
             drift=tuple(drift),
-            conditions=_conditions(book, observed),
+            conditions=host_conditions(book.host, book.damage, observed, settings.low_disk_fraction),
             foreign_claims=foreign,
             disk_free_mib=observed.files.free_mib if observed.files is not None else 0,
         ),
@@ -204,21 +204,3 @@ def _audit(book: Book, observed: Observation, foreign: tuple[Claim, ...]) -> lis
                 f"A3 EpochLost: {uid}: placed under term {record.claim_epoch}, the host knows {book.host.epoch}"
             )
     return found
-
-
-def _conditions(book: Book, observed: Observation) -> tuple[Condition, ...]:
-    """What is well or not with the host's parts."""
-    conditions = [
-        Condition(
-            f"{port.capitalize()}Reachable",
-            "False" if port in observed.silent else "True",
-            "NoAnswer" if port in observed.silent else "",
-            observed.silent.get(port, ""),
-        )
-        for port in ("hypervisor", "images", "networks")
-    ]
-    if book.host.complete:
-        conditions.append(Condition("LedgerComplete", "True"))
-    else:
-        conditions.append(Condition("LedgerComplete", "False", "WaitingForSnapshot", "; ".join(book.damage)))
-    return tuple(conditions)

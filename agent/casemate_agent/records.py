@@ -155,11 +155,17 @@ class Observation:
     guests: Mapping[str, GuestView] = field(default_factory=dict)
     attached: frozenset[str] = frozenset()
     virtualisation: str = ""
+    #: Why guests are emulated, where they are.
+    virtualisation_reason: str = ""
+    #: What this host lacks to make guests' networks; None: not known.
+    network_problem: str | None = None
     #: Instances that had an action under way when the observation began (and ``HOST``, for the host's own). They are not
     #: planned for: what was seen of them may be older than the action's effect.
     busy: frozenset[str] = frozenset()
     #: Ports that did not answer, with the reason.
     silent: Mapping[str, str] = field(default_factory=dict)
+    #: Since when each of them has not (seconds since the epoch).
+    silent_since_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

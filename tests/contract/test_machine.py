@@ -19,3 +19,8 @@ async def test_virtualisation_is_one_of_the_words(bench: Bench) -> None:
     word = await bench.hypervisor.virtualisation(60)
     assert word in ("kvm", "tcg", "simulated")
     assert await bench.hypervisor.virtualisation(60) == word
+
+
+async def test_emulation_has_a_reason_and_only_emulation(bench: Bench) -> None:
+    word = await bench.hypervisor.virtualisation(60)
+    assert (bench.hypervisor.virtualisation_reason != "") == (word == "tcg")

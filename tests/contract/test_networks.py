@@ -42,3 +42,9 @@ async def test_names_are_the_same_for_life_and_different_for_each(bench: Bench) 
     assert all(re.fullmatch("cm[0-9a-f]{11}", name) for name in names)
     assert len(bench.networks.bridge("a" * 63)) <= 15
     assert bench.networks.bridge("a") != bench.networks.bridge("b")
+
+
+async def test_whether_networks_can_be_made_is_answered_and_changes_nothing(bench: Bench) -> None:
+    before = await bench.networks.observe(20)
+    assert await bench.networks.condition(20) == ""
+    assert await bench.networks.observe(20) == before

@@ -64,7 +64,7 @@ states = st.builds(
 )  # fmt: skip
 reports = st.builds(
     stream.HostReport, counts, st.lists(claims, max_size=2).map(tuple), st.lists(words, max_size=2).map(tuple),
-    st.lists(st.builds(Condition, words, st.just("True"), words, words), max_size=2).map(tuple), counts,
+    st.lists(st.builds(Condition, words, st.just("True"), words, words, times), max_size=2).map(tuple), counts,
 )  # fmt: skip
 from_host = st.one_of(
     st.builds(stream.Hello, words, words, counts, counts, words, counts, words, words, st.sampled_from(["kvm", "tcg", "simulated"])),

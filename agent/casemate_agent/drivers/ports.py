@@ -118,6 +118,11 @@ class Hypervisor(Protocol):
         """``kvm`` where KVM runs guests here, else ``tcg``. Probed once by really using it, then remembered."""
         ...
 
+    @property
+    def virtualisation_reason(self) -> str:
+        """Why not KVM, in one sentence; empty where it is, and before ``virtualisation`` answered."""
+        ...
+
 
 # --- images, overlays, seeds ------------------------------------------------------------------------------------------
 
@@ -203,6 +208,10 @@ class Networks(Protocol):
 
     async def unguard(self, uid: str, deadline_s: float) -> None:
         """Remove the rules of an instance's taps."""
+        ...
+
+    async def condition(self, deadline_s: float) -> str:
+        """Empty where this host can make guests' networks; else what it lacks. Changes nothing."""
         ...
 
 

@@ -75,6 +75,10 @@ class Faults:
     disk_full: bool = False
     #: Guests that ignore a request to power off, by uid.
     stubborn: set[str] = field(default_factory=set)
+    #: Why the machine has no KVM; empty: guests run as on any simulated host.
+    no_kvm: str = ""
+    #: What its kernel cannot do of guests' networks.
+    no_rules: str = ""
     #: Digests whose source has other content.
     wrong_digests: set[str] = field(default_factory=set)
 
@@ -387,7 +391,13 @@ class _Hypervisor:
             yield await self._lease.domain_events.get()
 
     async def virtualisation(self, deadline_s: float) -> str:
-        return await self._call("virtualisation", lambda: "simulated", deadline_s)
+        return await self._call(
+            "virtualisation", lambda: "tcg" if self._host.faults.no_kvm else "simulated", deadline_s
+        )
+
+    @property
+    def virtualisation_reason(self) -> str:
+        return self._host.faults.no_kvm
 
 
 class _Images:
@@ -546,6 +556,9 @@ class _Networks:
                 self._host.guards.pop(tap_name(uid, index), None)
 
         await self._call("unguard", remove, deadline_s)
+
+    async def condition(self, deadline_s: float) -> str:
+        return await self._call("condition", lambda: self._host.faults.no_rules, deadline_s)
 
 
 class _Guests:

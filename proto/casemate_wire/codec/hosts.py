@@ -457,7 +457,9 @@ def _report_to_message(report: stream.HostReport) -> pb.HostFacts:
         foreign_claims=[struct(c.to_dict()) for c in report.foreign_claims],
         drift=report.drift,
         conditions=[
-            pb.HostCondition(type=c.type, status=c.status, reason=c.reason, message=c.message)
+            pb.HostCondition(
+                type=c.type, status=c.status, reason=c.reason, message=c.message, since=timestamp(c.since_s)
+            )
             for c in report.conditions
         ],
         disk_free_mib=report.disk_free_mib,
@@ -481,7 +483,7 @@ def _report_from_message(message: pb.HostFacts) -> stream.HostReport:
         foreign_claims=tuple(Claim.from_dict(plain(c)) for c in message.foreign_claims),
         drift=tuple(_text(d) for d in message.drift),
         conditions=tuple(
-            Condition(_text(c.type, 64), _text(c.status, 16), _text(c.reason, 64), _text(c.message))
+            Condition(_text(c.type, 64), _text(c.status, 16), _text(c.reason, 64), _text(c.message), seconds(c.since))
             for c in message.conditions
         ),
         disk_free_mib=message.disk_free_mib,
