@@ -27,7 +27,7 @@ def placed(fleet: Fleet) -> Iterator[str]:
     try:
         deadline_s = time.monotonic() + 20
         while True:
-            host = fleet.run("get", "inst/top-test-0", "-o", "jsonpath={.status.host}").out.strip()
+            host = fleet.run("get", "inst/top-test-0", "-o", "jsonpath={.spec.host}").out.strip()
             if host:
                 break
             assert time.monotonic() < deadline_s, "not placed in time"
@@ -41,7 +41,7 @@ def test_the_fleet_in_text_and_in_other_forms(fleet: Fleet, placed: str) -> None
     text = fleet.run("top", "fleet").ok()
     assert text.splitlines()[0] == f"fleet  {HOSTS} hosts"
     assert "threads" in text
-    table = [line.split() for line in text.splitlines() if line.startswith(("HOST", "h"))]
+    table = [line.split() for line in text.splitlines() if line.startswith(("HOST", "sim-"))]
     assert table[0][:3] == ["HOST", "STATE", "INSTANCES"]
     assert len(table) == HOSTS + 1
     plain = json.loads(fleet.run("top", "fleet", "-o", "json").ok())
@@ -55,14 +55,14 @@ def test_the_fleet_in_text_and_in_other_forms(fleet: Fleet, placed: str) -> None
 
 
 def test_the_fleet_by_a_label(fleet: Fleet) -> None:
-    fleet.run("label", "host", "h1", "top-rack=r1").ok()
+    fleet.run("label", "host", "sim-1", "top-rack=r1").ok()
     try:
         text = fleet.run("top", "fleet", "--by", "top-rack").ok()
         assert "\ntop-rack=r1  1 host\n" in text
         assert f"\nno top-rack  {HOSTS - 1} hosts\n" in text
         assert fleet.run("top", "fleet", "-l", "top-rack=r1").ok().startswith("fleet  1 host\n")
     finally:
-        fleet.run("label", "host", "h1", "top-rack-").ok()
+        fleet.run("label", "host", "sim-1", "top-rack-").ok()
     assert fleet.run("top", "fleet", "-l", "a in (").code == 1
 
 
@@ -72,9 +72,9 @@ def test_a_host_and_who_holds_what(fleet: Fleet, placed: str) -> None:
     assert "A default/top-test-0  threads " in text
     assert "\x1b" not in text
     plain = json.loads(fleet.run("top", "host", f"host/{placed}", "-o", "json").ok())
-    claim = json.loads(fleet.run("get", "placement", "top-test-0", "-o", "json").ok())["claim"]
+    claim = json.loads(fleet.run("get", "placement", "top-test-0", "-o", "json").ok())["spec"]["claim"]
     held = [
-        t["number"]
+        t.get("number", 0)
         for cell in plain["cells"]
         for cache in cell["caches"]
         for core in cache["cores"]
@@ -89,12 +89,12 @@ def test_a_host_and_who_holds_what(fleet: Fleet, placed: str) -> None:
 
 
 def test_a_cordoned_host_takes_nothing_new(fleet: Fleet) -> None:
-    fleet.run("cordon", "h2").ok()
+    fleet.run("cordon", "sim-2").ok()
     try:
-        assert "takes nothing new: cordoned" in fleet.run("top", "host", "h2").ok()
+        assert "takes nothing new: cordoned" in fleet.run("top", "host", "sim-2").ok()
         assert f"fleet  {HOSTS} hosts, 1 take nothing new" in fleet.run("top", "fleet").ok()
     finally:
-        fleet.run("uncordon", "h2").ok()
+        fleet.run("uncordon", "sim-2").ok()
 
 
 def test_a_host_that_is_not_there(fleet: Fleet) -> None:

@@ -7,8 +7,8 @@ Theory of operation. Every thread that may be given away is in one of three stat
     held        one claim owns it
     set aside   pool threads that shared CPUs need: as many as the cell's charge, rounded up. Shared CPUs float over all that
                 the dedicated left, so *which* threads are set aside is our choice: first those beside a held sibling, then
-                those of the highest cores. On a host without housekeeping threads one pool thread is set aside in any case,
-                in the cell with most of them free: emulators must have a place
+                those of the highest cores. On a host without housekeeping threads one pool thread is set aside in any case
+                (beside a held sibling, or in the cell with most of them free), for emulators must have a place
     free        the rest
 
 so that used + free = total everywhere. Housekeeping, unusable and offline threads are in no total.
@@ -269,9 +269,9 @@ def _set_aside(index: TopologyIndex, usage: Usage) -> tuple[int, int]:
             here = cell.pool & left
             aside |= _choose(index, here & _beside_held(cell, usage.owned), here, need)
     if not index.reserved and not aside and left:
+        beside = sum(_beside_held(cell, usage.owned) for cell in index.cpu_cells) & left
         cell = max(index.cpu_cells, key=lambda c: ((c.pool & left).bit_count(), -c.position))
-        here = cell.pool & left
-        aside = _choose(index, here & _beside_held(cell, usage.owned), here, 1)
+        aside = _choose(index, beside, cell.pool & left, 1)
     return left & ~aside, aside
 
 
