@@ -53,7 +53,7 @@ lock: venv ## resolve pyproject.toml into the lock files again
 
 .PHONY: bench
 bench: venv ## list the measurements; bench-NAME runs one
-	@for f in tests/bench/*.py; do n=$$(basename "$$f" .py); case $$n in _*|conftest) ;; *) echo "  make bench-$$n" ;; esac; done
+	@for f in tests/bench/*.py; do n=$$(basename "$$f" .py); case $$n in _*|conftest|test_*) ;; *) echo "  make bench-$$n" ;; esac; done
 
 bench-%: venv
 	@test -f tests/bench/$*.py || { echo "there is no tests/bench/$*.py; see 'make bench'" >&2; exit 2; }
