@@ -18,7 +18,7 @@ from casemate_agent.actions import Action
 from casemate_agent.admission import admit, foreign_claim, held_claims
 from casemate_agent.conditions import host_conditions
 from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
-from casemate_agent.drivers.ports import DomainFacts
+from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.records import (
     Book,
     InstanceRecord,
@@ -52,7 +52,11 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None) ->
     """All that is to be done on this host now."""
     settings = settings or Settings()
     drift = [f"LedgerDamaged: {problem}" for problem in book.damage]
-    foreign = tuple(foreign_claim(domain, observed.machine.topology) for domain in observed.foreign)
+    foreign = tuple(
+        foreign_claim(domain, observed.machine.topology)
+        for domain in observed.foreign
+        if domain.phase is not DomainPhase.SHUT_OFF  # defined, and using nothing
+    )
     adopted, unreadable = _adopt(book, observed)
     drift += unreadable
     networks = {network.name: network for network in book.host.networks}

@@ -254,6 +254,8 @@ def test_foreign_vms_count_as_used_and_are_never_touched() -> None:
     claim = plan(book(), seen(pinned), SETTINGS).report.foreign_claims[0]
     assert claim.vcpus == (2, 3)
     assert claim.shared == ()
+    off = plan(book(), seen(replace(stranger, phase=DomainPhase.SHUT_OFF)), SETTINGS).report
+    assert (off.foreign, off.foreign_claims) == (1, ()), "a VM that is off uses nothing"
 
 
 def test_our_domains_without_a_record_are_adopted_as_they_run() -> None:
