@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from casemate_agent.drivers import guestwire as wire
@@ -46,6 +46,7 @@ def test_a_good_frame_is_found_after_any_garbage(garbage: bytes, more: bytes, pa
 
 
 @given(st.binary(max_size=300), st.integers(0, 400))
+@example(payload=b"\xfe", cut=21)
 def test_a_frame_cut_off_by_a_reconnect_is_dropped_and_the_next_one_read(payload: bytes, cut: int) -> None:
     first, second = helper.encode({"t": "first"}, payload), helper.encode({"t": "second"}, payload)
     cut = min(cut, len(first) - 2)  # all but the closing FF is the whole frame

@@ -10,7 +10,7 @@ spec:
   cpu: {count: 1}
   memory: {size: 256Mi}
   image: debian-13
-  disk: {size: 1Gi}
+  disk: {size: 2Gi}
   pods:
     - apiVersion: v1
       kind: Pod

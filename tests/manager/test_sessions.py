@@ -235,7 +235,7 @@ async def test_a_cloned_identity_is_held_on_both_machines(tmp_path: Path) -> Non
         await until(lambda: first.refused is not None and second.refused is not None)
         for host in (first, second):
             assert host.refused is not None and host.refused.reason == "Held" and host.refused.retry_after_s < 0
-        assert len(sessions) == 0
+        await until(lambda: len(sessions) == 0)
         await first.cut()
         await second.cut()
 

@@ -532,4 +532,4 @@ class Link(RuleBasedStateMachine):
 
 
 TestLink = Link.TestCase
-TestLink.settings = settings(max_examples=60, stateful_step_count=60)
+TestLink.settings = settings(max_examples=25, stateful_step_count=50)

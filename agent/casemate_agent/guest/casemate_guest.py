@@ -130,6 +130,8 @@ class Decoder:
 
     @staticmethod
     def _decode(stuffed: bytes) -> tuple[Message, bytes] | None:
+        if stuffed.endswith(b"\xfe"):
+            return None  # cut off within a stuffed byte
         content = stuffed.replace(b"\xfe\x02", b"\xff").replace(b"\xfe\x01", b"\xfe")
         if not 6 <= len(content) <= MAX_CONTENT or crc32(content[4:]) != int.from_bytes(content[:4], "big"):
             return None
@@ -2122,7 +2124,8 @@ class Helper:
         if container.over():
             stream.follow = False
         self.streams[number] = stream
-        self.tell({"t": "opened", "s": number, "container_id": container.id, "starts": container.starts})
+        opened = {"t": "opened", "s": number, "container": container.name}
+        self.tell(opened | {"container_id": container.id, "starts": container.starts})
         self.fill()
 
     def _exec(self, header: Message, _: bytes) -> None:
