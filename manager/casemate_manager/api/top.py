@@ -18,7 +18,7 @@ from casemate_manager.api.picture import named_amounts
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import HostRecord
 from casemate_manager.fleet.state import State
-from casemate_manager.scheduler.headroom import CELL_KINDS, Group, Summaries, Summary
+from casemate_manager.scheduler.headroom import CELL_KINDS, COUNT, Group, Summaries, Summary
 from casemate_wire.v1 import top_pb2 as messages
 
 DEFAULT_HOSTS = 10
@@ -26,6 +26,8 @@ MAX_HOSTS = 1000
 MAX_GROUPS = 1000
 #: Hosts between two moments at which the worker lets go of the interpreter: about a millisecond of new ones.
 HOSTS_AT_A_TIME = 4
+#: Hosts that are copied before the loop may do something else. Each is copied at one moment, not all at the same.
+ASKED_AT_A_TIME = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +54,20 @@ class Top:
         if request.host:
             return messages.TopResponse(host=await _host(state, observed, request.host))
         selector = selectors.parse(request.selector)
+        every = list(state.hosts)
         asked = []
-        for name in sorted(state.hosts):
-            labels = state.hosts[name].host.meta.labels
-            if selector.matches(labels):
-                asked.append(_asked(state, observed, name, labels.get(request.group_by, "")))
+        for number, name in enumerate(every):
+            if number % ASKED_AT_A_TIME == ASKED_AT_A_TIME - 1:
+                await asyncio.sleep(0)
+            record = state.hosts.get(name)
+            if record is not None and selector.matches(record.host.meta.labels):
+                asked.append(_asked(state, observed, name, record.host.meta.labels.get(request.group_by, "")))
         count = min(request.hosts if request.hosts > 0 else DEFAULT_HOSTS, MAX_HOSTS)
-        every = frozenset(state.hosts)
         async with self._one_at_a_time:
             fleet = await asyncio.to_thread(self._fleet, asked, request.group_by, count, every)
         return messages.TopResponse(fleet=fleet)
 
-    def _fleet(self, asked: list[Asked], group_by: str, count: int, every: frozenset[str]) -> messages.FleetCapacity:
+    def _fleet(self, asked: list[Asked], group_by: str, count: int, every: list[str]) -> messages.FleetCapacity:
         """The sums; runs in a worker thread."""
         self._summaries.keep(every)
         whole = Group()
@@ -140,23 +144,26 @@ def _closed(state: State, observed: Observed, record: HostRecord) -> str:
 
 
 def _group(value: str, group: Group, *, is_all: bool = False) -> messages.CapacityGroup:
+    amounts = group.amounts()
     return messages.CapacityGroup(
         value=value,
         all=is_all,
         hosts=group.hosts,
         unknown=group.unknown,
         closed=group.closed,
-        amounts=named_amounts(group.sums.amounts()),
+        amounts=named_amounts(amounts.get("", {})),
         stranded=[
-            messages.StrandedAmount(name=name, cause=cause.value, amount=amount, hosts=group.on[name, cause], cell=-1)
-            for (name, cause), amount in sorted(group.stranded.items())
+            messages.StrandedAmount(name=name, cause=cause.value, amount=amount, hosts=hosts, cell=-1)
+            for (name, cause), (amount, hosts) in sorted(group.stranded.items())
         ],
         cells=[
             messages.CellKind(
-                kind=kind, cells=group.cells[kind], amounts=named_amounts(group.cell_sums[kind].amounts())
+                kind=kind,
+                cells=amounts[kind][COUNT].total,
+                amounts=named_amounts({name: a for name, a in amounts[kind].items() if name != COUNT}),
             )
             for kind in CELL_KINDS
-            if kind in group.cells
+            if kind in amounts
         ],
     )
 
@@ -167,9 +174,9 @@ def _headroom(host: Asked, summary: Summary) -> messages.HostHeadroom:
         closed=host.closed,
         instances=host.instances,
         stranded_milli=summary.stranded_milli,
-        amounts=named_amounts(summary.amounts),
+        amounts=named_amounts(summary.amounts()),
         stranded=[
             messages.StrandedAmount(name=name, cause=cause.value, amount=amount, hosts=1, cell=-1)
-            for (name, cause), amount in sorted(summary.stranded.items())
+            for name, cause, amount in sorted(summary.stranded)
         ],
     )

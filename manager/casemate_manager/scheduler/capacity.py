@@ -269,7 +269,9 @@ def _set_aside(index: TopologyIndex, usage: Usage) -> tuple[int, int]:
             here = cell.pool & left
             aside |= _choose(index, here & _beside_held(cell, usage.owned), here, need)
     if not index.reserved and not aside and left:
-        beside = sum(_beside_held(cell, usage.owned) for cell in index.cpu_cells) & left
+        # not the last one of a cell: what lies beside it would count as stranded for a thread that is needed anywhere
+        roomy = [cell for cell in index.cpu_cells if (cell.pool & left).bit_count() > 1]
+        beside = sum(_beside_held(cell, usage.owned) & cell.pool for cell in roomy) & left
         cell = max(index.cpu_cells, key=lambda c: ((c.pool & left).bit_count(), -c.position))
         aside = _choose(index, beside, cell.pool & left, 1)
     return left & ~aside, aside

@@ -5,7 +5,10 @@ and claims are the same objects; the sums of a fleet are made of summaries.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from casemate_core.claims import HostClaims
 from casemate_core.topology import Topology
@@ -34,16 +37,27 @@ def amounts_of(cell: CellCapacity) -> Amounts:
     return {name: amount for name, amount in named.items() if amount.total}
 
 
+Layout = tuple[tuple[str, str], ...]
+"""What a row of numbers stands for: (kind of cell, or empty for the host; name of the amount)."""
+#: Name under which cells of a kind are counted, in the place of the total.
+COUNT = "cells"
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One host's sums. ``stranded``: (dimension, cause) to the amount; ``cells``: kind to (count, amounts)."""
+    """One host's sums: (len(layout), 4) of total, used, free, stranded. One array and no tree of objects: ten thousand
+    summaries are kept, and everything that is kept is walked by each full garbage collection. ``stranded``: (dimension,
+    cause, amount). ``stranded_milli``: what is stranded of each dimension as a part of what there is, in thousandths,
+    summed over the dimensions (``vfs:`` are left out, for they count VFs again)."""
 
-    amounts: Amounts
-    stranded: dict[tuple[str, Cause], int]
-    cells: dict[str, tuple[int, Amounts]]
+    layout: Layout
+    numbers: NDArray[np.int64]
+    stranded: tuple[tuple[str, Cause, int], ...]
     stranded_milli: int
-    """What is stranded of each dimension as a part of what there is, in thousandths, summed over the dimensions (``vfs:``
-    are left out, for they count VFs again)."""
+
+    def amounts(self) -> Amounts:
+        """The host's own amounts, by name."""
+        return _by_kind(self.layout, self.numbers).get("", {})
 
 
 def summarise(found: HostCapacity) -> Summary:
@@ -52,14 +66,15 @@ def summarise(found: HostCapacity) -> Summary:
     for entry in found.stranded:
         key = entry.dimension, entry.cause
         stranded[key] = stranded.get(key, 0) + entry.amount
-    cells: dict[str, tuple[int, Amounts]] = {}
+    totals = found.totals()
+    rows = {("", name): amount for name, amount in totals.items()}
     for cell in found.cells:
         kind = kind_of(cell)
-        count, amounts = cells.get(kind, (0, {}))
-        cells[kind] = count + 1, _plus(amounts, amounts_of(cell))
-    totals = found.totals()
+        for name, amount in {COUNT: Amount(1), **amounts_of(cell)}.items():
+            rows[kind, name] = rows.get((kind, name), Amount()) + amount
+    numbers = np.array([(a.total, a.used, a.free, a.stranded) for a in rows.values()], dtype=np.int64).reshape(-1, 4)
     parts = [1000 * a.stranded // a.total for name, a in totals.items() if not name.startswith("vfs:")]
-    return Summary(totals, stranded, cells, sum(parts))
+    return Summary(tuple(rows), numbers, tuple((*key, amount) for key, amount in stranded.items()), sum(parts))
 
 
 class Summaries:
@@ -67,6 +82,8 @@ class Summaries:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Topology, HostClaims, Summary]] = {}
+        #: Hosts of one kind share their layout.
+        self._layouts: dict[Layout, Layout] = {}
 
     def of(self, host: str, topology: Topology, claims: HostClaims) -> Summary:
         """The summary of a host. What is the same object as before is not looked at again: both are values."""
@@ -74,53 +91,27 @@ class Summaries:
         if known is not None and known[0] is topology and (known[1] is claims or known[1] == claims):
             return known[2]
         made = summarise(capacity(topology, claims))
+        made = replace(made, layout=self._layouts.setdefault(made.layout, made.layout))
         self._known[host] = topology, claims, made
         return made
 
     def keep(self, hosts: Iterable[str]) -> None:
         """Forget all other hosts."""
         kept = set(hosts)
-        self._known = {host: known for host, known in self._known.items() if host in kept}
+        if not self._known.keys() <= kept:
+            self._known = {host: known for host, known in self._known.items() if host in kept}
+            self._layouts = {known[2].layout: known[2].layout for known in self._known.values()}
 
 
-class Sums:
-    """Amounts that are added up. Lists of numbers while it goes on, since a fleet adds up a hundred thousand of them."""
-
-    __slots__ = ("_sums",)
+class Group:
+    """Sums over hosts. ``stranded``: (dimension, cause) to (amount, hosts on which it is so)."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[int]] = {}
-
-    def add(self, amounts: Amounts) -> None:
-        """One more of each."""
-        sums = self._sums
-        for name, amount in amounts.items():
-            row = sums.get(name)
-            if row is None:
-                sums[name] = [amount.total, amount.used, amount.free, amount.stranded]
-            else:
-                row[0] += amount.total
-                row[1] += amount.used
-                row[2] += amount.free
-                row[3] += amount.stranded
-
-    def amounts(self) -> Amounts:
-        """The sums so far."""
-        return {name: Amount(*row) for name, row in self._sums.items()}
-
-
-@dataclass(slots=True)
-class Group:
-    """Sums over hosts. ``on``: (dimension, cause) to the hosts on which it is so; ``cells``: kind to their number."""
-
-    hosts: int = 0
-    unknown: int = 0
-    closed: int = 0
-    sums: Sums = field(default_factory=Sums)
-    stranded: dict[tuple[str, Cause], int] = field(default_factory=dict)
-    on: dict[tuple[str, Cause], int] = field(default_factory=dict)
-    cells: dict[str, int] = field(default_factory=dict)
-    cell_sums: dict[str, Sums] = field(default_factory=dict)
+        self.hosts = 0
+        self.unknown = 0
+        self.closed = 0
+        self.stranded: dict[tuple[str, Cause], tuple[int, int]] = {}
+        self._sums: dict[Layout, NDArray[np.int64]] = {}
 
     def add(self, summary: Summary | None, *, closed: bool) -> None:
         """One host more; None where it has not told what it is made of."""
@@ -129,14 +120,28 @@ class Group:
         if summary is None:
             self.unknown += 1
             return
-        self.sums.add(summary.amounts)
-        for key, amount in summary.stranded.items():
-            self.stranded[key] = self.stranded.get(key, 0) + amount
-            self.on[key] = self.on.get(key, 0) + 1
-        for kind, (count, amounts) in summary.cells.items():
-            self.cells[kind] = self.cells.get(kind, 0) + count
-            self.cell_sums.setdefault(kind, Sums()).add(amounts)
+        sums = self._sums.get(summary.layout)
+        if sums is None:
+            self._sums[summary.layout] = summary.numbers.copy()
+        else:
+            sums += summary.numbers
+        for name, cause, amount in summary.stranded:
+            before, hosts = self.stranded.get((name, cause), (0, 0))
+            self.stranded[name, cause] = before + amount, hosts + 1
+
+    def amounts(self) -> dict[str, Amounts]:
+        """The sums: of hosts under the empty word, of their cells by kind, with their number as the total of ``COUNT``."""
+        found: dict[str, Amounts] = {}
+        for layout, numbers in self._sums.items():
+            for kind, amounts in _by_kind(layout, numbers).items():
+                sums = found.setdefault(kind, {})
+                for name, amount in amounts.items():
+                    sums[name] = sums.get(name, Amount()) + amount
+        return found
 
 
-def _plus(sums: Amounts, more: Amounts) -> Amounts:
-    return {**sums, **{name: sums[name] + amount if name in sums else amount for name, amount in more.items()}}
+def _by_kind(layout: Layout, numbers: NDArray[np.int64]) -> dict[str, Amounts]:
+    found: dict[str, Amounts] = {}
+    for (kind, name), row in zip(layout, numbers.tolist(), strict=True):
+        found.setdefault(kind, {})[name] = Amount(*row)
+    return found
