@@ -25,7 +25,7 @@ GPU slots: 1000 for a GPU that is free, less where slices are taken, 0 where it 
 models in it and whether they can be sliced; requests that name models are masks over kinds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -82,6 +82,10 @@ class Row:
     slots: Mapping[str, tuple[int, int, int]]
     #: Amounts of each cell as last written, D each; the host's own are their sums.
     amounts: list[list[int]]
+    #: Of each PF: MAC, number of its VFs, dimensions of the networks it reaches.
+    ports: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
+    #: Free VFs as last written: (dimension, how many), of the host.
+    vfs: tuple[tuple[int, int], ...] = ()
 
     @property
     def claims(self) -> HostClaims:
@@ -97,6 +101,8 @@ class FleetColumns:
         self._index: dict[str, int] = {name: i for i, name in enumerate(self.dimensions)}
         self.kinds: list[tuple[tuple[str, ...], bool]] = [((), False)]
         self._kind_of: dict[tuple[tuple[str, ...], bool], int] = {((), False): 0}
+        #: Dimension of the free pages of a size in KiB.
+        self._pages: dict[int, int] = {}
         self._row_of: dict[str, Row] = {}
         self.rows: list[Row | None] = []
         self._free_rows: list[int] = []
@@ -218,9 +224,11 @@ class FleetColumns:
             view.generation + 1,
         )
         owned = changed.owned_mask
-        memory = {m.cell for m in changed.memory} | {p.cell for p in changed.pages} | {s.cell for s in changed.shared}
-        touched = [i for i, cell in enumerate(row.cells) if owned & cell.mask or cell.id in memory]
-        gpus = (*changed.gpus, *(share.gpu for share in changed.shares)) if row.slots else ()
+        charged = [m.cell for m in changed.memory] + [p.cell for p in changed.pages] + [s.cell for s in changed.shared]
+        touched = [i for i, cell in enumerate(row.cells) if owned & cell.mask or cell.id in charged]
+        gpus: tuple[str, ...] = ()
+        if row.slots and (changed.gpus or changed.shares):
+            gpus = (*changed.gpus, *(share.gpu for share in changed.shares))
         self._write(row, touched, gpus, vfs=bool(changed.vfs))
 
     # --- layout ----------------------------------------------------------------------------------------------------------
@@ -260,6 +268,7 @@ class FleetColumns:
         for name in new:
             self._index[name] = len(self.dimensions)
             self.dimensions.append(name)
+        self._pages = {size: self._index[f"pages:{size}"] for size in topology.index.page_sizes} | self._pages
         self._slots = slots
         self._rebuild(len(self._hosts.model), len(self.cells.model))
 
@@ -298,7 +307,11 @@ class FleetColumns:
                 slots[gpu.uuid] = (position, slot, len(slots))
             self.cells.model[bins[position]] = self._kind(gpus)
         self._hosts.model[number] = self._kind(topology.gpus)
-        row = Row(number, view, bins, cells, slots, [[] for _ in cells])
+        ports = tuple(
+            (pf.mac, len(pf.vfs), tuple(self._index[f"vf:{n}"] for n in pf.networks if f"vf:{n}" in self._index))
+            for pf in topology.pfs
+        )
+        row = Row(number, view, bins, cells, slots, [[0] * len(self.dimensions) for _ in cells], ports)
         self.rows[number] = row
         self._row_of[view.name] = row
         self.cell_row[list(bins)] = number
@@ -317,29 +330,30 @@ class FleetColumns:
 
     # --- amounts ---------------------------------------------------------------------------------------------------------
 
-    def _write(self, row: Row, touched: Iterable[int], gpus: Iterable[str], *, vfs: bool = True) -> None:
+    def _write(self, row: Row, touched: Sequence[int], gpus: Collection[str], *, vfs: bool = True) -> None:
         """Bring some cells of a host, and some of its GPUs, in line with its claims; of the host only that it changed."""
         usage = row.view.claims.usage
         self._tick += 1
         self.row_version[row.number] = self._tick
         self._dirty.add(row.number)
         # A power of two above: what is shared by all cells would else touch them all with every claim. ``fit`` is exact.
-        shared = [(DISK, 1 << max(0, row.view.topology.disk_mib - usage.disk_mib).bit_length())]
+        disk = 1 << max(0, row.view.topology.disk_mib - usage.disk_mib).bit_length()
+        everywhere = vfs or not row.amounts or disk != row.amounts[0][DISK]
         if vfs:
-            shared += self._vfs(row)
+            row.vfs = _free_vfs(row)
         free = row.view.topology.index.online & ~usage.owned
-        old = row.amounts[:]
-        for position in touched:
-            row.amounts[position] = self._amounts(row, position, free)
-        for position, bin_ in enumerate(row.bins):
-            amounts = row.amounts[position]
-            if any(amounts[d] != amount for d, amount in shared):
-                amounts = row.amounts[position] = amounts[:]
-                for d, amount in shared:
-                    amounts[d] = amount
-            if amounts != old[position]:
-                self.cells.free[:, bin_] = amounts
-                self.cells.touch(bin_)
+        for position in range(len(row.bins)) if everywhere else touched:
+            old = row.amounts[position]
+            amounts = self._amounts(row, position, free) if position in touched else old[:]
+            amounts[DISK] = disk
+            for d, amount in row.vfs:
+                amounts[d] = amount
+            if amounts != old:
+                row.amounts[position] = amounts
+                self.cells.free[:, row.bins[position]] = amounts
+                self.cells.touch(row.bins[position])
+        if not gpus:
+            return
         counted = set()
         for uuid in gpus:
             position, slot, host_slot = row.slots[uuid]
@@ -347,11 +361,10 @@ class FleetColumns:
             self.cells.gpu[slot, row.bins[position]] = milli
             self._hosts.gpu[host_slot, row.number] = milli
             counted.add(row.bins[position])
-        if counted:
-            for bin_ in counted:
-                self.cells.count(bin_)
-                self.cells.touch(bin_)
-            self._hosts.count(row.number)
+        for bin_ in counted:
+            self.cells.count(bin_)
+            self.cells.touch(bin_)
+        self._hosts.count(row.number)
 
     def _flush(self) -> None:
         """Write the amounts of hosts that changed since somebody looked at hosts as a whole."""
@@ -370,43 +383,45 @@ class FleetColumns:
                 host[MEMORY] += max(0, cell.plain_mib - usage.charged_mib.get(cell.id, 0))
                 for page_kib, count in cell.pages.items():
                     left = count - usage.pages.get((cell.id, page_kib), 0)
-                    host[self._index[f"pages:{page_kib}"]] += max(0, left)
+                    host[self._pages[page_kib]] += max(0, left)
         host[DISK] = max(0, row.view.topology.disk_mib - usage.disk_mib)
-        for d, amount in self._vfs(row):
+        for d, amount in row.vfs:
             host[d] = amount
         return host
 
     def _amounts(self, row: Row, position: int, free: int) -> list[int]:
         """Amounts of a cell; those that all cells share stay as they were, the caller writes them."""
         cell, usage = row.cells[position], row.view.claims.usage
-        amounts = row.amounts[position][:] or [0] * len(self.dimensions)
+        amounts = row.amounts[position][:]
         isolated = (cell.isolated & free).bit_count()
         milli = max(0, 1000 * (cell.pool & free).bit_count() - usage.shared_milli.get(cell.id, 0))
         usable = (cell.pool | cell.isolated) & free
         amounts[CPU] = milli
         amounts[ANY_CPU] = milli + 1000 * isolated
         amounts[ISOLATED] = isolated
-        amounts[CORES] = sum([cls.whole(usable).bit_count() for cls in cell.classes])
+        cores = 0
+        for shape in cell.classes:
+            cores += shape.whole(usable).bit_count()
+        amounts[CORES] = cores
         amounts[MEMORY] = max(0, cell.plain_mib - usage.charged_mib.get(cell.id, 0))
         for page_kib, count in cell.pages.items():
-            amounts[self._index[f"pages:{page_kib}"]] = max(0, count - usage.pages.get((cell.id, page_kib), 0))
+            amounts[self._pages[page_kib]] = max(0, count - usage.pages.get((cell.id, page_kib), 0))
         return amounts
-
-    def _vfs(self, row: Row) -> list[tuple[int, int]]:
-        taken = row.view.claims.usage.vfs
-        counts: dict[int, int] = {}
-        for pf in row.view.topology.pfs:
-            free = len(pf.vfs) - taken.get(pf.mac, 0).bit_count()
-            for network in pf.networks:
-                d = self._index.get(f"vf:{network}")
-                if d is not None:
-                    counts[d] = counts.get(d, 0) + free
-        return list(counts.items())
 
 
 def with_claims(view: HostView, claims: HostClaims) -> HostView:
     """The same host with other claims, one generation on."""
     return replace(view, claims=claims, generation=view.generation + 1)
+
+
+def _free_vfs(row: Row) -> tuple[tuple[int, int], ...]:
+    taken = row.view.claims.usage.vfs
+    counts: dict[int, int] = {}
+    for mac, number, dimensions in row.ports:
+        free = number - taken.get(mac, 0).bit_count()
+        for d in dimensions:
+            counts[d] = counts.get(d, 0) + free
+    return tuple(counts.items())
 
 
 def _empty(dimensions: int, slots: int, size: int) -> Bins:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from casemate_manager.scheduler.mix import Shape
 
 
+#: Changes kept by number; who is further behind looks at the versions of all bins.
+MAX_LOGGED = 4096
+
+
 class Bins:
     """N bins as columns.
 
@@ -33,11 +37,23 @@ class Bins:
         self.whole = (self.gpu == WHOLE_MILLI).sum(axis=0)
         self.version = np.zeros(len(self.model), dtype=np.int64)
         self.tick = 0
+        self._log: list[int] = []
+        self._logged_from = 0
 
     def touch(self, bin_: int) -> None:
         """Stamp a bin as changed."""
         self.tick += 1
         self.version[bin_] = self.tick
+        self._log.append(bin_)
+        if len(self._log) > 2 * MAX_LOGGED:
+            del self._log[:MAX_LOGGED]
+            self._logged_from += MAX_LOGGED
+
+    def changed_since(self, tick: int) -> NDArray[np.int64]:
+        """Numbers of the bins that changed after ``tick``, ascending: (K,) int64."""
+        if tick < self._logged_from:
+            return (self.version > tick).nonzero()[0]
+        return np.array(sorted(set(self._log[tick - self._logged_from :])), dtype=np.int64)
 
     def count(self, bin_: int) -> None:
         """Bring ``total`` and ``whole`` of a bin in line with its GPUs."""

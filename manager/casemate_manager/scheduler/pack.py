@@ -46,6 +46,9 @@ MAX_CACHED_SHAPES = 512
 
 _KINDS = 64
 
+#: Weights of the mix are rounded to multiples of its inverse.
+EXACT = float(1 << 40)
+
 
 @dataclass(slots=True, eq=False)
 class Rises:
@@ -88,7 +91,10 @@ class PackScore:
         self._compatible = (named == 0) | ((named >> np.minimum(np.arange(_KINDS), 62)) & 1 == 1)
         self._any_named = bool((weights.models != 0).any())
         self._mass = 1.0 if len(weights.starts) else 0.0
-        self._asked = [d for d in range(len(bins.free)) if weights.need[d].any()]
+        self._needs: dict[Shape, NDArray[np.int64]] = {}
+        self._asked = np.array([d for d in range(len(bins.free)) if weights.need[d].any()], dtype=np.int64)
+        self._asked_need = weights.need[self._asked][:, :, None]
+        self._served_by = _served_by(weights)
         priced = [(d, p) for d in self._beside for p in weights.beside[d].tolist() if p > 0]
         self._priced = np.array([d for d, _ in priced], dtype=np.int64)
         self._per_unit = np.array([p for _, p in priced], dtype=np.float64)[:, None]
@@ -118,7 +124,7 @@ class PackScore:
             rise, slot = self.compute(shape, np.arange(len(bins.model)))
             cached = Rises(rise, slot, bins.tick, self._weights)
         elif cached.tick != bins.tick:
-            stale = (bins.version > cached.tick).nonzero()[0]
+            stale = bins.changed_since(cached.tick)
             cached.rise[stale], cached.slot[stale] = self.compute(shape, stale)
             cached.tick = bins.tick
         self._cache[shape] = cached
@@ -142,8 +148,11 @@ class PackScore:
     def compute(self, shape: Shape, at: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Rise (K,) of the bins ``at``, from their columns alone, and the slot of the cheapest slice."""
         bins = self._bins
-        after = bins.free[:, at]
-        after[: len(shape.need)] -= np.array(shape.need, dtype=np.int64)[:, None]
+        need = self._needs.get(shape)
+        if need is None:
+            need = self._needs[shape] = np.array(shape.need, dtype=np.int64)[:, None]
+        after = bins.free.take(at, axis=1)
+        after[: len(need)] -= need
         fits = after.min(axis=0) >= 0
         if shape.models:
             fits &= (shape.models >> bins.model[at]) & 1 == 1
@@ -156,7 +165,9 @@ class PackScore:
         busy = bins.total[at] == 0
         heavy = (fits & ~busy).nonzero()[0]
         if len(heavy):
-            rise[heavy], slot[heavy] = self._rise(shape, at[heavy], after[:, heavy])
+            if len(heavy) == len(at):
+                return self._rise(shape, at, after)
+            rise[heavy], slot[heavy] = self._rise(shape, at[heavy], after.take(heavy, axis=1))
         if not shape.gpus:
             room = np.zeros(len(at))
             for d, scale in self._tight:
@@ -176,8 +187,8 @@ class PackScore:
         both = at
         if len(stale):
             both = np.concatenate([at, stale])
-            after = np.concatenate([after, bins.free[:, stale]], axis=1)
-        gpu, whole, left = bins.gpu[:, both], bins.whole[both], bins.total[both]
+            after = np.concatenate([after, bins.free.take(stale, axis=1)], axis=1)
+        gpu, whole, left = bins.gpu.take(both, axis=1), bins.whole[both], bins.total[both]
         left[:known] -= shape.gpu_milli
         if shape.gpus and shape.share_milli == WHOLE_MILLI:
             whole[:known] -= shape.gpus
@@ -233,20 +244,34 @@ class PackScore:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """Weight of the mix that bins ``at`` serve beside these amounts: by remainders of each class (S + 1, K), and by whole
         GPUs that suffice for so many groups of several (M + 1, K), None where the mix has none."""
-        weights, sizes = self._weights, self._weights.sizes
-        by_class = np.zeros((sizes + 1, len(at)))
-        if not len(weights.starts):
-            return by_class, None
-        runs = self._compatible[:, self._bins.model[at]] if self._any_named else None
-        for d in self._asked:
-            enough = weights.need[d][:, None] <= free[d]
-            runs = enough if runs is None else np.logical_and(runs, enough, out=runs)
-        if runs is None:
-            runs = np.ones((len(weights.models), len(at)), dtype=np.bool_)
-        groups = np.add.reduceat(runs * weights.weight, weights.starts, axis=0)
-        np.cumsum(groups[:sizes], axis=0, out=by_class[1:])
-        if sizes == len(groups):
-            return by_class, None
-        several = np.zeros((len(groups) - sizes + 1, len(at)))
-        np.cumsum(groups[sizes:], axis=0, out=several[1:])
-        return by_class, several
+        sizes = self._weights.sizes
+        if not len(self._served_by):
+            return np.zeros((1, len(at))), None
+        runs = self._asked_need <= free.take(self._asked, axis=0)[:, None, :]
+        all_run = np.logical_and.reduce(runs, axis=0)
+        if self._any_named:
+            all_run &= self._compatible[:, self._bins.model[at]]
+        served = self._served_by @ all_run.astype(np.float64)
+        if sizes + 1 == len(served):
+            return served, None
+        return served[: sizes + 1], served[sizes + 1 :]
+
+
+def _served_by(weights: Weights) -> NDArray[np.float64]:
+    """Which shapes of the mix (J columns) are served by remainders of each class (S + 1 rows), then, where the mix has
+    groups of several, by so many whole GPUs (M + 1 rows): their weights, 0 where one is not. Empty without a mix.
+
+    The weights are whole multiples of a power of two, so that products with it are exact and do not depend on the order of
+    the sums: bins alike score alike, to the last bit, on every machine.
+    """
+    shapes = len(weights.models)
+    if not shapes:
+        return np.zeros((0, 0))
+    exact = np.round(weights.weight[:, 0] * EXACT) / EXACT
+    groups = np.searchsorted(weights.starts, np.arange(shapes), side="right") - 1
+    rows = [np.where(groups < s, exact, 0.0) for s in range(weights.sizes + 1)]
+    if weights.sizes < len(weights.starts):
+        single = groups < weights.sizes
+        numbers = range(weights.sizes, len(weights.starts) + 1)
+        rows += [np.where(~single & (groups < number), exact, 0.0) for number in numbers]
+    return np.array(rows)

@@ -74,11 +74,11 @@ class Usage:
         owned = claim.owned_mask
         shared, charged, pages = self.shared_milli, self.charged_mib, self.pages
         if claim.shared:
-            shared = _summed(shared, ((s.cell, s.milli * sign) for s in claim.shared))
+            shared = _summed(shared, [(s.cell, s.milli * sign) for s in claim.shared])
         if claim.memory:
-            charged = _summed(charged, ((m.cell, m.charged_mib * sign) for m in claim.memory))
+            charged = _summed(charged, [(m.cell, m.charged_mib * sign) for m in claim.memory])
         if claim.pages:
-            pages = _summed(pages, (((p.cell, p.page_kib), (p.count + p.growth) * sign) for p in claim.pages))
+            pages = _summed(pages, [((p.cell, p.page_kib), (p.count + p.growth) * sign) for p in claim.pages])
         share_milli, share_slots = self.share_milli, self.share_slots
         if claim.shares:
             share_milli = _summed(share_milli, ((s.gpu, s.milli * sign) for s in claim.shares))
@@ -86,7 +86,7 @@ class Usage:
             share_slots = _masked(share_slots, slots, add)
         vfs = self.vfs
         if claim.vfs:
-            vfs = _masked(vfs, ((v.pf, 1 << v.index) for v in claim.vfs), add)
+            vfs = _masked(vfs, [(v.pf, 1 << v.index) for v in claim.vfs], add)
         return Usage(
             self.owned | owned if add else self.owned & ~owned,
             shared,
@@ -176,7 +176,8 @@ class HostClaims:
             raise StaleClaim(claim.owner, claim.epoch, self.epoch)
         if both := usage.owned & claim.owned_mask:
             raise DoubleOwner(claim.owner, f"threads {CpuSet(both)} are")
-        self._refuse_taken(claim)
+        if claim.gpus or claim.shares or claim.vfs or claim.devices or claim.partition is not None:
+            self._refuse_taken(claim)
         new = HostClaims.__new__(HostClaims)
         new._claims = {**self._claims, claim.owner: claim}
         new.usage = usage.plus(claim)
@@ -206,7 +207,8 @@ class HostClaims:
         """Without that owner's claim. Raises KeyError where there is none."""
         claim = self._claims[owner]
         new = HostClaims.__new__(HostClaims)
-        new._claims = {name: held for name, held in self._claims.items() if name != owner}
+        new._claims = self._claims.copy()
+        del new._claims[owner]
         new.usage = self.usage.minus(claim)
         new.epoch = self.epoch
         return new

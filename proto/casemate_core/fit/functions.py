@@ -78,31 +78,19 @@ class FreeFunctions:
         self.view = view
         self.request = request
         self.taken_by_groups = _taken_by_groups(view)
-        topology, usage = view.topology, view.usage
         self.free = 0
         self.shared = 0
         self.room: dict[int, int] = {}
-        for i, gpu in enumerate(topology.gpus) if request.gpus else ():
-            if gpu.uuid in usage.gpus or gpu.uuid in self.taken_by_groups:
-                continue
-            sliced = usage.share_milli.get(gpu.uuid, 0)
-            self.room[i] = 1000 - sliced
-            if sliced:
-                self.shared |= 1 << i
-            else:
-                self.free |= 1 << i
-        self.partitions: tuple[int, ...] = tuple(
-            mask
-            for partition, mask in topology.functions.partitions
-            if mask & ~self.free == 0 and partition.id not in usage.partitions
-        )
+        self.partitions: tuple[int, ...] = ()
+        if request.gpus:
+            self._find_gpus()
         self.candidates = [self._candidates(gpus) for gpus in request.gpus]
-        self.vfs = [self._free_vfs(i) for i in range(len(topology.pfs))] if request.nics else []
+        self.vfs = [self._free_vfs(i) for i in range(len(view.topology.pfs))] if request.nics else []
         # per NIC, (-free VFs, port) of the ports that could serve it
         self.nic_ports = [
             [
                 (-self.vfs[port].bit_count(), port)
-                for port in topology.functions.ports(topology, nic.network, nic.needs)
+                for port in view.topology.functions.ports(view.topology, nic.network, nic.needs)
                 if self.vfs[port]
             ]
             for nic in request.nics
@@ -110,6 +98,28 @@ class FreeFunctions:
         self.devices = self._free_devices() if request.devices else []
 
     # GPUs
+
+    def _find_gpus(self) -> None:
+        topology, usage = self.view.topology, self.view.usage
+        mask_of = topology.functions.gpu_mask
+        left = (1 << len(topology.gpus)) - 1 & ~self.view.gpus_held
+        for name in self.taken_by_groups:
+            left &= ~mask_of.get(name, 0)
+        for uuid in usage.share_milli:
+            self.shared |= mask_of.get(uuid, 0)
+        self.shared &= left
+        self.free = left & ~self.shared
+        if any(asked.is_share for asked in self.request.gpus):
+            gpus = topology.gpus
+            self.room = {i: 1000 - usage.share_milli.get(gpus[i].uuid, 0) for i in bits(left)}
+        free, taken = self.free, usage.partitions
+        self.partitions = tuple(
+            [
+                mask
+                for partition, mask in topology.functions.partitions
+                if not mask & ~free and partition.id not in taken
+            ]
+        )
 
     def eligible(self, asked: GpuRequest) -> int:
         """GPUs that could serve the request by themselves: of the model, free, or with a slice left."""
@@ -227,11 +237,18 @@ class FreeFunctions:
         for position, mask in self.view.topology.functions.gpus_of_cell.items():
             if cell_mask >> position & 1:
                 near |= mask
-        keyed = []
-        for chosen in self.together():
-            first = self._gpu_key(chosen, near)
-            if first is not None:
-                keyed.append((first, chosen))
+        keyed: list[tuple[tuple[int, int, int, int], tuple[Candidate, ...]]] = []
+        if len(request.gpus) == 1:
+            local = request.gpus[0].local
+            for candidate in self.candidates[0]:
+                far = (candidate.mask & ~near).bit_count()
+                if not (far and local):
+                    keyed.append(((far, *candidate.spread), (candidate,)))
+        else:
+            for several in self.together():
+                first = self._gpu_key(several, near)
+                if first is not None:
+                    keyed.append((first, several))
         keyed.sort(key=lambda item: item[0])
         waiting: list[Functions] = []
         prefix: tuple[int, ...] = ()
@@ -263,7 +280,10 @@ class FreeFunctions:
         mask = 0
         for candidate in chosen:
             mask |= candidate.mask
-        broken = sum(1 for free in self.partitions if free & mask and free & ~mask)
+        broken = 0
+        for free in self.partitions:
+            if free & mask and free & ~mask:
+                broken += 1
         if any(asked.is_share for asked in self.request.gpus):
             return broken, sum(self.room.get(i, 0) for i in bits(mask))
         left = 0
@@ -321,9 +341,9 @@ class FreeFunctions:
 
     def _devices(self, cell_mask: int) -> tuple[int, tuple[int, ...]] | None:
         """Devices for the requests: as many beside the CPUs as can be, by augmenting paths over those first."""
-        asked = [d for d in self.request.devices for _ in range(d.count)]
-        if not asked:
+        if not self.request.devices:
             return 0, ()
+        asked = [d for d in self.request.devices for _ in range(d.count)]
         topology = self.view.topology
         cells = topology.functions.device_cell
         local = {i for i in self.devices if cells[i] >= 0 and cell_mask >> cells[i] & 1}

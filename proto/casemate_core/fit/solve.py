@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from casemate_core.claims import Claim, HostClaims, Pages, PlainMemory, SharedCpu
 from casemate_core.claims.model import split_within
-from casemate_core.cpuset import EMPTY, CpuSet, bits
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.fit.cells import Layout, layouts
 from casemate_core.fit.cores import take
 from casemate_core.fit.functions import NOTHING, FreeFunctions, Functions
@@ -131,13 +131,13 @@ def _key(view: View, request: Request, layout: Layout, functions: Functions) -> 
         keys = [part.cpu.key for part in layout.parts if part.cpu is not None]
         cpu = (sum(k[0] for k in keys), sum(k[1] for k in keys), sum(k[2] for k in keys), sum(k[3] for k in keys))
     gpus_beside = threads = memory = 0
+    gpus_of_cell = view.topology.functions.gpus_of_cell if not request.gpus and view.topology.gpus else None
     for part in layout.parts:
         cell = part.cell
         threads += (cell.mask & view.free).bit_count()
         memory += view.plain_free(cell)
-        if not request.gpus and view.topology.gpus:
-            here = view.topology.functions.gpus_of_cell.get(cell.position, 0)
-            gpus_beside += sum(view.topology.gpus[i].uuid not in view.usage.gpus for i in bits(here))
+        if gpus_of_cell is not None:
+            gpus_beside += (gpus_of_cell.get(cell.position, 0) & ~view.gpus_held).bit_count()
     return (layout.cpu_cells, *functions.key, *cpu, gpus_beside, threads, memory, first.cell.position)
 
 

@@ -78,13 +78,15 @@ class Need:
 class View:
     """Free resources of one host. Masks of threads, amounts by cell position."""
 
-    __slots__ = ("floor", "free", "index", "kind", "pool_left", "topology", "usage")
+    __slots__ = ("floor", "free", "gpus_held", "index", "kind", "pool_left", "topology", "usage")
 
     topology: Topology
     index: TopologyIndex
     usage: Usage
     free: int
     """Threads that nobody owns."""
+    gpus_held: int
+    """GPUs that somebody holds whole."""
     kind: int
     """Threads of the kind of core asked for; all of them where any will do."""
     pool_left: int
@@ -101,6 +103,12 @@ class View:
         self.kind = -1 if request.cpu.cores is CoreChoice.ANY else index.kinds[_CORE_KINDS[request.cpu.cores]]
         self.pool_left = (index.pool & self.free).bit_count()
         self.floor = not index.reserved
+        held = 0
+        if claims.usage.gpus:
+            mask_of = topology.functions.gpu_mask
+            for uuid in claims.usage.gpus:
+                held |= mask_of.get(uuid, 0)
+        self.gpus_held = held
 
     def limit(self, cell: CellIndex) -> int:
         """How many pool threads of the cell a dedicated claim may take."""

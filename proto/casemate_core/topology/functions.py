@@ -79,6 +79,8 @@ class FunctionIndex:
     shape: Shape
     gpu_bit: Mapping[str, int]
     """UUID to position."""
+    gpu_mask: Mapping[str, int]
+    """UUID to the mask with that GPU alone."""
     gpus_of_cell: Mapping[int, int]
     """Position of a cell to the mask of its GPUs; GPUs of no known cell are in none."""
     peers: tuple[int, ...]
@@ -112,6 +114,7 @@ class FunctionIndex:
         return cls(
             shape=_shape([gpu.place for gpu in topology.gpus]),
             gpu_bit=gpu_bit,
+            gpu_mask={uuid: 1 << i for uuid, i in gpu_bit.items()},
             gpus_of_cell=gpus_of_cell,
             peers=tuple(sum(1 << gpu_bit[peer] for peer in gpu.peers) for gpu in topology.gpus),
             partitions=tuple((p, sum(1 << gpu_bit[uuid] for uuid in p.gpus)) for p in topology.partitions),
