@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,22 @@ import pytest
 
 from casemate_agent import sandbox as sandboxes
 from casemate_agent.domain.names import table_name, tap_name, tap_prefix
+from casemate_cli.dev import preflight
 from support.fleet import Done, casemate, clean_environment, free_port
 from support.instances import digest_of
 
-#: Addresses of the journeys' instances: nothing else of this suite uses them.
-SUBNET = "10.120.0.0/16"
 TAIL = 2500
+
+
+def free_subnet(port: int) -> str:
+    """Addresses for one fleet's instances that this machine has no route to; ``port``, taken already, keeps apart fleets
+    that begin at the same time."""
+    taken = [route for _, route in preflight.routes() if route.prefixlen]
+    for number in range(64):
+        subnet = IPv4Network(f"10.{128 + (port + number) % 64}.0.0/16")
+        if not any(route.overlaps(subnet) for route in taken):
+            return str(subnet)
+    pytest.fail("this machine has routes into all of 10.128.0.0/10", pytrace=False)
 
 
 def tail(path: Path, size: int = TAIL) -> str:
@@ -239,7 +250,7 @@ def fleet_in(folder: Path) -> Iterator[RealFleet]:
     environ = clean_environment(folder, f"127.0.0.1:{port}")
     sandbox = sandboxes.up(folder / "v")
     serve = [sys.executable, "-m", "casemate_manager", "serve", "--state-dir", str(folder / "manager")]
-    serve += ["--listen", f"127.0.0.1:{port}", "--default-subnet", SUBNET]
+    serve += ["--listen", f"127.0.0.1:{port}", "--default-subnet", free_subnet(port)]
     manager = Daemon(serve, folder / "manager.log", environ)
     agent = Daemon(agent_argv(folder, sandbox, port), folder / "agent.log", environ)
     fleet = RealFleet(folder, sandbox, manager, agent, environ)
@@ -251,8 +262,8 @@ def fleet_in(folder: Path) -> Iterator[RealFleet]:
         yield fleet
     finally:
         try:
-            agent.end()
-            manager.end()
+            fleet.agent.end()
+            fleet.manager.end()
         finally:
             sandboxes.down(folder / "v")
     left = [trace for trace in traces_of_scope(sandbox.scope, folder) if trace != str(folder)]
