@@ -262,13 +262,27 @@ def test_live_fields_reach_the_host_at_once_and_others_wait(fleet: SmallFleet) -
     fleet.apply(stopped)
     ((one,), _) = desired.whole(fleet.state, "h1")
     assert (one.cpus, one.run) == (1, Run.STOPPED)
-    fleet.tell("h1", 1, told(one.uid, Phase.STOPPED))
+    fleet.tell("h1", 1, told(one.uid, Phase.STOPPED, one.generation))
     ((one,), _) = desired.whole(fleet.state, "h1")
     assert (one.cpus, one.ssh_keys, one.placement.generation) == (2, (), 2)
     assert one.placement.claim.vcpus_max == 2
     # New instances have all of it.
     fleet.apply(replace(stopped, spec=replace(stopped.spec, replicas=2)))
     assert fleet.state.spec_of(fleet.state.instances[fleet.state.instance_names["default/hello-1"]]).ssh_keys
+
+
+def test_word_of_an_earlier_stop_does_not_change_what_may_run_again(fleet: SmallFleet) -> None:
+    fleet.join("h1", line="1s 8k/c 1t 16G disk=100G")
+    fleet.apply(environment(cpus=4, run="stopped"))
+    ((one,), _) = desired.whole(fleet.state, "h1")
+    fleet.tell("h1", 1, told(one.uid, Phase.STOPPED, one.generation))
+    fleet.apply(environment(cpus=4, run="started"))  # and it starts, which is not heard of yet
+    fleet.apply(environment(cpus=2, run="stopped"))
+    ((one,), _) = desired.whole(fleet.state, "h1")
+    assert one.cpus == 4 and one.placement.claim.vcpus_max == 4
+    fleet.tell("h1", 1, told(one.uid, Phase.STOPPED, one.generation))
+    ((one,), _) = desired.whole(fleet.state, "h1")
+    assert one.cpus == 2 and one.placement.claim.vcpus_max == 2
 
 
 def test_a_waiting_instance_takes_every_change(fleet: SmallFleet) -> None:

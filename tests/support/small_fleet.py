@@ -144,8 +144,8 @@ class SmallFleet:
         return State.of(self.state.epoch, self.state.revision, records)
 
 
-def told(uid: str, phase: Phase) -> InstanceState:
-    return InstanceState(uid, 1, phase)
+def told(uid: str, phase: Phase, generation: int = 1) -> InstanceState:
+    return InstanceState(uid, generation, phase)
 
 
 __all__ = ["Put", "SmallFleet", "environment", "image", "network", "told", "topology"]

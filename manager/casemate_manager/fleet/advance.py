@@ -144,7 +144,14 @@ def _adopt(draft: Draft, overlay: Overlay, record: EnvironmentRecord, instance: 
         _put_with_nics(draft, record, changed)
         return
     seen = draft.observed.instances.get(instance.meta.uid)
-    stopped = seen is not None and seen.state is not None and seen.state.phase is Phase.STOPPED
+    # Off, and said of what is asked now: word that it was off before it was started again may still be the last heard,
+    # and what it runs on must not be given to another.
+    stopped = (
+        seen is not None
+        and seen.state is not None
+        and seen.state.phase is Phase.STOPPED
+        and seen.state.generation == generation
+    )
     if (
         instance.restart_generation >= record.restart_generation
         or record.environment.spec.run != "stopped"

@@ -259,7 +259,7 @@ class _Run:
         self._checks = 0
         self._violations: list[str] = []
         self._happened: Counter[str] = Counter()
-        self._stopping = False
+        self._settling = self._stopping = False
 
     # --- World --------------------------------------------------------------------------------------------------------
 
@@ -414,20 +414,39 @@ class _Run:
         name = self._pick()
         tenancy = self._tenancies[name]
         before = tenancy.amounts()
-        match self._rng.randrange(4):
+        match self._rng.randrange(5):
             case 0 if not tenancy.shape.gang:
                 tenancy.replicas = max(1, tenancy.replicas + self._rng.choice((-1, 1)))
             case 1:
                 tenancy.run = "stopped"
             case 2:
                 tenancy.run = "started"
-            case 3 if not tenancy.cpu.max:
+            case 3 if not tenancy.cpu.max and tenancy.run == "stopped":
+                # started, and soon after it stopped again for another size: word of either may still be on its way
+                tenancy.run = "started"
+                self._apply(name)
+                self.later(self._rng.uniform(0.5, 4.0), self._resize, name)
+                return
+            case 3 | 4 if not tenancy.cpu.max:
                 # one smaller and back, in whole cores; what was stopped for it may be started in the same breath
                 count = tenancy.shape.cpu.count
                 tenancy.run = self._rng.choice(("stopped", "stopped", "started"))
                 tenancy.cpu = replace(tenancy.cpu, count=max(count - 2, 1) if tenancy.cpu.count == count else count)
             case _:
                 return
+        self._asked.subtract(before)
+        self._asked.update(tenancy.amounts())
+        self._apply(name)
+
+    def _resize(self, name: str) -> None:
+        """Stop one for another size."""
+        tenancy = self._tenancies.get(name)
+        if tenancy is None or self._settling:
+            return
+        before = tenancy.amounts()
+        count = tenancy.shape.cpu.count
+        tenancy.run = "stopped"
+        tenancy.cpu = replace(tenancy.cpu, count=max(count - 2, 1) if tenancy.cpu.count == count else count)
         self._asked.subtract(before)
         self._asked.update(tenancy.amounts())
         self._apply(name)
@@ -611,6 +630,7 @@ class _Run:
 
     async def _settle(self) -> None:
         """No more trouble, no more commands: everybody comes to rest."""
+        self._settling = True
         self._store.die = self._store.fail = ""
         for host in self._hosts:
             if host.link is not None:
