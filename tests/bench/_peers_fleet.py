@@ -163,12 +163,17 @@ class MadeFleet:
 
     # --- ours ------------------------------------------------------------------------------------------------------------
 
-    def _round(self, number: int, store: "SqliteStore | None", epoch: int, revision: int) -> list[tuple[float, float]]:
+    def _round(
+        self, number: int, store: SqliteStore | None = None, epoch: int = 0, revision: int = 0, *, unseen: bool = False
+    ) -> list[tuple[float, float]]:
         """Place all arrivals, then end them in random order. (wall, CPU) seconds of each placement that was found."""
         times, placed = [], []
         for at, shape in enumerate(self.arrivals):
+            request = REQUESTS[shape]
+            if unseen:
+                request = replace(request, disk_mib=DISK_MIB + number * len(self.arrivals) + at)
             wall, cpu = time.perf_counter(), time.process_time()
-            found = self.scheduler.place(PlacementRequest(f"r{number}-{at}", REQUESTS[shape]), epoch=1, generation=1)
+            found = self.scheduler.place(PlacementRequest(f"r{number}-{at}", request), epoch=1, generation=1)
             if not isinstance(found, Decision):
                 continue
             self.scheduler.apply_claim(found.host, found.claim)
@@ -184,10 +189,15 @@ class MadeFleet:
 
     def measure(self) -> dict[str, Any]:
         """Our placements in memory: decided, and applied with exact ids."""
-        self._round(0, None, 0, 0)
-        times = [pair for number in range(1, ROUNDS + 1) for pair in self._round(number, None, 0, 0)]
+        self._round(0)
+        times = [pair for number in range(1, ROUNDS + 1) for pair in self._round(number)]
         broken = sum(len(row.view.claims.check(row.view.topology)) for row in self.scheduler.columns.live_rows())
         return figures(times, ROUNDS * len(self.arrivals) - len(times)) | {"claims_broken": broken}
+
+    def measure_unseen(self) -> dict[str, Any]:
+        """The same with a shape that was never asked before, each time: what is kept by shape helps none of them."""
+        times = [pair for number in range(1, 6) for pair in self._round(number, unseen=True)]
+        return figures(times, 5 * len(self.arrivals) - len(times))
 
     def measure_durable(self, folder: str | None) -> dict[str, Any]:
         """The same, each one committed with fsync before the next is decided."""
