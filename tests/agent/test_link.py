@@ -161,7 +161,7 @@ def test_logs_go_over_a_channel() -> None:
         await it.until(lambda: "t2" in it.manager.channels)
         failed = await it.manager.channels["t2"].up.get()
         assert isinstance(failed, Failed)
-        assert failed.message.startswith("NotFound")
+        assert failed.message == "GuestRefused: no pod nothing"
         await it.stop()
 
     run_virtual(story)

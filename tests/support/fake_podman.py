@@ -12,6 +12,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -195,6 +196,9 @@ def crun(root: Path, words: list[str]) -> int:
             return code if code >= 0 else 128 - code
         case ["exec", "--process", process_path, "--pid-file", pid_path, _]:
             process = json.loads(Path(process_path).read_text())
+            if shutil.which(process["args"][0]) is None:
+                sys.stderr.write(f"executable file `{process['args'][0]}` not found in $PATH\n")
+                return 127
             child = os.fork()
             if child == 0:
                 os.execvpe(process["args"][0], process["args"], dict(e.split("=", 1) for e in process["env"]))

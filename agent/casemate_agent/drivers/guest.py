@@ -31,10 +31,11 @@ from casemate_agent.drivers.ports import (
     GuestHello,
     GuestNote,
     GuestPods,
+    GuestRefused,
     LogRecord,
 )
 from casemate_agent.guest.casemate_guest import CHUNK, PROTOCOL, STDIN_WINDOW, Decoder, encode
-from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, Unavailable
+from casemate_core.errors import DeadlineExceeded, MachineError, Unavailable
 
 GREET_EVERY_S = 5.0
 """How long the answer to a hello may take before it is said again: a guest that boots answers when its helper is up."""
@@ -47,12 +48,6 @@ LOG_CREDIT = 256 * 1024
 EXEC_CREDIT = 256 * 1024
 MAX_KEPT_EVENTS = 2000
 MAX_LINE = wire.MAX_LOG_TEXT
-
-
-class GuestRefused(CallerError):
-    """The helper refused what was asked; its own words, escaped, are the message."""
-
-    reason = "GuestRefused"
 
 
 class GuestMisbehaved(MachineError):
@@ -520,7 +515,7 @@ class GuestChannels:
             container_id = opened.container_id
             request["tail"] = -1  # a resumed log goes on where it was
             try:
-                async for record in _records(channel, number, stream, pod, container):
+                async for record in _records(channel, number, stream, pod, container or opened.container):
                     position = record.sequence
                     if record.time_s >= since_s or record.lost:
                         yield record

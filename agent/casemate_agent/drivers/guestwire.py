@@ -177,6 +177,8 @@ class Opened:
     stream: int
     container_id: str
     starts: tuple[int, ...]
+    #: Its name; empty where an older helper does not say.
+    container: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +306,8 @@ def _opened(message: Mapping[str, Any], _: bytes) -> Opened:
     starts = _list(message.get("starts", []), "starts", 64)
     if not all(isinstance(s, int) and 0 <= s <= MAX_POSITION for s in starts):
         raise Rejected("starts are no positions")
-    return Opened(_number(message, "s", *_STREAM), _text(message, "container_id", 128), tuple(starts))
+    number, container_id = _number(message, "s", *_STREAM), _text(message, "container_id", 128)
+    return Opened(number, container_id, tuple(starts), _text(message, "container", 128))
 
 
 def _log(message: Mapping[str, Any], payload: bytes) -> LogChunk:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
 from casemate_core.topology import Topology
 
@@ -218,6 +219,12 @@ class Networks(Protocol):
 # --- the guest --------------------------------------------------------------------------------------------------------
 
 
+class GuestRefused(CallerError):
+    """The helper refused what was asked; its own words, escaped, are the message."""
+
+    reason = "GuestRefused"
+
+
 @dataclass(frozen=True, slots=True)
 class GuestHello:
     """The helper is there. ``boot_id`` tells a reboot of the guest; ``cloud_init`` is its status word."""
@@ -306,13 +313,20 @@ class ExecSession(Protocol):
 
 
 class Guests(Protocol):
-    """The helpers inside the guests. A connection is kept to each attached guest; what they say is hostile until parsed."""
+    """The helpers inside the guests. A connection is kept to each attached guest; what they say is hostile until parsed.
+
+    What needs a guest raises Unavailable while its helper is not connected, and GuestRefused for what the helper will
+    not do: a pod, container or program that is not there. What was under way when the connection broke off raises
+    Unavailable; a log that is followed is taken up again.
+    """
 
     async def attach(self, uid: str, channel_path: str) -> None:
         """Keep a connection to this guest's channel until it is detached."""
         ...
 
-    async def detach(self, uid: str) -> None: ...
+    async def detach(self, uid: str) -> None:
+        """Let go of the guest; what it said last is followed by GuestGone."""
+        ...
 
     def attached(self) -> frozenset[str]: ...
 

@@ -27,12 +27,13 @@ from casemate_agent.drivers.ports import (
     ExecSession,
     GuestEvent,
     GuestGone,
+    GuestRefused,
     LogRecord,
     MachineFacts,
     NetworkFacts,
     StoredFiles,
 )
-from casemate_agent.drivers.simulated_guest import SimulatedExec, SimulatedGuest
+from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
 from casemate_agent.records import to_metadata
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic
@@ -580,7 +581,11 @@ class _Guests:
                 domain.guest.announce()
 
     async def detach(self, uid: str) -> None:
-        self._lease.attached.discard(uid)
+        if uid in self._lease.attached:
+            self._lease.attached.discard(uid)
+            domain = self._host.domains.get(uid)
+            if domain is not None and domain.guest is not None and domain.guest.booted:
+                self._lease.guest_events.put_nowait(GuestGone(uid))
 
     def attached(self) -> frozenset[str]:
         return frozenset(self._lease.attached)
@@ -604,23 +609,24 @@ class _Guests:
         self, uid: str, pod: str, container: str, *, follow: bool, tail: int, since_s: float, after_sequence: int = 0
     ) -> AsyncIterator[LogRecord]:
         guest = self._guest(uid)
-        found = [c.name for p in guest.pods if p.name == pod for c in p.containers]
-        if container and container not in found:
-            raise NotFound("container", f"{pod}/{container}")
-        if not found:
-            raise NotFound("pod", pod)
-        name = container or found[0]
+        found = guest.find(pod, container)
+        if not found.started_s:
+            raise GuestRefused("the container has not been started yet")
         async for line in guest.follow(
-            pod, name, follow=follow, tail=tail, since_s=since_s, after_sequence=after_sequence
+            pod, found.name, follow=follow, tail=tail, since_s=since_s, after_sequence=after_sequence
         ):
             yield line
 
     async def exec(self, uid: str, request: ExecRequest, deadline_s: float) -> ExecSession:
         guest = self._guest(uid)
-        if request.pod and request.pod not in [p.name for p in guest.pods]:
-            raise NotFound("pod", request.pod)
+        if request.pod:
+            found = guest.find(request.pod, request.container)
+            if found.state != "running":
+                raise GuestRefused(f"container {found.name} is {found.state}")
         if not request.argv:
-            raise CallerError("no command was given")
+            raise GuestRefused("argv must be a list of texts")
+        if not request.pod and request.argv[0].rsplit("/", 1)[-1] not in PROGRAMS:
+            raise GuestRefused(f"{request.argv[0]}: No such file or directory")
         return SimulatedExec(request)
 
     async def shutdown(self, uid: str, deadline_s: float) -> None:

@@ -4,16 +4,29 @@ What may live here: what a guest does by itself, in memory. The host around it i
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from casemate_agent.drivers.ports import ExecRequest, GuestEvent, GuestHello, GuestPods, LogRecord
+from casemate_agent.drivers.ports import (
+    ExecRequest,
+    GuestEvent,
+    GuestHello,
+    GuestNote,
+    GuestPods,
+    GuestRefused,
+    LogRecord,
+)
+from casemate_agent.guest.casemate_guest import BACKOFF_FORGET_S, backoff, restarts_after
 from casemate_core.spec.instance import ContainerState, PodState
 
 #: Lines kept of each container's log.
 KEPT_LINES = 1000
+
+PROGRAMS = ("echo", "cat", "true", "false", "sleep")
+"""Commands that a simulated guest knows."""
 
 
 @dataclass(slots=True)
@@ -39,8 +52,38 @@ class SimulatedLog:
         self.grown = asyncio.Event()
 
 
+def _pending(name: str, manifest: Mapping[str, Any]) -> PodState:
+    containers = manifest["spec"]["containers"]
+    return PodState(
+        name,
+        "Pending",
+        containers=tuple(
+            ContainerState(str(c["name"]), str(c["image"]), "waiting", reason="ContainerCreating") for c in containers
+        ),
+    )
+
+
+def _program(container: Mapping[str, Any]) -> tuple[list[str], float | None, int]:
+    """What a container does: the lines it writes, the seconds until it ends by itself (None: never), its exit code."""
+    words = [str(word) for word in (*container.get("command", ()), *container.get("args", ()))]
+    program = words[0].rsplit("/", 1)[-1] if words else ""
+    match program:
+        case "true" | "false":
+            return [], 0.0, 0 if program == "true" else 1
+        case "echo":
+            return [" ".join(words[1:])], 0.0, 0
+        case "sleep" if len(words) == 2 and words[1].isdecimal():
+            return [], float(words[1]), 0
+    return [f"{container['name']} started"], None, 0
+
+
 class SimulatedGuest:
-    """One boot of a guest. ``later(seconds, call)`` is the machine's timer, ``push`` takes what the helper says."""
+    """One boot of a guest. ``later(seconds, call)`` is the machine's timer, ``push`` takes what the helper says.
+
+    Containers run the few programs that a simulation needs, named by their manifest's ``command``: ``true``, ``false``,
+    ``echo`` and ``sleep`` do what they say and end; all others run until they are stopped. Their ends, restarts and
+    back-off follow the rules of the real helper, which are called here.
+    """
 
     def __init__(
         self,
@@ -62,6 +105,13 @@ class SimulatedGuest:
         self._push = push
         self._pod_start_s = pod_start_s
         self._ended = False
+        self._manifests: dict[str, Mapping[str, Any]] = {}
+        #: Pod -> number of its present play: what an earlier one still had to do is void.
+        self._plays: dict[str, int] = {}
+        #: Failures in a row, and runs, of each container; those that are about to be started again.
+        self._failures: Counter[tuple[str, str]] = Counter()
+        self._runs: Counter[tuple[str, str]] = Counter()
+        self._again: set[tuple[str, str]] = set()
 
     def up(self) -> None:
         """The helper runs."""
@@ -83,44 +133,130 @@ class SimulatedGuest:
             self._push(GuestPods(self.uid, self.pods, self.revision))
 
     def apply(self, manifests: tuple[Mapping[str, Any], ...], revision: str) -> None:
-        """Make these the pods; those whose manifest is the same by name go on as they are."""
+        """Make these the pods; those whose manifest is the same by name go on as they are. Raises GuestRefused."""
+        names = [str(manifest["metadata"]["name"]) for manifest in manifests]
+        if len(set(names)) != len(names):
+            raise GuestRefused("apply: pods need names of their own")
         if revision == self.revision:
             return
         self.revision = revision
-        kept = {pod.name: pod for pod in self.pods}
-        pods = []
-        for manifest in manifests:
-            name = str(manifest["metadata"]["name"])
-            containers = manifest["spec"]["containers"]
-            fresh = PodState(
-                name,
-                "Pending",
-                containers=tuple(ContainerState(str(c["name"]), str(c["image"]), "waiting") for c in containers),
-            )
-            old = kept.get(name)
-            same = old is not None and [(c.name, c.image) for c in old.containers] == [
-                (c.name, c.image) for c in fresh.containers
-            ]
-            pods.append(old if same and old is not None else fresh)
-        self.pods = tuple(pods)
+        wanted = dict(zip(names, manifests, strict=True))
+        for name in set(self._manifests) - {n for n, m in wanted.items() if self._manifests.get(n) == m}:
+            self._remove(name)
+        kept = {pod.name: pod for pod in self.pods if pod.name in self._manifests}
+        fresh = [name for name in names if name not in kept]
+        for name in fresh:
+            kept[name] = _pending(name, wanted[name])
+            self._plays[name] = self._plays.get(name, 0) + 1
+        self._manifests = wanted
+        self.pods = tuple(kept[name] for name in names)
         self._push(GuestPods(self.uid, self.pods, self.revision))
-        self._later(self._pod_start_s, lambda: self._pods_run(revision))
+        for name in fresh:
+            self._later(self._pod_start_s, partial(self._play, name, self._plays[name]))
 
-    def _pods_run(self, revision: str) -> None:
-        if self._ended or revision != self.revision:
+    def _remove(self, name: str) -> None:
+        for container in self._manifests.pop(name)["spec"]["containers"]:
+            key = (name, str(container["name"]))
+            self._failures.pop(key, None)
+            self._again.discard(key)
+            if (log := self.logs.pop(key, None)) is not None:
+                log.end()
+        self._plays[name] += 1
+
+    def _play(self, name: str, play: int) -> None:
+        if self._ended or self._plays.get(name) != play:
             return
+        for container in self._manifests[name]["spec"]["containers"]:
+            self._start(name, play, container, restart=False)
+
+    def _start(self, pod: str, play: int, container: Mapping[str, Any], *, restart: bool) -> None:
+        name = str(container["name"])
+        key = (pod, name)
+        if self._ended or self._plays.get(pod) != play or (restart and key not in self._again):
+            return
+        self._again.discard(key)
+        self._runs[key] += 1
+        old = self._container(pod, name)
         now_s = self._now()
-        pods = []
-        for pod in self.pods:
-            if pod.ready:
-                pods.append(pod)
-                continue
-            running = tuple(replace(c, state="running", ready=True, started_s=now_s) for c in pod.containers)
-            pods.append(replace(pod, phase="Running", ready=True, started_s=now_s, containers=running))
-            for container in running:
-                self.log(pod.name, container.name).add(now_s, pod.name, container.name, f"{container.name} started")
-        self.pods = tuple(pods)
+        restarts = old.restarts + 1 if restart else 0
+        self._set(
+            pod, replace(old, state="running", reason="", message="", ready=True, started_s=now_s, restarts=restarts)
+        )
+        if restart:
+            self._note(pod, name, "ContainerRestarted", f"restart {restarts}")
+        lines, lasts_s, code = _program(container)
+        for line in lines:
+            self.log(pod, name).add(now_s, pod, name, line)
+        if lasts_s is not None:
+            run = self._runs[key]
+            self._later(lasts_s, lambda: self._exit(pod, name, play, run, code))
+
+    def kill(self, pod: str, container: str, code: int = 137) -> None:
+        """The container's process is killed within the guest."""
+        self._exit(pod, container, self._plays[pod], self._runs[(pod, container)], code)
+
+    def _exit(self, pod: str, name: str, play: int, run: int, code: int) -> None:
+        key = (pod, name)
+        if self._ended or self._plays.get(pod) != play or self._runs[key] != run:
+            return
+        old, now_s, spec = self._container(pod, name), self._now(), self._manifests[pod]["spec"]
+        if old.state != "running":
+            return
+        self._failures[key] = 1 if now_s - old.started_s > BACKOFF_FORGET_S else self._failures[key] + 1
+        last = "Completed" if code == 0 else "Error"
+        state, reason, message = "terminated", last, ""
+        if restarts_after(str(spec.get("restartPolicy", "Always")), code):
+            self._again.add(key)
+            delay_s = backoff(self._failures[key])
+            if delay_s:
+                state, reason = "waiting", "CrashLoopBackOff"
+                message = f"{last} with exit code {code}; next start in {delay_s:.0f} s"
+            container = next(c for c in spec["containers"] if c["name"] == name)
+            self._later(max(delay_s, 0.001), partial(self._start, pod, play, container, restart=True))
+        else:
+            self.log(pod, name).end()
+        self._set(
+            pod,
+            replace(old, state=state, reason=reason, message=message, ready=False, exit_code=code, finished_s=now_s),
+        )
+        severity = "Normal" if code == 0 else "Warning"
+        self._note(pod, name, "ContainerExited", f"{last} with exit code {code}", severity)
+
+    def _container(self, pod: str, name: str) -> ContainerState:
+        return next(c for p in self.pods if p.name == pod for c in p.containers if c.name == name)
+
+    def _set(self, pod: str, changed: ContainerState) -> None:
+        """Put a container's state in place, and the pod's that follows from all of them; say so."""
+        self.pods = tuple(self._with(p, changed) if p.name == pod else p for p in self.pods)
         self._push(GuestPods(self.uid, self.pods, self.revision))
+
+    def _with(self, pod: PodState, changed: ContainerState) -> PodState:
+        containers = tuple(changed if c.name == changed.name else c for c in pod.containers)
+        over = all(c.state == "terminated" and (pod.name, c.name) not in self._again for c in containers)
+        if not all(c.started_s for c in containers):
+            phase = "Pending"
+        elif over:
+            phase = "Succeeded" if all(c.exit_code == 0 for c in containers) else "Failed"
+        else:
+            phase = "Running"
+        ready = phase == "Running" and all(c.ready for c in containers)
+        return replace(
+            pod, phase=phase, ready=ready, started_s=pod.started_s or changed.started_s, containers=containers
+        )
+
+    def _note(self, pod: str, container: str, reason: str, message: str, severity: str = "Normal") -> None:
+        self._push(GuestNote(self.uid, pod, reason, f"{container}: {message}", severity, self._now()))
+
+    def find(self, pod: str, container: str) -> ContainerState:
+        """A container by name; the only one where no name is given. Raises GuestRefused."""
+        found = {c.name: c for p in self.pods if p.name == pod for c in p.containers}
+        if not found:
+            raise GuestRefused(f"no pod {pod}")
+        if not container and len(found) == 1:
+            return next(iter(found.values()))
+        if container not in found:
+            raise GuestRefused(f"pod {pod} has no container {container}, but {', '.join(found)}")
+        return found[container]
 
     def log(self, pod: str, container: str) -> SimulatedLog:
         return self.logs.setdefault((pod, container), SimulatedLog())
@@ -183,7 +319,7 @@ class SimulatedExec:
                     pass
                 self._exit_code = self._ended()
             case other:
-                yield "stderr", f"{other}: not found in a simulated container\n".encode()
+                yield "stderr", f"executable file `{other}` not found in a simulated container\n".encode()
                 self._exit_code = 127
 
     def _ended(self) -> int:
