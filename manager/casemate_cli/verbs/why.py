@@ -38,33 +38,37 @@ def why(ctx: click.Context, name: str, host: str, ordinal: int, form: str) -> in
     if form == "json":
         term.out(output.to_json(manifest.message_to_plain(answer)))
     else:
-        _tell(answer, wanted[0].name, ordinal)
+        term.out("\n".join(story(answer, f"{wanted[0].name}-{ordinal}")))
     return Exit.OK if answer.placed else Exit.UNSCHEDULABLE
 
 
-def _tell(a: "WhyResponse", name: str, ordinal: int) -> None:
-    instance = f"instance {name}-{ordinal}"
+def story(a: "WhyResponse", instance: str) -> list[str]:
+    """The answer in lines: where it is, or hosts by what keeps it from them, near misses, and changes that would help."""
     if a.placed:
-        term.out(f"{instance} is placed on {term.clean(a.host)}")
+        lines = [f"instance {instance} is placed on {term.clean(a.host)}"]
+    elif a.host:
+        return [f"instance {instance} fits on {term.clean(a.host)} now"]
+    elif a.hosts == 1:
+        lines = [f"instance {instance} does not fit on the one host"]
     else:
-        term.out(
-            f"{instance} fits on none of {a.hosts} hosts"
-            if a.hosts != 1
-            else f"{instance} does not fit on the one host"
-        )
+        lines = [f"instance {instance} fits on none of {a.hosts} hosts"]
     if a.reasons:
-        term.out("Refused:" if not a.placed else "Other hosts:")
-        for reason in a.reasons:
-            hosts = "1 host " if reason.hosts == 1 else f"{reason.hosts} hosts"
-            term.out(f"  {hosts:<10} {term.clean(reason.message or reason.reason)}")
+        lines.append("Refused:" if not a.placed else "Other hosts:")
+    for reason in a.reasons:
+        hosts = "1 host" if reason.hosts == 1 else f"{reason.hosts} hosts"
+        lines.append(f"  {hosts:<10} {term.clean(reason.reason or reason.message)}")
+        if reason.reason and reason.message.startswith("on "):
+            lines.append(f"  {'':<10}   {term.clean(reason.message)}")
     if a.nearest:
-        term.out("Nearest:")
-        for miss in a.nearest:
-            term.out(f"  {term.clean(miss.host)}: {term.clean('; '.join(miss.messages))}")
+        lines.append("Nearest:")
+    for miss in a.nearest:
+        lines.append(f"  {term.clean(miss.host)}")
+        lines += [f"    {term.clean(message)}" for message in miss.messages]
     if a.suggestions:
-        term.out("It would fit if:")
-        for suggestion in a.suggestions:
-            where = f" (on {suggestion.host})" if suggestion.host else ""
-            term.out(f"  {term.clean(suggestion.change + where)}")
-            if suggestion.command:
-                term.out(f"      {term.clean(suggestion.command)}")
+        lines.append("Any one of these, tried with the scheduler, would place it:")
+    for suggestion in a.suggestions:
+        where = f" (then on {suggestion.host})" if suggestion.host else ""
+        lines.append(f"  {term.clean(suggestion.change + where)}")
+        if suggestion.command:
+            lines.append(f"      {term.clean(suggestion.command)}")
+    return lines
