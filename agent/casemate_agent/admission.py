@@ -70,17 +70,21 @@ def held_claims(records: Iterable[InstanceRecord], foreign: Iterable[Claim] = ()
 def admit(
     records: Mapping[str, InstanceRecord], wanting: Iterable[str], topology: Topology, foreign: Iterable[Claim] = ()
 ) -> dict[str, Admission]:
-    """Check the placements of the instances ``wanting``, oldest first, each on top of those admitted before it."""
+    """Check the placements of the instances ``wanting``, oldest first, each on top of those admitted before it.
+
+    None of them runs, so what they held before is let go first: one that shrinks may make room for another.
+    """
     admissions: dict[str, Admission] = {}
     held: HostClaims | None = None
+    asking = frozenset(wanting)
     order = sorted(
-        wanting,
+        asking,
         # key: older placements first, so that of two that collide the newer one is refused
         key=lambda uid: (records[uid].desired.placement.epoch, records[uid].desired.placement.generation, uid),
     )
     for uid in order:
         if held is None:
-            held = held_claims(records.values(), foreign)
+            held = held_claims((r for owner, r in records.items() if owner not in asking), foreign)
         stamped = records[uid].desired.placement.claim
         claim = replace(stamped, epoch=0)
         problems = tuple(map(str, verify_claim(topology, held, claim)))
@@ -89,4 +93,6 @@ def admit(
         admissions[uid] = Admission(stamped, problems)
         if not problems:
             held = HostClaims.of([*(other for other in held if other.owner != uid), claim])
+        elif (old := records[uid].claim) is not None:
+            held = HostClaims.of([*held, replace(old, epoch=0)])  # it keeps what it has
     return admissions

@@ -138,6 +138,8 @@ def converge(
     if record.removed:
         _end(draft)
     elif record.desired.run is Run.STOPPED:
+        if admission is not None:
+            _hold_claim(draft, admission)
         _stop(draft)
     elif draft.active:
         _keep(draft, networks)

@@ -89,7 +89,11 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None) ->
 
 
 def _wanting(book: Book, observed: Observation) -> list[str]:
-    """Instances that should run, do not, and hold no claim for the placement that they have now."""
+    """Instances that do not run and hold no claim for the placement that they have now.
+
+    One that should not run needs none yet; but where it holds that of a former placement, which the manager may have given
+    to another meanwhile, it exchanges it.
+    """
     if observed.domains is None:
         return []
     found = []
@@ -100,7 +104,9 @@ def _wanting(book: Book, observed: Observation) -> list[str]:
             placement.epoch,
             placement.generation,
         )
-        if r.removed or r.desired.run is not Run.STARTED or holds or (domain is not None and domain.phase in ACTIVE):
+        if r.removed or holds or (domain is not None and domain.phase in ACTIVE):
+            continue
+        if r.desired.run is not Run.STARTED and r.claim is None:
             continue
         found.append(uid)
     return found

@@ -243,6 +243,27 @@ def test_two_placements_that_collide_the_newer_is_refused() -> None:
     assert any(entry.startswith("PlacementRefused") for entry in decided.report.drift)
 
 
+def test_a_stopped_instance_lets_go_of_what_it_was_placed_on_before() -> None:
+    """It was made smaller while it was off, and what it held was given to another that is told with it."""
+
+    def claim(number: int, *threads: int) -> Claim:
+        return Claim(uid(number), vcpus=threads, vcpus_online=len(threads), vcpus_max=len(threads))
+
+    smaller = Placement(claim(2, 4), 1, 2)
+    off = InstanceRecord(
+        instance(2, placement=smaller, run=Run.STOPPED), claim=claim(2, 4, 5), claim_epoch=1, claim_generation=1
+    )
+    other = InstanceRecord(instance(3, placement=Placement(claim(3, 5), 1, 1)))
+    decided = plan(book(off, other), seen(made=False), SETTINGS)
+    assert decided.report.drift == ()
+    assert decided.instances[uid(2)].record.claim == smaller.claim
+    assert decided.instances[uid(2)].state.phase is Phase.STOPPED
+    assert decided.instances[uid(3)].record.claim == claim(3, 5)
+    # One that never ran needs no claim before it starts.
+    fresh = InstanceRecord(instance(2, placement=smaller, run=Run.STOPPED))
+    assert plan(book(fresh), seen(made=False), SETTINGS).instances[uid(2)].record.claim is None
+
+
 def test_foreign_vms_count_as_used_and_are_never_touched() -> None:
     stranger = DomainFacts("f-1", "stranger", DomainPhase.RUNNING, owned=False, vcpus=4, memory_mib=70_000)
     decided = plan(book(InstanceRecord(WANTED)), seen(stranger, made=False), SETTINGS)
