@@ -271,6 +271,9 @@ def test_functions_that_share_a_group_with_a_held_one() -> None:
     found = capacity(topology, claims)
     assert of(found, "devices") == [(Cause.IOMMU_GROUP, 2, 0)]
     assert of(found, "vfs") == [(Cause.IOMMU_GROUP, 1, 0)]
+    found = capacity(topology, HostClaims.of([Claim("a", devices=(devices[0].id,))]))
+    assert of(found, "devices") == [(Cause.IOMMU_GROUP, 1, 0)]
+    assert of(found, "vfs") == [(Cause.IOMMU_GROUP, 2, 0)]
 
 
 def test_claims_that_promise_more_than_there_is() -> None:
