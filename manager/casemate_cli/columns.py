@@ -81,7 +81,8 @@ def _labels(o: Any) -> str:
 
 def _why(o: Any) -> str:
     """The reason of the first condition that is not as it should be."""
-    return next((f"{c.reason or c.type}: {c.message}" for c in o.status.conditions if c.status != "True"), NONE)
+    unmet = next((c for c in o.status.conditions if c.status != "True"), None)
+    return NONE if unmet is None else ": ".join(w for w in (unmet.reason or unmet.type, unmet.message) if w)
 
 
 def _sum(o: Any, used: str, total: Any) -> str:
