@@ -1,0 +1,42 @@
+"""A domain of the simulated hypervisor, and the names and timers that the simulated machine and its drivers share.
+
+What may live here: values and small functions that :mod:`casemate_agent.drivers.simulated` and
+:mod:`casemate_agent.drivers.simulated_ports` both need.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from casemate_agent.drivers.ports import DomainFacts, DomainFiles, DomainPhase
+from casemate_agent.drivers.simulated_guest import SimulatedGuest
+from casemate_core.spec.instance import DesiredInstance
+
+ACTIVE = (DomainPhase.RUNNING, DomainPhase.PAUSED, DomainPhase.SHUTTING_DOWN)
+
+
+@dataclass(slots=True)
+class SimulatedDomain:
+    """A domain of the simulated hypervisor."""
+
+    facts: DomainFacts
+    desired: DesiredInstance | None = None
+    files: DomainFiles | None = None
+    guest: SimulatedGuest | None = None
+
+
+def tap_name(uid: str, index: int) -> str:
+    """Name of a simulated tap."""
+    return "cm" + hashlib.sha256(f"{uid}/{index}".encode()).hexdigest()[:11]
+
+
+def uuid_of(text: str) -> str:
+    """A uuid made from a text, the same each time."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-8{digest[17:20]}-{digest[20:32]}"
+
+
+def later(delay_s: float, call: Callable[[], None]) -> None:
+    """Call it after a time of the event loop."""
+    asyncio.get_running_loop().call_later(delay_s, call)
