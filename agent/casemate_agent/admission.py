@@ -6,10 +6,14 @@ Theory of operation. The manager placed an instance with the same arithmetic and
 fits; the agent checks it all the same before its ledger holds it. A placement that does not fit is a contradiction
 between two ledgers: it is refused with its numbers, and tried again whenever the host's claims change. Fencing by epoch
 is done on messages (:mod:`casemate_agent.ledger`), not here: a record placed under an older term stays good.
+
+Checking claims costs milliseconds each, and a refused placement is looked at in every round. So each answer carries all
+that it followed from (:class:`Admission`, :class:`Audit`), and the answers of the round before are handed in: one that
+would follow from equal values again is taken as it is. Nothing is invalidated, so nothing can be stale.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from casemate_agent.drivers.ports import DomainFacts
 from casemate_agent.records import InstanceRecord
@@ -19,10 +23,22 @@ from casemate_core.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Answer for one placement: ``problems`` is empty where the host can carry it out."""
+    """Answer for one placement: ``problems`` is empty where the host can carry it out. ``against`` and ``topology`` are
+    what it was held against: the claims by owner, and the machine."""
 
     claim: Claim
     problems: tuple[str, ...] = ()
+    against: Mapping[str, Claim] = field(default_factory=dict)
+    topology: Topology | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What is wrong with all claims together, and what that was found from."""
+
+    violations: tuple[str, ...] = ()
+    claims: Mapping[str, Claim] = field(default_factory=dict)
+    topology: Topology | None = None
 
 
 def foreign_claim(domain: DomainFacts, topology: Topology) -> Claim:
@@ -62,37 +78,71 @@ def _share(amount: int, part: int, whole: int) -> int:
     return -(-amount * part // whole) if whole and part else 0
 
 
-def held_claims(records: Iterable[InstanceRecord], foreign: Iterable[Claim] = ()) -> HostClaims:
-    """The claims of the ledger and of the foreign VMs, unstamped: resources only."""
-    return HostClaims.of([*(replace(r.claim, epoch=0) for r in records if r.claim is not None), *foreign])
+def claims_by_owner(records: Iterable[InstanceRecord], foreign: Iterable[Claim] = ()) -> dict[str, Claim]:
+    """The claims of the ledger and of the foreign VMs. Of two claims of one owner the second counts."""
+    return {claim.owner: claim for claim in (*(r.claim for r in records if r.claim is not None), *foreign)}
+
+
+def _unstamped(claims: Mapping[str, Claim]) -> HostClaims:
+    """The same for the arithmetic: resources only, since terms are fenced elsewhere."""
+    return HostClaims.of(replace(claim, epoch=0) for claim in claims.values())
+
+
+def audit(
+    records: Mapping[str, InstanceRecord],
+    topology: Topology,
+    foreign: Iterable[Claim] = (),
+    before: Audit | None = None,
+) -> Audit:
+    """Check all claims together. ``before``: what an earlier call returned."""
+    claims = claims_by_owner(records.values(), foreign)
+    if before is not None and _same_machine(before.topology, topology) and before.claims == claims:
+        return before
+    return Audit(tuple(map(str, _unstamped(claims).check(topology))), claims, topology)
 
 
 def admit(
-    records: Mapping[str, InstanceRecord], wanting: Iterable[str], topology: Topology, foreign: Iterable[Claim] = ()
+    records: Mapping[str, InstanceRecord],
+    wanting: Iterable[str],
+    topology: Topology,
+    foreign: Iterable[Claim] = (),
+    before: Mapping[str, Admission] | None = None,
 ) -> dict[str, Admission]:
     """Check the placements of the instances ``wanting``, oldest first, each on top of those admitted before it.
 
     None of them runs, so what they held before is let go first: one that shrinks may make room for another.
+    ``before``: what an earlier call returned.
     """
     admissions: dict[str, Admission] = {}
-    held: HostClaims | None = None
     asking = frozenset(wanting)
+    held = claims_by_owner((r for owner, r in records.items() if owner not in asking), foreign)
+    summed: HostClaims | None = None
     order = sorted(
         asking,
         # key: older placements first, so that of two that collide the newer one is refused
         key=lambda uid: (records[uid].desired.placement.epoch, records[uid].desired.placement.generation, uid),
     )
     for uid in order:
-        if held is None:
-            held = held_claims((r for owner, r in records.items() if owner not in asking), foreign)
-        stamped = records[uid].desired.placement.claim
-        claim = replace(stamped, epoch=0)
-        problems = tuple(map(str, verify_claim(topology, held, claim)))
-        if claim.owner != uid:
-            problems = (f"claim is of {claim.owner}, not of {uid}", *problems)
-        admissions[uid] = Admission(stamped, problems)
-        if not problems:
-            held = HostClaims.of([*(other for other in held if other.owner != uid), claim])
+        claim = records[uid].desired.placement.claim
+        admission = before.get(uid) if before is not None else None
+        if (
+            admission is None
+            or admission.claim != claim
+            or not _same_machine(admission.topology, topology)
+            or admission.against != held
+        ):
+            summed = summed or _unstamped(held)
+            problems = tuple(map(str, verify_claim(topology, summed, replace(claim, epoch=0))))
+            if claim.owner != uid:
+                problems = (f"claim is of {claim.owner}, not of {uid}", *problems)
+            admission = Admission(claim, problems, held, topology)
+        admissions[uid] = admission
+        if not admission.problems:
+            held, summed = held | {uid: claim}, None
         elif (old := records[uid].claim) is not None:
-            held = HostClaims.of([*held, replace(old, epoch=0)])  # it keeps what it has
+            held, summed = held | {uid: old}, None  # it keeps what it has
     return admissions
+
+
+def _same_machine(one: Topology | None, other: Topology) -> bool:
+    return one is other or one == other

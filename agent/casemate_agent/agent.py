@@ -123,6 +123,7 @@ class Agent:
         self._events = 0
         self._refused: dict[str, tuple[int, int]] = {}
         self._boot_id = ""
+        self._plan: Plan | None = None
         self.machine: MachineFacts | None = None
         self.virtualisation = ""
         #: Set when the ledger lost something while a session was up: the manager must tell the whole state again.
@@ -188,7 +189,8 @@ class Agent:
         busy = self._executor.busy
         observed = await self._observer.observe(self.now(), self.ledger.book.instances, self._guests, busy)
         self.virtualisation = observed.virtualisation
-        decided = plan(self.ledger.book, observed, self._settings)
+        decided = plan(self.ledger.book, observed, self._settings, self._plan)
+        self._plan = decided
         if decided.adopt:
             await self._adopt(decided)
             return 0.0

@@ -15,7 +15,7 @@ from math import inf
 
 from casemate_agent import actions as act
 from casemate_agent.actions import Action
-from casemate_agent.admission import admit, foreign_claim, held_claims
+from casemate_agent.admission import Admission, Audit, admit, audit, foreign_claim
 from casemate_agent.conditions import host_conditions
 from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
@@ -27,7 +27,6 @@ from casemate_agent.records import (
     Started,
     from_metadata,
 )
-from casemate_core.claims import Claim
 from casemate_core.spec.instance import DesiredInstance, Run
 from casemate_wire.stream import HostReport
 
@@ -46,10 +45,13 @@ class Plan:
     notes: tuple[Note, ...] = ()
     report: HostReport = field(default_factory=HostReport)
     wake_s: float = inf
+    #: Answers about claims, for the next round: what follows from the same again is not worked out again.
+    admissions: Mapping[str, Admission] = field(default_factory=dict)
+    audit: Audit | None = None
 
 
-def plan(book: Book, observed: Observation, settings: Settings | None = None) -> Plan:
-    """All that is to be done on this host now."""
+def plan(book: Book, observed: Observation, settings: Settings | None = None, before: Plan | None = None) -> Plan:
+    """All that is to be done on this host now. ``before``, an earlier plan, changes nothing but the time it takes."""
     settings = settings or Settings()
     drift = [f"LedgerDamaged: {problem}" for problem in book.damage]
     foreign = tuple(
@@ -60,7 +62,11 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None) ->
     adopted, unreadable = _adopt(book, observed)
     drift += unreadable
     networks = {network.name: network for network in book.host.networks}
-    admissions = admit(book.instances, _wanting(book, observed), observed.machine.topology, foreign)
+    topology = observed.machine.topology
+    admissions = admit(
+        book.instances, _wanting(book, observed), topology, foreign, before.admissions if before is not None else None
+    )
+    audited = audit(book.instances, topology, foreign, before.audit if before is not None else None)
     plans = {
         uid: converge(record, observed, networks, admissions.get(uid), settings)
         for uid, record in sorted(book.instances.items())
@@ -68,7 +74,7 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None) ->
     }
     for each in plans.values():
         drift += each.drift
-    drift += _audit(book, observed, foreign)
+    drift += _audit(book, observed, audited)
     cleaning = _leftovers(book, observed) if not adopted else {}
     drift += [f"Leftover: {uid}: {', '.join(map(act.name, actions))}" for uid, actions in cleaning.items()]
     return Plan(
@@ -85,6 +91,8 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None) ->
             disk_free_mib=observed.files.free_mib if observed.files is not None else 0,
         ),
         wake_s=min((each.wake_s for each in plans.values()), default=inf),
+        admissions=admissions,
+        audit=audited,
     )
 
 
@@ -193,14 +201,13 @@ def _images_used(book: Book, observed: Observation) -> set[str]:
     return {f.digest for f in files}
 
 
-def _audit(book: Book, observed: Observation, foreign: tuple[Claim, ...]) -> list[str]:
+def _audit(book: Book, observed: Observation, audited: Audit) -> list[str]:
     """Broken invariants between ledger and machine, numbered.
 
     A1 no resource is in two claims, and all claims fit the machine. A2 a running domain has the claim that the ledger
     holds for it. A3 no record was placed under a later term than the ledger has seen.
     """
-    claims = held_claims(book.instances.values(), foreign)
-    found = [f"A1 ClaimsOverlap: {violation}" for violation in claims.check(observed.machine.topology)]
+    found = [f"A1 ClaimsOverlap: {violation}" for violation in audited.violations]
     for uid, domain in (observed.domains or {}).items():
         record = book.instances.get(uid)
         applied = from_metadata(domain.record)
