@@ -26,15 +26,21 @@ class Bins:
 
     ``free`` (D, N) int64 in the units of the dimensions; ``gpu`` (G, N) int64, free milli, 0 where there is none;
     ``model`` (N,) int64, number 0..62 of what kind of GPUs; ``total`` (N,) int64, sum of ``gpu``; ``whole`` (N,) int64,
-    GPUs with 1000 free; ``version`` (N,) int64, the tick of the last change.
+    GPUs with 1000 free; ``version`` (N,) int64, the tick of the last change. All but the versions are rows of one array,
+    ``state``, so that one gather reads a bin: the dimensions, ``whole``, ``total``, ``model``, the slots.
     """
 
     def __init__(self, free: NDArray[np.int64], gpu: NDArray[np.int64], model: NDArray[np.int64]) -> None:
-        self.free = np.ascontiguousarray(free, dtype=np.int64)
-        self.gpu = np.ascontiguousarray(gpu, dtype=np.int64)
-        self.model = np.ascontiguousarray(model, dtype=np.int64)
-        self.total = self.gpu.sum(axis=0)
-        self.whole = (self.gpu == WHOLE_MILLI).sum(axis=0)
+        dimensions, slots = len(free), len(gpu)
+        self.state = np.zeros((dimensions + 3 + slots, len(model)), dtype=np.int64)
+        self.free = self.state[:dimensions]
+        self.whole = self.state[dimensions]
+        self.total = self.state[dimensions + 1]
+        self.model = self.state[dimensions + 2]
+        self.gpu = self.state[dimensions + 3 :]
+        self.free[:], self.gpu[:], self.model[:] = free, gpu, model
+        self.total[:] = self.gpu.sum(axis=0)
+        self.whole[:] = (self.gpu == WHOLE_MILLI).sum(axis=0)
         self.version = np.zeros(len(self.model), dtype=np.int64)
         self.tick = 0
         self._log: list[int] = []

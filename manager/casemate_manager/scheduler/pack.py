@@ -85,12 +85,10 @@ class PackScore:
         bins = self._bins
         weights = self._mix.freeze(len(bins.free), len(bins.gpu))
         self._weights = weights
-        self._bad = np.zeros(len(bins.model))
-        self._known = np.full(len(bins.model), -1, dtype=np.int64)
         named = weights.models[:, None]
         self._compatible = (named == 0) | ((named >> np.minimum(np.arange(_KINDS), 62)) & 1 == 1)
         self._any_named = bool((weights.models != 0).any())
-        self._mass = 1.0 if len(weights.starts) else 0.0
+        self._per_left = FRAGMENT if len(weights.starts) else 0.0
         self._needs: dict[Shape, NDArray[np.int64]] = {}
         self._asked = np.array([d for d in range(len(bins.free)) if weights.need[d].any()], dtype=np.int64)
         self._asked_need = weights.need[self._asked][:, :, None]
@@ -148,59 +146,66 @@ class PackScore:
     def compute(self, shape: Shape, at: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Rise (K,) of the bins ``at``, from their columns alone, and the slot of the cheapest slice."""
         bins = self._bins
-        need = self._needs.get(shape)
-        if need is None:
-            need = self._needs[shape] = np.array(shape.need, dtype=np.int64)[:, None]
-        after = bins.free.take(at, axis=1)
-        after[: len(need)] -= need
-        fits = after.min(axis=0) >= 0
+        asked = self._needs.get(shape)
+        if asked is None:
+            asked = self._needs[shape] = self._asked_of(shape)
+        dimensions = len(bins.free)
+        now = bins.state.take(at, axis=1)
+        after = now - asked
+        fits = after[: dimensions + 1].min(axis=0) >= 0
         if shape.models:
-            fits &= (shape.models >> bins.model[at]) & 1 == 1
-        if shape.gpus and shape.share_milli == WHOLE_MILLI:
-            fits &= bins.whole[at] >= shape.gpus
-        elif shape.gpus:
-            fits &= (bins.gpu[:, at] >= shape.share_milli).sum(axis=0) >= shape.gpus
-        rise, slot = np.full(len(at), np.inf), np.zeros(len(at), dtype=np.int64)
+            fits &= (shape.models >> now[dimensions + 2]) & 1 == 1
+        if shape.gpus and shape.share_milli < WHOLE_MILLI:
+            fits &= (now[dimensions + 3 :] >= shape.share_milli).sum(axis=0) >= shape.gpus
         # The badness is for where GPUs are free; the rest, often most of it, is best fit or does not fit at all.
-        busy = bins.total[at] == 0
-        heavy = (fits & ~busy).nonzero()[0]
+        has_gpus = now[dimensions + 1] > 0
+        heavy = (fits & has_gpus).nonzero()[0]
+        if len(heavy) == len(at):
+            return self._rise(shape, now, after)
+        rise, slot = np.full(len(at), np.inf), np.zeros(len(at), dtype=np.int64)
         if len(heavy):
-            if len(heavy) == len(at):
-                return self._rise(shape, at, after)
-            rise[heavy], slot[heavy] = self._rise(shape, at[heavy], after.take(heavy, axis=1))
+            rise[heavy], slot[heavy] = self._rise(shape, now.take(heavy, axis=1), after.take(heavy, axis=1))
         if not shape.gpus:
             room = np.zeros(len(at))
             for d, scale in self._tight:
                 room += after[d] * (TIGHT * scale)
-            plain = fits & busy
+            plain = fits & ~has_gpus
             rise[plain] = room[plain]
         return rise, slot
 
+    def _asked_of(self, shape: Shape) -> NDArray[np.int64]:
+        """What a shape takes of each row of the state of a bin, but for the slots: (R, 1)."""
+        bins = self._bins
+        asked = np.zeros((len(bins.state), 1), dtype=np.int64)
+        asked[: len(shape.need), 0] = shape.need
+        asked[len(bins.free)] = shape.gpus if shape.share_milli == WHOLE_MILLI else 0
+        asked[len(bins.free) + 1] = shape.gpu_milli
+        return asked
+
     def _rise(
-        self, shape: Shape, at: NDArray[np.int64], after: NDArray[np.int64]
+        self, shape: Shape, now: NDArray[np.int64], after: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """As ``compute``, for bins (K,) where the shape fits and GPUs are free; ``after`` (D, K) is what it leaves."""
-        bins, weights, known = self._bins, self._weights, len(at)
+        """As ``compute``, for the states ``now`` (R, K) of bins where the shape fits and GPUs are free; ``after`` (R, K) has
+        what it leaves, but for the slots, which are as now."""
+        weights, known, dimensions = self._weights, now.shape[1], len(self._bins.free)
         slot = np.zeros(known, dtype=np.int64)
-        # Bins that changed since anybody looked need their badness as they are, too: computed in the same pass.
-        stale = at[bins.version[at] > self._known[at]]
-        both = at
-        if len(stale):
-            both = np.concatenate([at, stale])
-            after = np.concatenate([after, bins.free.take(stale, axis=1)], axis=1)
-        gpu, whole, left = bins.gpu.take(both, axis=1), bins.whole[both], bins.total[both]
-        left[:known] -= shape.gpu_milli
-        if shape.gpus and shape.share_milli == WHOLE_MILLI:
-            whole[:known] -= shape.gpus
-        worth, several = self._served(after, both)
-        of_gpu = self._worth_of(gpu, worth)
-        bad = FRAGMENT * self._mass * left - of_gpu.sum(axis=0)
+        # The badness after and before, in one pass over twice as many columns: that is cheaper than two.
+        both = np.concatenate([after, now], axis=1)
+        whole, left, gpu = both[dimensions], both[dimensions + 1], both[dimensions + 3 :]
+        columns = np.arange(2 * known)
+        worth, several = self._served(both, both[dimensions + 2])
+        of_gpu = self._worth_of(gpu, worth, columns)
+        bad = self._per_left * left
+        bad -= of_gpu.sum(axis=0)
         if several is not None:
-            columns = np.arange(len(both))
-            in_wholes = several[weights.several_of[whole], columns] * whole
-            bad -= FRAGMENT * WHOLE_MILLI * in_wholes
+            in_wholes = several[weights.several_of[whole], columns]
+            in_wholes *= whole
+            bad -= (FRAGMENT * WHOLE_MILLI) * in_wholes
         if len(self._priced):
-            bad += BESIDE * np.maximum(0.0, left - after[self._priced] * self._per_unit).sum(axis=0)
+            short = both.take(self._priced, axis=0) * self._per_unit
+            np.subtract(left, short, out=short)
+            np.maximum(short, 0.0, out=short)
+            bad += BESIDE * short.sum(axis=0)
         then = bad[:known]
         if shape.gpus and shape.share_milli == WHOLE_MILLI:
             then += shape.gpus * (WHOLE_MILLI * FRAGMENT * worth[-1, :known] + weights.value[WHOLE_MILLI])
@@ -210,7 +215,7 @@ class PackScore:
             rest = mine - shape.share_milli
             can = rest >= 0
             rest *= can
-            change = of_gpu[:, :known] - self._worth_of(rest, worth[:, :known])
+            change = of_gpu[:, :known] - self._worth_of(rest, worth[:, :known], columns[:known])
             if several is not None:
                 less = np.maximum(whole[:known] - 1, 0)
                 fewer = in_wholes[:known] - several[weights.several_of[less], columns[:known]] * less
@@ -218,39 +223,38 @@ class PackScore:
             change[~can] = np.inf
             if shape.gpus == 1:
                 slot = change.argmin(axis=0)
-                then += change[slot, np.arange(known)]
+                then += change[slot, columns[:known]]
             else:
                 change.partition(shape.gpus - 1, axis=0)
                 then += change[: shape.gpus].sum(axis=0)
-        if len(stale):
-            self._bad[stale] = bad[known:]
-            self._known[stale] = bins.version[stale]
-        then -= self._bad[at]
+        then -= bad[known:]
         if shape.gpus and weights.model_demand:
-            then += self._scarcity[bins.model[at]] * shape.gpu_milli
+            then += self._scarcity[now[dimensions + 2]] * shape.gpu_milli
         return then, slot
 
-    def _worth_of(self, gpu: NDArray[np.int64], worth: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _worth_of(
+        self, gpu: NDArray[np.int64], worth: NDArray[np.float64], columns: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
         """What remainders (G, K) take off the badness: the requests of the mix they serve, and their value."""
         weights = self._weights
-        serves = worth[weights.class_of[gpu], np.arange(gpu.shape[1])]
+        serves = worth[weights.class_of[gpu], columns]
         serves *= gpu
         serves *= FRAGMENT
         serves += weights.value[gpu]
         return serves
 
     def _served(
-        self, free: NDArray[np.int64], at: NDArray[np.int64]
+        self, states: NDArray[np.int64], kinds: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        """Weight of the mix that bins ``at`` serve beside these amounts: by remainders of each class (S + 1, K), and by whole
-        GPUs that suffice for so many groups of several (M + 1, K), None where the mix has none."""
+        """Weight of the mix that bins (K) of these kinds serve beside their amounts: by remainders of each class (S + 1, K),
+        and by whole GPUs that suffice for so many groups of several (M + 1, K), None where the mix has none."""
         sizes = self._weights.sizes
         if not len(self._served_by):
-            return np.zeros((1, len(at))), None
-        runs = self._asked_need <= free.take(self._asked, axis=0)[:, None, :]
+            return np.zeros((1, len(kinds))), None
+        runs = self._asked_need <= states.take(self._asked, axis=0)[:, None, :]
         all_run = np.logical_and.reduce(runs, axis=0)
         if self._any_named:
-            all_run &= self._compatible[:, self._bins.model[at]]
+            all_run &= self._compatible[:, kinds]
         served = self._served_by @ all_run.astype(np.float64)
         if sizes + 1 == len(served):
             return served, None

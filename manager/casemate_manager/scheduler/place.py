@@ -72,6 +72,7 @@ class Scheduler:
         self.constraints = Constraints(self.columns)
         self._cell_mix, self._host_mix = Mix(), Mix()
         self._known: dict[tuple[Request, Overcommit], _Known] = {}
+        self._same: dict[int, tuple[Request, Overcommit, _Known]] = {}
         self._layout = -1
         self._kinds = 0
         self._wide = False
@@ -234,21 +235,33 @@ class Scheduler:
         self._layout = columns.layout
         self._cell_score = PackScore(columns.cells, self._cell_mix, tight=(CPU, MEMORY), beside=(ANY_CPU,))
         self._host_score = PackScore(columns.hosts, self._host_mix, tight=(CPU, MEMORY), beside=(ANY_CPU,))
+        self._forget()
+
+    def _forget(self) -> None:
         self._known.clear()
+        self._same.clear()
 
     def _know(self, request: Request, overcommit: Overcommit) -> _Known:
         self._lay_out()
         if self._kinds != len(self.columns.kinds):
             # A new kind of GPU: masks by kind were made without it.
             self._kinds = len(self.columns.kinds)
-            self._known.clear()
+            self._forget()
+        # Hashing a request costs more than all else here: the one asked last of a shape is told by its identity.
+        same = self._same.get(id(request))
+        if same is not None and same[0] is request and same[1] == overcommit:
+            return same[2]
         key = (request, overcommit)
         known = self._known.get(key)
         if known is None:
             if len(self._known) >= MAX_REMEMBERED:
                 self._known.pop(next(iter(self._known)))
+                self._same.clear()
             refused = np.full(len(self.columns.available), -1, dtype=np.int64)
             known = self._known[key] = _Known(shapes_of(request, overcommit, self.columns), refused)
+        if len(self._same) >= MAX_REMEMBERED:
+            self._same.clear()
+        self._same[id(request)] = (request, overcommit, known)
         return known
 
     def _penalty(

@@ -153,12 +153,11 @@ def layouts(view: View, request: Request, need: Need) -> Iterator[Layout]:
 
 def must_be_one_cell(request: Request) -> bool:
     """Real time and functions beside the CPUs ask for one cell, whatever the policy says."""
-    return (
-        request.cpu.realtime
-        or request.memory.cells is CellPolicy.ONE
-        or any(g.local for g in request.gpus)
-        or any(d.local for d in request.devices)
-    )
+    if request.cpu.realtime or request.memory.cells is CellPolicy.ONE:
+        return True
+    if not request.gpus and not request.devices:
+        return False
+    return any(g.local for g in request.gpus) or any(d.local for d in request.devices)
 
 
 def part_in(

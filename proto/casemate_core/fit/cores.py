@@ -185,8 +185,9 @@ def take(plan: Plan) -> tuple[list[int], int]:
             vcpus.extend(bits(chosen))
             continue
         left = step.vcpus
+        offsets = step.shape.offsets
         for first in bits(chosen):
-            threads = [first, *(first + offset for offset in step.shape.offsets)]
+            threads = [first, *[first + offset for offset in offsets]]
             used = min(left, step.per_core, len(threads))
             vcpus.extend(threads[:used])
             left -= used

@@ -32,6 +32,8 @@ from casemate_core.topology import Topology
 
 Key = tuple[int, ...]
 NO_OVERCOMMIT = Overcommit()
+#: The part of the order that is about dedicated threads, where there are none.
+_SHARED = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,9 @@ def fits(
 
 def _key(view: View, request: Request, layout: Layout, functions: Functions) -> Key:
     first = layout.parts[0]
-    if layout.cpu_cells == 1 and first.cpu is not None:
+    if first.cpu is None:
+        cpu = _SHARED
+    elif layout.cpu_cells == 1:
         cpu = first.cpu.key
     else:
         keys = [part.cpu.key for part in layout.parts if part.cpu is not None]
@@ -152,12 +156,11 @@ def _claim(
     epoch: int,
     generation: int,
 ) -> Claim:
-    vcpus, held, emulator = _threads(view, layout)
+    vcpus, held, emulator = _threads(view, layout) if need.dedicated else ((), 0, 0)
     owned_emulator = emulator != 0
     if need.dedicated and not owned_emulator:
         emulator = _housekeeping(view, layout)
     whole = need.dedicated and need.mode.takes_whole_cores
-    topology = view.topology
     gpus: tuple[str, ...] = ()
     partition = None
     if free is not None and functions.gpus:
@@ -174,7 +177,7 @@ def _claim(
         held=CpuSet(held) if held else EMPTY,
         emulator=CpuSet(emulator) if emulator else EMPTY,
         emulator_owned=owned_emulator,
-        shared=() if need.dedicated else tuple(SharedCpu(p.cell.id, p.shared_milli) for p in parts if p.shared_milli),
+        shared=() if need.dedicated else tuple([SharedCpu(p.cell.id, p.shared_milli) for p in parts if p.shared_milli]),
         memory=_memory(request, need, layout),
         pages=_pages(request, need, layout) if need.pages else (),
         disk_mib=request.disk_mib,
@@ -182,7 +185,7 @@ def _claim(
         partition=partition,
         shares=free.shares_of(functions.gpus) if free is not None and functions.gpus else (),
         vfs=free.vfs_of(functions.ports) if free is not None and functions.ports else (),
-        devices=tuple(topology.devices[i].id for i in functions.devices),
+        devices=tuple([view.topology.devices[i].id for i in functions.devices]),
         exclusive_cores=whole,
         one_cell=layout.cpu_cells == 1 and len(parts) == 1,
         realtime=need.realtime,
