@@ -61,7 +61,8 @@ async def supervise(manager: ManagerProcess, done: asyncio.Event) -> list[str]:
         if not manager.alive:
             step = STEPS[len(deaths) % len(STEPS)]
             deaths.append(step)
-            count = seed.randint(2, 60)
+            # Soon at each step once, then as it comes: a fast machine needs few lives for a thousand applies.
+            count = seed.randint(2, 9) if len(deaths) <= len(STEPS) else seed.randint(20, 60)
             await asyncio.to_thread(manager.start, step, count)
         await asyncio.sleep(0.02)
     return deaths
