@@ -1,6 +1,7 @@
 """The agent's process: the one place that picks real drivers.
 
 ``casemate-agent run`` is a plain foreground process. It ends cleanly on SIGTERM and SIGINT, and leaves every VM running.
+``casemate-agent doctor`` says what the machine lacks.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from random import Random
 from casemate_agent.agent import Agent
 from casemate_agent.config import Config, load
 from casemate_agent.converge import Settings
+from casemate_agent.doctor import command as doctor
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.files import OsFiles
 from casemate_agent.ledger import Ledger, Threaded
@@ -128,14 +130,17 @@ def parser() -> argparse.ArgumentParser:
     run_verb.add_argument("--stop-grace-s", type=float, help="seconds for a guest to power off before it is ended")
     run_verb.add_argument("--log-format", choices=["console", "json"])
     run_verb.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    doctor.add_parser(verbs)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 ended as asked, 1 error, 2 wrong settings."""
+    """Exit codes: 0 ended as asked, 1 error or a host that is not fit, 2 wrong settings."""
     flags = vars(parser().parse_args(arguments))
-    flags.pop("verb")
+    verb = flags.pop("verb")
     try:
+        if verb == "doctor":
+            return doctor.main(flags)
         config = load(flags.pop("config"), flags)
         set_up(config.log_format, config.log_level)
         asyncio.run(run(config))

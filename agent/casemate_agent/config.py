@@ -46,8 +46,11 @@ class Config:
     boot_s: float = 2.0
 
 
-def load(path: str, flags: Mapping[str, Any]) -> Config:
-    """Settings from a file (none where ``path`` is empty) and from flags, which win. Raises BadConfig."""
+def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Config:
+    """Settings from a file (none where ``path`` is empty) and from flags, which win. Raises BadConfig.
+
+    ``needs_name``: whether the host must be named; a verb that only looks at the machine needs no name.
+    """
     given: dict[str, Any] = {}
     if path:
         try:
@@ -65,7 +68,7 @@ def load(path: str, flags: Mapping[str, Any]) -> Config:
         if not right or isinstance(value, bool):
             raise BadConfig(f"{name}: expected {kinds[name].__name__}, got {value!r}")
     config = replace(Config(), **given)
-    if not config.name:
+    if needs_name and not config.name:
         raise BadConfig("name: say which host this is (--name)")
     if not all(isinstance(folder, str) and folder.startswith("/") for folder in config.image_folders):
         raise BadConfig("image_folders: a list of absolute paths")

@@ -15,7 +15,11 @@ from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
 from casemate_agent.drivers.ports import Drivers
+from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
+
+#: Where the answer about KVM is kept, in the state folder.
+PROBE_CACHE = "virtualisation.json"
 
 
 @asynccontextmanager
@@ -37,11 +41,15 @@ async def real_drivers(config: Config) -> AsyncIterator[Drivers]:
                     uri=config.libvirt_uri,
                     run_dir=str(run_dir),
                     instances_dir=str(state_dir / "instances"),
-                    probe_cache=str(state_dir / "virtualisation.json"),
+                    probe_cache=str(state_dir / PROBE_CACHE),
                     scope=config.scope,
                 )
             )
         )
         guests = GuestChannels()
         stack.push_async_callback(guests.close)
-        yield Drivers(machine=machine, hypervisor=hypervisor, images=images, networks=networks, guests=guests)
+        survey = HostSurveyor(state_dir, config.libvirt_uri, config.scope, state_dir / PROBE_CACHE)
+        stack.push_async_callback(survey.aclose)
+        yield Drivers(
+            machine=machine, survey=survey, hypervisor=hypervisor, images=images, networks=networks, guests=guests
+        )

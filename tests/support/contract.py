@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from casemate_agent.drivers.ports import DomainFacts, Hypervisor, Images, Machine, Networks
+from casemate_agent.drivers.ports import DomainFacts, Hypervisor, Images, Machine, Networks, Survey
 from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
 from casemate_agent.sandbox import Sandbox
 from casemate_core.spec.instance import DesiredInstance, ImageRef
@@ -25,6 +25,7 @@ class Bench:
     images: Images
     networks: Networks
     machine: Machine
+    survey: Survey
     image: ImageRef
 
     def wanted(self, number: int = 0, **changes: object) -> DesiredInstance:
@@ -59,7 +60,7 @@ async def simulated_bench() -> AsyncIterator[Bench]:
     now = asyncio.get_running_loop().time
     pace = SimulatedPace(call_s=0.0, fetch_s=0.01, boot_s=0.02, pod_start_s=0.02, power_off_s=0.02)
     drivers = SimulatedHost("box", from_line("1s 4k/c 2t 16G"), now, pace).drivers()
-    yield Bench(drivers.hypervisor, drivers.images, drivers.networks, drivers.machine, instance().image)
+    yield Bench(drivers.hypervisor, drivers.images, drivers.networks, drivers.machine, drivers.survey, instance().image)
 
 
 @asynccontextmanager
@@ -67,4 +68,4 @@ async def real_bench(sandbox: Sandbox, folder: Path) -> AsyncIterator[Bench]:
     """This machine, with a libvirtd of its own."""
     async with drivers_on(sandbox, folder) as host:
         image = empty_disk(host.sources / "empty.qcow2")
-        yield Bench(host.hypervisor, host.images, host.networks, host.machine, image)
+        yield Bench(host.hypervisor, host.images, host.networks, host.machine, host.survey, image)

@@ -17,6 +17,7 @@ from casemate_agent.drivers.fetch import SourceRules
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.libvirt import EventLoop, LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
+from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
 from casemate_core.spec.instance import DesiredInstance
 from support.instances import empty_disk, instance
@@ -32,6 +33,7 @@ class RealHost:
     images: ImageStore
     networks: HostNetworks
     machine: HostMachine
+    survey: HostSurveyor
 
     @property
     def sources(self) -> Path:
@@ -69,15 +71,18 @@ async def drivers_on(sandbox: sandboxes.Sandbox, folder: Path) -> AsyncIterator[
         stack.push_async_callback(networks.aclose)
         machine = HostMachine(folder / "state")
         stack.push_async_callback(machine.aclose)
+        cache = folder / "state/virtualisation.json"
+        survey = HostSurveyor(folder / "state", sandbox.uri, sandbox.scope, cache)
+        stack.push_async_callback(survey.aclose)
         settings = LibvirtSettings(
             uri=sandbox.uri,
             run_dir=str(Path(sandbox.directory).parent / "r"),
             instances_dir=str(folder / "state/instances"),
-            probe_cache=str(folder / "state/virtualisation.json"),
+            probe_cache=str(cache),
             scope=sandbox.scope,
         )
         hypervisor = await stack.enter_async_context(LibvirtHypervisor(settings))
-        host = RealHost(sandbox, folder, hypervisor, images, networks, machine)
+        host = RealHost(sandbox, folder, hypervisor, images, networks, machine, survey)
         try:
             yield host
         finally:

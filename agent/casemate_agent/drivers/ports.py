@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from casemate_agent.doctor.facts import HostSurvey
 from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
 from casemate_core.topology import Topology
@@ -376,11 +377,20 @@ class Machine(Protocol):
     async def observe(self, deadline_s: float) -> MachineFacts: ...
 
 
+class Survey(Protocol):
+    """Everything that the doctor judges, looked at once."""
+
+    async def look(self, deadline_s: float) -> HostSurvey:
+        """Each question gets ``deadline_s``; one without an answer is named in ``problems``. Never raises for one."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Drivers:
     """All the drivers of one host, picked once in the composition root."""
 
     machine: Machine
+    survey: Survey
     hypervisor: Hypervisor
     images: Images
     networks: Networks

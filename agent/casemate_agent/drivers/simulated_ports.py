@@ -29,6 +29,7 @@ from casemate_agent.drivers.ports import (
 )
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
+from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.records import to_metadata
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic
@@ -443,6 +444,7 @@ def drivers_of(lease: Lease) -> Drivers:
     """All the doors of one machine, for the process that holds the lease."""
     return Drivers(
         machine=_Machine(lease),
+        survey=SimulatedSurvey(lease),
         hypervisor=_Hypervisor(lease),
         images=_Images(lease),
         networks=_Networks(lease),
