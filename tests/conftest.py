@@ -7,6 +7,9 @@ import os
 
 import hypothesis
 
+from casemate_wire.tls import only_tls13
+
+only_tls13()  # a test may import gRPC before the packages that hold it to TLS 1.3
 pytest_plugins = ["support.guards", "support.golden", "support.groups"]
 
 # A property test that fails says how to replay itself. In CI the examples are the same on each run, so that a change is
