@@ -34,6 +34,15 @@ test: venv ## every test, with the time of each group
 test-fast: venv ## pure and simulated tests only
 	@$(BIN)/pytest -q -m "not libvirt and not lab and not browser and not etcd"
 
+.PHONY: lab
+lab: venv ## tests on an emulated server with SR-IOV, an IOMMU and two NUMA nodes; builds it first
+	@.ci/lab $(ARGS)
+
+.PHONY: lab-shell
+lab-shell: venv ## a shell in such a server, its agent joined to a manager, `casemate` at hand
+	@.ci/apt-install lab
+	@PYTHONPATH=tests $(BIN)/python -m support.hostlab shell
+
 .PHONY: lint
 lint: venv ## ruff, mypy, import contracts, freshness of generated code
 	@.ci/lint

@@ -1,0 +1,208 @@
+"""What is installed in an emulated server, and the fleet around it: our agent as a service, a manager on this machine.
+
+Theory of operation. The wheel is built from the working tree, installed by pip into a folder of this machine, compiled by
+the server's own Python, and carried over as one archive: pip itself needs most of a minute on an emulated processor. The
+agent dials the server's own loopback; ssh carries that port to the manager's, so that no plain text crosses a network.
+"""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.fleet import Done, casemate, clean_environment
+from support.hostlab import recipe
+from support.hostlab.build import PROJECT, LabFailed, Parts, Say, build, run, tree_python
+from support.hostlab.machine import PORTS, Machine, free_port
+
+HOST = "lab"
+CONFIG = "/etc/casemate/agent.toml"
+UNIT = """[Unit]
+Description=Casemate agent
+After=libvirtd.service network.target
+Wants=libvirtd.service
+
+[Service]
+ExecStart=/usr/bin/python3 -m casemate_agent run --config /etc/casemate/agent.toml
+Restart=on-failure
+RestartSec=1
+KillMode=process
+LimitNOFILE=65536
+
+[Install]
+WantedBy=multi-user.target
+"""
+AGENT = """name = "@HOST@"
+manager = "127.0.0.1:@PORT@"
+log_level = "debug"
+stop_grace_s = 20
+"""
+HARDWARE = f"""
+[[ports]]
+mac = "{PORTS[0]}"
+networks = ["fronthaul"]
+vfs = 4
+
+[[ports]]
+mac = "{PORTS[1]}"
+networks = ["fronthaul"]
+vfs = 2
+
+[[devices]]
+vendor = "1234"
+device = "1111"
+labels = {{ type = "card" }}
+
+[[devices]]
+vendor = "1b36"
+device = "0005"
+labels = {{ type = "probe" }}
+"""
+#: The tiny guest and its empty disk, as an image of the fleet.
+IMAGE = "tiny"
+
+
+@dataclass(slots=True)
+class Server:
+    """An emulated server, a manager, and ``casemate`` between them."""
+
+    machine: Machine
+    folder: Path
+    port: int
+    environ: dict[str, str]
+    uids: dict[str, str] = field(default_factory=dict)
+
+    # --- as a user ---
+
+    def casemate(self, *arguments: str, stdin: str = "", timeout_s: float = 60) -> Done:
+        return casemate(*arguments, environ=self.environ, stdin=stdin, timeout_s=timeout_s)
+
+    def get(self, kind: str, name: str) -> dict[str, Any]:
+        """One object; empty where there is none."""
+        done = self.casemate("get", kind, name, "-o", "json")
+        if done.code == 4:
+            return {}
+        found: dict[str, Any] = json.loads(done.ok())
+        return found
+
+    def uid(self, instance: str) -> str:
+        """Of an instance; its domain's uuid too."""
+        return str(self.get("instance", instance)["metadata"]["uid"])
+
+    # --- as an administrator of the server ---
+
+    def install(self) -> None:
+        """The agent of this working tree, as a service that is not started yet."""
+        archive = agent_archive(self.machine.parts.tree)
+        target = f"/usr/local/lib/python{recipe.PYTHON}/dist-packages"
+        self.machine.run(f"tar -x -z -C {target} -f -", stdin=archive, timeout_s=120)
+        self.machine.write("/etc/systemd/system/casemate-agent.service", UNIT.encode())
+        for name in ("casemate", "casemate-agent"):
+            package = "casemate_cli" if name == "casemate" else "casemate_agent"
+            script = f'#!/bin/sh\nexec /usr/bin/python3 -m {package} "$@"\n'
+            self.machine.run(f"cat > /usr/local/bin/{name} && chmod 755 /usr/local/bin/{name}", stdin=script.encode())
+        self.machine.write("/etc/profile.d/casemate.sh", f"export CASEMATE_MANAGER=127.0.0.1:{self.port}\n".encode())
+        self.machine.run("systemctl daemon-reload")
+
+    def configure(self, hardware: str = HARDWARE) -> None:
+        """Settings of the agent; they hold from its next start."""
+        text = AGENT.replace("@HOST@", HOST).replace("@PORT@", str(self.port)) + hardware
+        self.machine.write(CONFIG, text.encode())
+
+    def start_agent(self) -> None:
+        self.machine.run("systemctl start casemate-agent")
+
+    def stop_agent(self) -> None:
+        self.machine.run("systemctl stop casemate-agent", timeout_s=60)
+
+    def kill_agent(self) -> None:
+        """SIGKILL; systemd starts it again."""
+        self.machine.run("systemctl kill -s SIGKILL casemate-agent")
+
+    def log(self, lines: int = 60) -> str:
+        """The end of the agent's log."""
+        return self.machine.run(f"journalctl -u casemate-agent -n {lines} --no-pager -o cat", check=False)
+
+    def until(self, what: str, met: Callable[[], Any], timeout_s: float = 90) -> Any:
+        """What ``met`` answers as soon as it is true. Raises LabFailed, with the agent's log."""
+        give_up_s = time.monotonic() + timeout_s
+        while not (answer := met()):
+            if time.monotonic() > give_up_s:
+                raise LabFailed(f"not within {timeout_s:g} s: {what}\n{self.log()}")
+            time.sleep(0.5)
+        return answer
+
+    def joined(self) -> bool:
+        """Whether the manager hears the host, and the host is ready."""
+        return bool(self.get("host", HOST).get("status", {}).get("phase") == "Ready")
+
+
+def agent_archive(tree: Path) -> bytes:
+    """This working tree's wheel, installed and compiled for the server, as a gzipped tar file."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        python = PROJECT / ".venv/bin/python"
+        run([python, "-m", "hatchling", "build", "-t", "wheel", "-d", work], cwd=PROJECT)
+        wheel = next(work.glob("*.whl"))
+        packages = work / "packages"
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-index"]
+        run([*pip, "--no-compile", "--target", packages, wheel])
+        shutil.rmtree(packages / "bin", ignore_errors=True)
+        tree_python(tree, "-m", "compileall", "-q", "-s", packages, packages)
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+            for entry in sorted(packages.iterdir()):
+                archive.add(entry, entry.name)
+        return buffer.getvalue()
+
+
+@contextmanager
+def manager_beside(folder: Path, port: int) -> Iterator[None]:
+    """A manager on loopback, as a process."""
+    environ = clean_environment(folder)
+    command = [sys.executable, "-m", "casemate_manager", "serve", "--state-dir", str(folder / "manager")]
+    command += ["--listen", f"127.0.0.1:{port}"]
+    with (folder / "manager.log").open("ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, cwd="/")
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def server_up(folder: Path, say: Say, hardware: str = HARDWARE, parts: Parts | None = None) -> Iterator[Server]:
+    """A server with our agent in it, joined to a manager; all of it ended afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    machine = Machine(parts or build(say), folder / "machine", forwards=(port,))
+    server = Server(machine, folder, port, clean_environment(folder, f"127.0.0.1:{port}"))
+    with manager_beside(folder, port):
+        try:
+            began = time.monotonic()
+            machine.start()
+            say(f"booted in {time.monotonic() - began:.0f} s")
+            server.install()
+            server.configure(hardware)
+            machine.run("systemctl start libvirtd", timeout_s=120)
+            server.start_agent()
+            say(f"agent installed after {time.monotonic() - began:.0f} s")
+            server.until("the host has joined", server.joined, 180)
+            say(f"joined after {time.monotonic() - began:.0f} s")
+            yield server
+        finally:
+            machine.stop()
