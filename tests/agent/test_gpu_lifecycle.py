@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -139,3 +140,10 @@ def test_a_thousand_agents_die_and_no_tenant_meets_another(kills: int = 1000) ->
                 met += 1
         assert hand_overs == 6, f"seed {seed}: it never came to an end: {board.disk}"
     assert met > kills
+
+
+def test_the_diagram_of_the_docs_is_drawn_from_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs/gpus.md").read_text()
+    assert f"```mermaid\n{diagram()}\n```" in page, (
+        "docs/gpus.md: draw it again with casemate_agent.gpu.lifecycle.diagram()"
+    )
