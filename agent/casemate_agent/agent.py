@@ -17,6 +17,7 @@ from math import inf
 from typing import Any, TypeVar
 
 from casemate_agent import actions as act
+from casemate_agent.changes import changes
 from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
 from casemate_agent.execute import Executor, Trace, log_steps
@@ -42,6 +43,8 @@ class Pace:
     #: Least time between rounds, so that a talkative guest cannot keep the hypervisor busy.
     least_s: float = 0.05
     retry_s: float = 5.0
+    #: Between looks at the machine's own facts: what is plugged in or goes offline is named within five seconds.
+    machine_s: float = 4.0
 
 
 @dataclass(slots=True)
@@ -168,6 +171,7 @@ class Agent:
             group.create_task(
                 self._watch("hypervisor", self.drivers.hypervisor.events, self._domain_event), name="domains"
             )
+            group.create_task(self._watch_machine(), name="machine")
             group.create_task(self._watch("guests", self.drivers.guests.events, self._guest_event), name="guests")
             while True:
                 self._wake.clear()
@@ -189,6 +193,7 @@ class Agent:
         busy = self._executor.busy
         observed = await self._observer.observe(self.now(), self.ledger.book.instances, self._guests, busy)
         self.virtualisation = observed.virtualisation
+        self._compare(observed.machine)
         decided = plan(self.ledger.book, observed, self._settings, self._plan)
         self._plan = decided
         if decided.adopt:
@@ -201,6 +206,22 @@ class Agent:
             self._executor.start_bare(group, uid, actions)
         self._executor.start_bare(group, HOST, decided.host)
         return decided.wake_s
+
+    async def _watch_machine(self) -> None:
+        """Look at the machine's facts by themselves: they are read often, and cause a round only where they changed."""
+        while True:
+            await asyncio.sleep(self._pace.machine_s)
+            if await self._observer.machine_changed():
+                self.wake()
+
+    def _compare(self, machine: MachineFacts) -> None:
+        """Tell what changed of the host's parts since the last look; the link sends the new inventory."""
+        before, self.machine = self.machine, machine
+        if before is None or before.topology == machine.topology:
+            return
+        for note in changes(before.topology, machine.topology):
+            self.note(note)
+        self.feed.news.set()
 
     async def _adopt(self, decided: Plan) -> None:
         try:

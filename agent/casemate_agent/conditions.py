@@ -24,6 +24,7 @@ def host_conditions(
         _network(observed),
         _images(observed),
         _disk_space(observed, low_disk_fraction),
+        _hardware(observed),
         _ledger(host, damage),
     )
 
@@ -75,6 +76,14 @@ def _disk_space(observed: Observation, low_disk_fraction: float) -> Condition:
         "images that no instance uses are removed"
     )
     return Condition("DiskSpace", "False", "Low" if files.free_mib else "Full", message)
+
+
+def _hardware(observed: Observation) -> Condition:
+    """Ports and devices that the administrator named and that are held back, each with its reason."""
+    problems = observed.machine.problems
+    if not problems:
+        return Condition("Hardware", "True", "AsConfigured")
+    return Condition("Hardware", "False", problems[0].partition(":")[0], "; ".join(problems)[:1000])
 
 
 def _ledger(host: HostRecord, damage: tuple[str, ...]) -> Condition:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from casemate_agent.hardware import DeviceRule, PortRule, device_rules, port_rules
 from casemate_core.errors import CallerError
 
 
@@ -42,6 +43,9 @@ class Config:
     #: One line that describes the hosts to simulate (casemate_core.topology_loaders.line); empty: this machine.
     simulated: str = ""
     hosts: int = 1
+    #: NIC ports that may be cut into virtual functions, and functions that may be given away whole.
+    ports: tuple[PortRule, ...] = ()
+    devices: tuple[DeviceRule, ...] = ()
     #: How long a simulated guest boots.
     boot_s: float = 2.0
 
@@ -60,6 +64,12 @@ def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Con
     given |= {name: value for name, value in flags.items() if value is not None}
     if isinstance(given.get("image_folders"), list):
         given["image_folders"] = tuple(given["image_folders"])
+    for name, read in (("ports", port_rules), ("devices", device_rules)):
+        if name in given:
+            try:
+                given[name] = read(given[name])
+            except ValueError as error:
+                raise BadConfig(str(error)) from error
     kinds = {field.name: type(field.default) for field in fields(Config)}
     for name, value in given.items():
         if name not in kinds:

@@ -20,6 +20,7 @@ from random import Random
 
 from casemate_agent.agent import Agent
 from casemate_agent.channels import serve_channel
+from casemate_agent.drivers.ports import MachineFacts
 from casemate_agent.transport import BrokenOff, Stream, Transport
 from casemate_core.errors import CallerError, CasemateError
 from casemate_core.topology import Topology
@@ -68,6 +69,7 @@ class Link:
         self._window_s = WINDOW_S
         self._channels: set[asyncio.Task[None]] = set()
         self._digest = ""
+        self._topology: Topology | None = None
         self._failures = 0
         self.connected = False
 
@@ -115,12 +117,19 @@ class Link:
             feed.news.clear()
             await feed.news.wait()
 
+    def _take_inventory(self, machine: MachineFacts) -> bool:
+        """Name the inventory as it is now; whether it is another one than before."""
+        if self._topology == machine.topology:
+            return False
+        before, self._topology = self._digest, machine.topology
+        self._digest = inventory_digest(machine.topology)
+        return self._digest != before
+
     async def _hello(self) -> Hello:
         agent = self._agent
         machine = agent.machine
         assert machine is not None  # a whole observation has it
-        if not self._digest:
-            self._digest = inventory_digest(machine.topology)
+        self._take_inventory(machine)
         session = await agent.ledger.next_session(self._now())
         host = agent.ledger.host
         return Hello(
@@ -168,6 +177,9 @@ class Link:
         feed = self._agent.feed
         while True:
             feed.news.clear()
+            machine = self._agent.machine
+            if self.connected and machine is not None and self._take_inventory(machine):
+                end.tell_inventory(Inventory(self._digest, machine.topology))
             states, gone, report = feed.take()
             end.changed(states, gone, report)
             await self._flush(end, stream)
@@ -187,8 +199,8 @@ class Link:
                     self.connected = True
                     self._failures = 0
                     log.info("session open, epoch %d, resumed from revision %d", value.epoch, value.since)
-                    if value.send_inventory and agent.machine is not None:
-                        end.tell_inventory(Inventory(self._digest, agent.machine.topology))
+                    if value.send_inventory and self._topology is not None:
+                        end.tell_inventory(Inventory(self._digest, self._topology))
                     feed.take()  # all of it is in what follows
                     end.whole(feed.states.values(), feed.report)
                 case Desired():

@@ -29,7 +29,7 @@ async def real_drivers(config: Config) -> AsyncIterator[Drivers]:
     run_dir = Path(config.run_dir).absolute()
     run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        machine = HostMachine(state_dir)
+        machine = HostMachine(state_dir, ports=config.ports, devices=config.devices)
         stack.push_async_callback(machine.aclose)
         images = ImageStore(state_dir, SourceRules(folders=tuple(config.image_folders)))
         stack.push_async_callback(images.aclose)

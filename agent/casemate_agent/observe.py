@@ -48,6 +48,15 @@ class Observer:
         self._machine = facts
         return facts
 
+    async def machine_changed(self) -> bool:
+        """Read the machine's facts again; whether they are others than before. Without an answer the last ones hold."""
+        before = self._machine
+        found = await self._ask("machine", self.drivers.machine.observe, self.deadline_s, {})
+        if found is None or found == before:
+            return False
+        self._machine = found
+        return True
+
     async def observe(
         self,
         now_s: float,

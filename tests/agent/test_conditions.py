@@ -22,7 +22,7 @@ WELL = Observation(
     virtualisation="kvm",
     network_problem="",
 )
-TYPES = ["Virtualisation", "Hypervisor", "Network", "Images", "DiskSpace", "LedgerComplete"]
+TYPES = ["Virtualisation", "Hypervisor", "Network", "Images", "DiskSpace", "Hardware", "LedgerComplete"]
 
 
 def say(observed: Observation, host: HostRecord | None = None, *damage: str) -> dict[str, Condition]:
@@ -126,3 +126,9 @@ def test_an_agent_tells_what_happens_to_its_machine() -> None:
         await rig.kill()
 
     run_virtual(story)
+
+
+def test_held_back_hardware_is_named_with_its_reason() -> None:
+    problem = "PortMissing: no port has the permanent address 52:54:00:00:00:01"
+    found = say(replace(WELL, machine=replace(WELL.machine, problems=(problem,))))["Hardware"]
+    assert (found.status, found.reason, found.message) == ("False", "PortMissing", problem)

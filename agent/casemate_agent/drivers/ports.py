@@ -369,6 +369,8 @@ class MachineFacts:
     boot_id: str
     kernel: str
     topology: Topology
+    #: Functions that are held back: each as ``Reason: what, and why``.
+    problems: tuple[str, ...] = ()
 
 
 class Machine(Protocol):

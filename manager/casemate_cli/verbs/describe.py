@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casemate_cli import completing, kinds, options, output, term
+from casemate_cli import completing, kinds, options, output, parts, term
 from casemate_cli.columns import NONE, WORD_COLOURS, Table, age, columns
 from casemate_cli.failure import Failure
 from casemate_cli.kinds import Target
@@ -70,6 +70,10 @@ def _describe(client: "Client", target: Target, tenant: str) -> None:
     _section("Spec", plain.get("spec", {}))
     _section("Status", status)
     _conditions(message, conditions)
+    if target.kind.name == "Host" and (topology := parts.topology_of(client, target.name)) is not None:
+        term.out(term.paint("Parts:", "bold"))
+        for line in parts.summary(topology):
+            term.out(f"  {term.clean(line)}")
     for kind in {"Environment": ("Instance", "Pod"), "Host": ("Instance",), "Instance": ("Pod",)}.get(
         target.kind.name, ()
     ):

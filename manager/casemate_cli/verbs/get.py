@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casemate_cli import completing, kinds, options, output, term
+from casemate_cli import completing, kinds, options, output, parts, term
 from casemate_cli.failure import Exit, Failure
 from casemate_cli.kinds import Kind, Target
 
@@ -40,19 +40,26 @@ def get(
 ) -> int:
     """Show objects as a table, JSON, YAML, names, or by a path.
 
-    KIND is a kind in singular, plural or short (env, inst, po, img, net), or `all`.
+    KIND is a kind in singular, plural or short (env, inst, po, img, net), or `all`; or `vfs` or `devices`, which are parts
+    of hosts.
 
     \b
     Examples:
       casemate get env
       casemate get pods --of hello -w
       casemate get env/hello inst/hello-0 -o yaml
+      casemate get vfs --of h1 -o wide
       casemate get hosts -l rack=r1 -o jsonpath='{.items[*].metadata.name}'
     """
     from casemate_cli.client import Client
 
     settings = options.settings(ctx)
     tenant = "" if all_tenants else settings.tenant
+    if (what := parts.WORDS.get(arguments[0].lower())) is not None:
+        if len(arguments) > 1 or selector or watch:
+            raise Failure(f"{what} have no names, labels or changes", remedy=f"write: casemate get {what} --of HOST")
+        with Client(settings) as client:
+            return parts.show(client, what, owner, form, with_headings=not no_headers)
     if [a.lower() for a in arguments] == ["all"]:
         wanted = [Target(kinds.BY_NAME[kind]) for kind in kinds.ALL]
     else:
