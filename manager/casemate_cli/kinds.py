@@ -43,9 +43,9 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("SecurityGroup", "securitygroup", "securitygroups", ("sg",), True, served=False),
     Kind("Volume", "volume", "volumes", ("vol", "vols"), True, served=False),
     Kind("Secret", "secret", "secrets", (), True, served=False),
-    Kind("Tenant", "tenant", "tenants", (), False, served=False),
-    Kind("User", "user", "users", (), False, served=False),
-    Kind("RoleBinding", "rolebinding", "rolebindings", ("rb",), False, served=False),
+    Kind("Tenant", "tenant", "tenants", (), False),
+    Kind("User", "user", "users", (), False),
+    Kind("RoleBinding", "rolebinding", "rolebindings", ("rb",), False),
     Kind("Reservation", "reservation", "reservations", (), False, served=False),
 )
 #: What `get all` shows, in this order.

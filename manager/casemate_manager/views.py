@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from casemate_core.claims import HostClaims
+from casemate_core.spec.access import Tenant
 from casemate_core.spec.instance import InstanceState, Phase
 from casemate_core.spec.meta import Meta
 from casemate_core.spec.pod import pod_name
@@ -24,7 +25,9 @@ from casemate_core.spec.views import (
     NetworkStatus,
     PlacementView,
     PodView,
+    TenantStatus,
 )
+from casemate_manager.fleet import quotas
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import EnvironmentRecord, HostRecord, InstanceRecord, PlacementRecord
 from casemate_manager.fleet.state import State
@@ -306,6 +309,11 @@ def image_status(state: State, observed: Observed, name: str) -> ImageStatus:
         if (p := state.placement_of(i.meta.uid))
     }
     return ImageStatus(hosts=len(hosts), environments=len(users))
+
+
+def tenant_status(state: State, tenant: Tenant) -> TenantStatus:
+    """What a tenant has asked for, and what it holds of the devices that its quotas name."""
+    return TenantStatus(quotas.used(state, tenant.meta.name, tenant.quotas))
 
 
 def network_status(state: State, name: str) -> NetworkStatus:

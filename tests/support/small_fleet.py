@@ -138,6 +138,9 @@ class SmallFleet:
             self.state.images,
             self.state.networks,
             self.state.policies,
+            self.state.tenants,
+            self.state.users,
+            self.state.role_bindings,
             self.state.events,
         )
         records: list[Record] = [record for table in tables for record in table.values()]  # type: ignore[attr-defined]

@@ -69,6 +69,9 @@ class Reader:
             "Image": state.images,
             "Network": state.networks,
             "Policy": state.policies,
+            "Tenant": state.tenants,
+            "User": state.users,
+            "RoleBinding": state.role_bindings,
             "Placement": state.placements,
             "Event": state.events,
         }
@@ -105,6 +108,14 @@ class Reader:
             )
         elif kind == "Policy" and (policy := state.policies.get(key)):
             yield Found(policy.meta, frozenset(), lambda: resources.to_message(policy))
+        elif kind == "Tenant" and (tenant := state.tenants.get(key)):
+            yield Found(
+                tenant.meta, frozenset(), lambda: resources.to_message(tenant, views.tenant_status(state, tenant))
+            )
+        elif kind == "User" and (user := state.users.get(key)):
+            yield Found(user.meta, frozenset(), lambda: resources.to_message(user))
+        elif kind == "RoleBinding" and (binding := state.role_bindings.get(key)):
+            yield Found(binding.meta, frozenset({binding.role}), lambda: resources.to_message(binding))
         elif kind == "Event" and (event := state.events.get(key)):
             yield Found(event.meta, frozenset({event.regarding.name}), lambda: resources.to_message(event))
         elif kind == "Placement" and (placement := state.placements.get(key)):
@@ -144,7 +155,7 @@ class Reader:
         if kind == "Placement":
             uid = self._state.instance_names.get(tenant_key(tenant, name))
             return list(self._state.instance_placements.get(uid, {})) if uid else []
-        if kind not in ("Host", "Image", "Network", "Policy", "Event"):
+        if kind not in ("Host", "Image", "Network", "Policy", "Tenant", "User", "RoleBinding", "Event"):
             self.keys(kind)  # refuses a kind that is not served
         return [name]
 

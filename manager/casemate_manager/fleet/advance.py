@@ -20,6 +20,7 @@ from casemate_manager.fleet.commands import Advanced, Batch
 from casemate_manager.fleet.draft import MAX_RECORDS, AddressesExhausted, Draft, instance_ref, make_uid
 from casemate_manager.fleet.observed import Attempt, CapacityChanged, ForgetInstance, Observed, Tried
 from casemate_manager.fleet.placing import Overlay, Placed, Placer, Stamp, Unplaced, stamp_for
+from casemate_manager.fleet.quotas import Devices
 from casemate_manager.fleet.records import EnvironmentRecord, InstanceRecord, PlacementRecord, tenant_key
 from casemate_manager.fleet.state import State
 
@@ -254,17 +255,18 @@ def _waiting(draft: Draft) -> Iterator[_Group]:
 def _place_waiting(draft: Draft, overlay: Overlay, placer: Placer) -> int:
     """Place what fits. Returns how many groups did not."""
     refused = 0
+    devices = Devices(draft.state)
     for group in _waiting(draft):
         if refused >= MAX_REFUSALS or (len(draft) and len(draft) + STEP * len(group.instances) > MAX_RECORDS):
             break
         if any((("Instance", i.meta.uid) in draft.changed) for i in group.instances):
             continue  # changed in this batch: its turn is the next one
-        if not _place_group(draft, overlay, group, placer):
+        if not _place_group(draft, overlay, group, placer, devices):
             refused += 1
     return refused
 
 
-def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer) -> bool:
+def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer, devices: Devices) -> bool:
     state = draft.state
     trial = overlay.fork()
     decided: list[tuple[InstanceRecord, Placed, Stamp]] = []
@@ -276,6 +278,10 @@ def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer) 
             return False
         trial.add(found.host, found.claim)
         decided.append((instance, found, stamp))
+    if over := devices.exceeded(group.environment.meta.tenant, ((f.host, f.claim) for _, f, _ in decided)):
+        hosts = len(state.hosts)
+        _refused(draft, group, Unplaced(hosts, (("QuotaExceeded", hosts, over),)))
+        return False
     for instance, found, stamp in decided:
         overlay.add(found.host, found.claim)
         _put_placement(draft, instance.meta.uid, found, stamp)

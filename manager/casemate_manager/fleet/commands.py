@@ -6,6 +6,7 @@ watchers and sessions hear of it. Sightings are in memory and need no commit.
 
 from dataclasses import dataclass
 
+from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment
 from casemate_core.spec.fleet import Host, Image, Network, Policy
 from casemate_core.spec.views import Change, ObjectRef
@@ -13,7 +14,7 @@ from casemate_manager.fleet.observed import Sighting
 from casemate_manager.fleet.records import RecordChange
 from casemate_wire.stream import Facts, Hello, HostEvent, Inventory, Outcome
 
-Object = Environment | Image | Network | Host | Policy
+Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from typing import Any, Final
 from casemate_core.errors import CallerError, Conflict, InvalidSpec, NotFound, Violation, shown
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.quantity import format_mib
+from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment
 from casemate_core.spec.fleet import Host, Image, Network, Policy
 from casemate_core.spec.meta import DEFAULT_TENANT, Meta
 from casemate_core.spec.views import Change, ObjectRef
+from casemate_manager.fleet import quotas
 from casemate_manager.fleet.commands import (
     Applied,
     ApplyAnswer,
@@ -42,6 +44,8 @@ from casemate_manager.fleet.state import State, named
 #: Objects of one request; with their records of change and the request's own they stay within one batch.
 MAX_OBJECTS: Final = 60
 MAX_KEY: Final = 128
+#: Kinds that can be deleted.
+DELETABLE: Final = ("Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding")
 
 #: What changes between two versions of an object, with the effect of each field (:mod:`casemate_wire.diff`).
 Diff = Callable[[Object | None, Object], tuple[Change, ...]]
@@ -75,6 +79,7 @@ def apply_resources(
     _check_count(command.objects)
     draft = Draft(state, observed, now_s)
     given = _Given(state, command.objects)
+    quotas.check(state, command.objects, given.tenants)
     results = []
     for one in command.objects:
         one = _with_defaults(given, one)
@@ -141,6 +146,12 @@ def _stored(state: State, one: Object) -> Object | None:
             return state.networks.get(one.meta.name)
         case Policy():
             return state.policies.get(one.meta.name)
+        case Tenant():
+            return state.tenants.get(one.meta.name)
+        case User():
+            return state.users.get(one.meta.name)
+        case RoleBinding():
+            return state.role_bindings.get(one.meta.name)
         case Host():
             host = state.hosts.get(one.meta.name)
             return host.host if host else None
@@ -159,11 +170,12 @@ def _check_preconditions(one: Object, old: Object | None) -> None:
 
 
 class _Given:
-    """Images and networks as they will be after the request."""
+    """Images, networks and tenants as they will be after the request."""
 
     def __init__(self, state: State, objects: tuple[Object, ...]) -> None:
         self.images = {**state.images, **{o.meta.name: o for o in objects if isinstance(o, Image)}}
         self.networks = {**state.networks, **{o.meta.name: o for o in objects if isinstance(o, Network)}}
+        self.tenants = {**state.tenants, **{o.meta.name: o for o in objects if isinstance(o, Tenant)}}
 
 
 def _with_defaults(given: _Given, one: Object) -> Object:
@@ -293,7 +305,7 @@ def _write(draft: Draft, stored: Object, old: Object | None, changes: tuple[Chan
             known = draft.state.hosts.get(stored.meta.name)
             record = replace(known, host=stored) if known else HostRecord(stored)
             draft.sightings.append(CapacityChanged())
-        case Policy():
+        case Policy() | Tenant():
             record = stored
             draft.sightings.append(CapacityChanged())
         case _:
@@ -390,17 +402,26 @@ def _delete(draft: Draft, command: DeleteResource) -> tuple[ObjectRef, bool]:
             policy = state.policies.get(name)
             meta = _expected(command, policy.meta if policy else None)
             draft.sightings.append(CapacityChanged())
+        case "Tenant":
+            tenant = state.tenants.get(name)
+            meta = _expected(command, tenant.meta if tenant else None)
+            _refuse_used(
+                command,
+                (named(state.environments[k].environment.meta) for k in state.tenant_environments.get(name, ())),
+            )
+        case "User":
+            user = state.users.get(name)
+            meta = _expected(command, user.meta if user else None)
+        case "RoleBinding":
+            binding = state.role_bindings.get(name)
+            meta = _expected(command, binding.meta if binding else None)
         case "Host":
             host = state.hosts.get(name)
             meta = _expected(command, host.host.meta if host else None)
             _refuse_host(draft, name)
         case _:
             raise InvalidSpec(
-                (
-                    Violation(
-                        "kind", shown(kind), "cannot be deleted", "name Environment, Image, Network, Host or Policy"
-                    ),
-                )
+                (Violation("kind", shown(kind), "cannot be deleted", f"name one of {', '.join(DELETABLE)}"),)
             )
     draft.drop(kind, name)
     draft.event(_ref(kind, meta), "Deleted", f"the {kind.lower()} was deleted")

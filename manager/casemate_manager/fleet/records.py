@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from casemate_core.claims import Claim
+from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Host, Image, Network, Policy
 from casemate_core.spec.instance import Nic
@@ -112,6 +113,9 @@ Record = (
     | Image
     | Network
     | Policy
+    | Tenant
+    | User
+    | RoleBinding
     | EventView
 )
 
@@ -127,6 +131,9 @@ KINDS: Final[dict[str, type[Any]]] = {
     "Image": Image,
     "Network": Network,
     "Policy": Policy,
+    "Tenant": Tenant,
+    "User": User,
+    "RoleBinding": RoleBinding,
     "Event": EventView,
 }
 _WORDS: Final = {kind: word for word, kind in KINDS.items()}
@@ -159,7 +166,7 @@ def key_of(record: Record) -> str:
             return record.host
         case RequestRecord():
             return record.key
-        case EventView() | Image() | Network() | Policy():
+        case EventView() | Image() | Network() | Policy() | Tenant() | User() | RoleBinding():
             return record.meta.name
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from casemate_core.claims import HostClaims
 from casemate_core.errors import InternalError
+from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Image, Network, Policy
 from casemate_core.spec.meta import Meta
@@ -61,8 +62,15 @@ class State:
     images: dict[str, Image] = field(default_factory=dict)
     networks: dict[str, Network] = field(default_factory=dict)
     policies: dict[str, Policy] = field(default_factory=dict)
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    users: dict[str, User] = field(default_factory=dict)
+    role_bindings: dict[str, RoleBinding] = field(default_factory=dict)
     events: dict[str, EventView] = field(default_factory=dict)
     # --- derived ---
+    #: User or ``group:NAME`` -> name of a role binding -> the binding.
+    bindings_of: dict[str, dict[str, RoleBinding]] = field(default_factory=dict)
+    #: Tenant -> keys of its environments.
+    tenant_environments: dict[str, dict[str, None]] = field(default_factory=dict)
     environment_keys: dict[str, str] = field(default_factory=dict)
     environment_instances: dict[str, dict[int, str]] = field(default_factory=dict)
     instance_names: dict[str, str] = field(default_factory=dict)
@@ -172,6 +180,7 @@ class State:
         match record:
             case EnvironmentRecord():
                 self.environments[key] = record
+                self.tenant_environments.setdefault(record.environment.meta.tenant, {})[key] = None
                 self.environment_keys[record.environment.meta.uid] = key
                 self.work[key] = None
             case RevisionRecord():
@@ -192,9 +201,25 @@ class State:
                 self.networks[key] = record
             case Policy():
                 self.policies[key] = record
+            case Tenant():
+                self.tenants[key] = record
+            case User():
+                self.users[key] = record
+            case RoleBinding():
+                self._unbind(key)
+                self.role_bindings[key] = record
+                for subject in record.users:
+                    self.bindings_of.setdefault(subject, {})[key] = record
             case EventView():
                 self.events[key] = record
                 self.event_names[event_identity(record)] = key
+
+    def _unbind(self, key: str) -> None:
+        known = self.role_bindings.pop(key, None)
+        for subject in known.users if known else ():
+            self.bindings_of[subject].pop(key, None)
+            if not self.bindings_of[subject]:
+                del self.bindings_of[subject]
 
     def _put_instance(self, record: InstanceRecord) -> None:
         uid = record.meta.uid
@@ -249,9 +274,12 @@ class State:
         elif kind == "Environment":
             environment = self.environments.pop(key).environment
             del self.environment_keys[environment.meta.uid]
+            del self.tenant_environments[environment.meta.tenant][key]
             self.environment_instances.pop(environment.meta.uid, None)
             self.row_revisions.pop(environment.meta.uid, None)
             self.work.pop(key, None)
+        elif kind == "RoleBinding":
+            self._unbind(key)
         elif kind == "Event":
             event = self.events.pop(key)
             if self.event_names.get(event_identity(event)) == key:
@@ -285,6 +313,8 @@ class State:
             "Image": self.images,
             "Network": self.networks,
             "Policy": self.policies,
+            "Tenant": self.tenants,
+            "User": self.users,
         }
         table: dict[str, Record] = tables[kind]
         return table

@@ -76,6 +76,13 @@ class NetworkStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantStatus:
+    """What a tenant has asked for, by the names and in the units of its quotas."""
+
+    used: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceView:
     """One VM: what the manager resolved, and what its host reports (None until it does)."""
 

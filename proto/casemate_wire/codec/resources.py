@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, assert_never
 
 from casemate_core.errors import InvalidSpec, Violation
+from casemate_core.spec.access import RoleBinding, Tenant, User, check_role_binding, check_tenant, check_user
 from casemate_core.spec.environment import Environment, check_environment
 from casemate_core.spec.fleet import (
     Host,
@@ -25,15 +26,16 @@ from casemate_core.spec.views import (
     NetworkStatus,
     PlacementView,
     PodView,
+    TenantStatus,
 )
 from casemate_wire import schema
-from casemate_wire.codec import environment, fleet, views
+from casemate_wire.codec import access, environment, fleet, views
 from casemate_wire.codec.check import check_message
 from casemate_wire.v1 import operators_pb2 as pb
 
 #: What users may apply in this release.
-Object = Environment | Image | Network | Host | Policy
-Status = EnvironmentStatus | ImageStatus | NetworkStatus | HostStatus
+Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding
+Status = EnvironmentStatus | ImageStatus | NetworkStatus | HostStatus | TenantStatus
 View = InstanceView | PodView | PlacementView | EventView
 
 _DECODERS: dict[str, tuple[Callable[[Any], Object], Callable[[Any], Any]]] = {
@@ -42,6 +44,9 @@ _DECODERS: dict[str, tuple[Callable[[Any], Object], Callable[[Any], Any]]] = {
     "Network": (fleet.network_from_message, check_network),
     "Host": (fleet.host_from_message, check_host),
     "Policy": (fleet.policy_from_message, check_policy),
+    "Tenant": (access.tenant_from_message, check_tenant),
+    "User": (access.user_from_message, check_user),
+    "RoleBinding": (access.role_binding_from_message, check_role_binding),
 }
 
 
@@ -84,6 +89,13 @@ def to_message(value: Object | View, status: Status | None = None) -> pb.Resourc
             return pb.Resource(host=fleet.host_to_message(value, status))
         case Policy():
             return pb.Resource(policy=fleet.policy_to_message(value))
+        case Tenant():
+            assert status is None or isinstance(status, TenantStatus)
+            return pb.Resource(tenant=access.tenant_to_message(value, status))
+        case User():
+            return pb.Resource(user=access.user_to_message(value))
+        case RoleBinding():
+            return pb.Resource(role_binding=access.role_binding_to_message(value))
         case InstanceView():
             return pb.Resource(instance=views.instance_to_message(value))
         case PodView():

@@ -654,7 +654,7 @@ Global___SecretSpec: _TypeAlias = SecretSpec  # noqa: Y015
 
 @_typing.final
 class Tenant(_message.Message):
-    """Who owns environments, with what quotas."""
+    """Who owns environments, with what quotas. A tenant that nobody made has none."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -662,12 +662,15 @@ class Tenant(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     api_version: _builtins.str
     kind: _builtins.str
     @_builtins.property
     def metadata(self) -> _meta_pb2.Meta: ...
     @_builtins.property
     def spec(self) -> Global___TenantSpec: ...
+    @_builtins.property
+    def status(self) -> Global___TenantStatus: ...
     def __init__(
         self,
         *,
@@ -675,10 +678,11 @@ class Tenant(_message.Message):
         kind: _builtins.str = ...,
         metadata: _meta_pb2.Meta | None = ...,
         spec: Global___TenantSpec | None = ...,
+        status: Global___TenantStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "spec", b"spec", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_version", b"api_version", "kind", b"kind", "metadata", b"metadata", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_version", b"api_version", "kind", b"kind", "metadata", b"metadata", "spec", b"spec", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -711,7 +715,9 @@ class TenantSpec(_message.Message):
     QUOTAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def quotas(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Highest totals, by resource name: `cpus`, `memory`, `environments`, `gpus/<model>`, `vfs`."""
+        """Highest totals, by resource name: `cpus`, `memory`, `environments`, `gpus`, `gpus/<model>`, `vfs`; and `priority`,
+        the highest that an environment may have. What is not named is not limited. A lower one ends nothing that is there.
+        """
 
     def __init__(
         self,
@@ -725,6 +731,48 @@ class TenantSpec(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TenantSpec: _TypeAlias = TenantSpec  # noqa: Y015
+
+@_typing.final
+class TenantStatus(_message.Message):
+    """What a tenant has asked for, in the words of its quotas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UsedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    USED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def used(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        used: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantStatus: _TypeAlias = TenantStatus  # noqa: Y015
 
 @_typing.final
 class User(_message.Message):
@@ -763,16 +811,24 @@ class UserSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TYPE_FIELD_NUMBER: _builtins.int
+    DISABLED_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     type: _builtins.str
-    """`person` or `service`."""
+    """`person`, or `service`: a program, with access keys and short tokens."""
+    disabled: _builtins.bool
+    """True keeps the user out, whatever certificate, key or token is shown."""
+    tenant: _builtins.str
+    """Tenant whose administrators may keep this user's access keys; the platform's alone where it is not set."""
     def __init__(
         self,
         *,
         type: _builtins.str = ...,
+        disabled: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disabled", b"disabled", "tenant", b"tenant", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -818,10 +874,15 @@ class RoleBindingSpec(_message.Message):
     USERS_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
     role: _builtins.str
+    """`viewer` reads; `console` runs commands and opens consoles; `operator` changes; `tenant-admin` does all of it in its tenant and
+    gives roles there; `platform-admin` does everything.
+    """
     scope: _builtins.str
     """`fleet`, `tenant/<name>` or `environment/<tenant>/<name>`."""
     @_builtins.property
-    def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of users; `group:NAME` for a group of the identity provider."""
+
     def __init__(
         self,
         *,
