@@ -4,19 +4,23 @@ The composition is here and not in ``__main__`` so that tests and the simulator 
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc
 
+from casemate_core.errors import CasemateError
 from casemate_core.spec.fleet import Network, NetworkSpec
 from casemate_core.spec.meta import Meta
 from casemate_manager.api import server
 from casemate_manager.api.feed import Feed
+from casemate_manager.api.gate import Authenticate, Development, Gate, actor
 from casemate_manager.api.hostlink import Channels, HostLink
 from casemate_manager.api.service import FleetService
 from casemate_manager.api.why import PlacerWhy
+from casemate_manager.fleet.acts import Actor, By
 from casemate_manager.fleet.commands import Answer, ApplyResources, Command
 from casemate_manager.fleet.machine import Rules
 from casemate_manager.fleet.objects import ObjectRules
@@ -30,6 +34,8 @@ from casemate_manager.sessions import Sessions
 from casemate_manager.store.ports import Store
 from casemate_manager.writer import Published, Writer
 from casemate_wire.diff import changes
+
+log = logging.getLogger("casemate.manager")
 
 #: Streams get so long to end when the manager stops.
 GRACE_S: Final = 2.0
@@ -55,8 +61,13 @@ class Core:
         return self._writer.observed
 
     async def submit(self, command: Command) -> Answer:
-        """Carry a command out; returns after its commit."""
-        return await self._writer.submit(command)
+        """Carry a command out, in the name of who makes the present call; returns after its commit."""
+        by = actor()
+        return await self._writer.submit(By(by, command) if by else command)
+
+    async def denied(self, by: Actor, what: str, error: CasemateError) -> None:
+        """Somebody was refused for who he is."""
+        log.warning("%s from %s: %s: %s", by.principal.name, by.address, what, str(error))
 
     def _published(self, published: Published) -> None:
         if published.reset:
@@ -65,11 +76,11 @@ class Core:
             self.feed.publish(batch)
 
 
-def make_rules(placer: Placer | None = None) -> Rules:
+def make_rules(placer: Placer | None = None, admins: frozenset[str] = frozenset()) -> Rules:
     """How objects are judged and placed."""
     language = Cel()
     judge = ObjectRules(changes, lambda policy: check_policy(language, policy))
-    return Rules(judge, placer or FleetPlacer(language))
+    return Rules(judge, placer or FleetPlacer(language), admins)
 
 
 class Manager:
@@ -95,6 +106,7 @@ async def running(
     version: str,
     default_subnet: str = "",
     rules: Rules | None = None,
+    authenticate: Authenticate | None = None,
     trace: Callable[[str], None] = lambda step: None,
 ) -> AsyncIterator[Manager]:
     """Run a manager while the context is open. Raises what opening the store and the port raise."""
@@ -110,7 +122,8 @@ async def running(
             network = Network(Meta("default"), NetworkSpec("nat", default_subnet))
             await writer.submit(ApplyResources(FIRST_START_KEY, (network,), seed()))
         service = FleetService(core, Channels(sessions), PlacerWhy(rules.placer), version, seed)
-        grpc_server, port = await server.serve(listen, service, HostLink(sessions))
+        gate = Gate(lambda: writer.state, authenticate or Development(), core.denied, clock, seed, rules.admins)
+        grpc_server, port = await server.serve(listen, service, HostLink(sessions), gate)
         manager = Manager(writer, sessions, grpc_server, port)
         work.add_done_callback(lambda _: manager.failed.set())
         try:

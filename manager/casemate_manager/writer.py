@@ -21,6 +21,7 @@ from typing import Final, TypeVar
 
 from casemate_core.errors import CasemateError, InternalError, Unavailable
 from casemate_manager.fleet import desired
+from casemate_manager.fleet.acts import By
 from casemate_manager.fleet.commands import Advance, Advanced, Answer, Batch, Command, EndSession, Expire
 from casemate_manager.fleet.machine import Rules, apply, is_crowded
 from casemate_manager.fleet.observed import Observed
@@ -67,7 +68,7 @@ Listener = Callable[[Published], None]
 
 @dataclass(slots=True)
 class _Waiting:
-    command: Command
+    command: Command | By
     future: "asyncio.Future[Answer]"
     answer: Answer = None
     error: CasemateError | None = None
@@ -126,7 +127,7 @@ class Writer:
         self._take(await self._on_thread(self._store.lead))
         self._leading = True
 
-    async def submit(self, command: Command) -> Answer:
+    async def submit(self, command: Command | By) -> Answer:
         """Carry out a command; returns when it is committed. Raises what the fleet raises, or Unavailable."""
         if self._closed or not self._leading:
             raise Unavailable(
@@ -225,7 +226,7 @@ class Writer:
                 return batches, False
         return batches, True
 
-    def _one(self, command: Command, now_s: float) -> tuple[Batch | None, CasemateError | None]:
+    def _one(self, command: Command | By, now_s: float) -> tuple[Batch | None, CasemateError | None]:
         """Apply and fold. What `apply` raises has changed nothing; what folding raises ends the term."""
         try:
             batch = apply(self._working, self.observed, command, now_s, self._rules)

@@ -115,9 +115,10 @@ def test_bad_fields_are_named(path: str, value: Any, said: str) -> None:
 
 
 def test_kinds_that_are_not_served_yet_are_refused() -> None:
-    document = {"apiVersion": "casemate/v1", "kind": "Tenant", "metadata": {"name": "ran"}, "spec": {}}
+    document = {"apiVersion": "casemate/v1", "kind": "Reservation", "metadata": {"name": "ran"}, "spec": {}}
     assert violations(document) == [
-        "kind: 'Tenant' is not served by this release; apply one of Environment, Image, Network, Host, Policy"
+        "kind: 'Reservation' is not served by this release; apply one of "
+        "Environment, Image, Network, Host, Policy, Tenant, User, RoleBinding"
     ]
 
 

@@ -29,6 +29,10 @@ _CODES: dict[str, int] = {
     "Unavailable": code_pb2.UNAVAILABLE,
     "DeadlineExceeded": code_pb2.DEADLINE_EXCEEDED,
     "AddressesExhausted": code_pb2.RESOURCE_EXHAUSTED,
+    "QuotaExceeded": code_pb2.RESOURCE_EXHAUSTED,
+    "RateLimited": code_pb2.RESOURCE_EXHAUSTED,
+    "PermissionDenied": code_pb2.PERMISSION_DENIED,
+    "Unauthenticated": code_pb2.UNAUTHENTICATED,
 }
 
 
@@ -47,6 +51,10 @@ def status_of(error: CasemateError) -> status_pb2.Status:
         details += [_bad_request(error), _refusal(error)]
     elif isinstance(error, NotFound):
         details.append(error_details_pb2.ResourceInfo(resource_type=error.kind, resource_name=error.name))
+    elif retry_after_s := getattr(error, "retry_after_s", 0.0):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(retry_after_s * 1000))
+        details.append(retry)
     elif code == code_pb2.INTERNAL:
         log.error("internal error", exc_info=error)
         message = "the manager contradicts itself; its log has the story"
@@ -76,7 +84,8 @@ def _pack(message: Message) -> Packed:
     return packed
 
 
-async def _abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+    """End the call with the status of an error."""
     if not isinstance(error, CasemateError):
         log.error("unexpected error in a call", exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, "the manager failed; its log has the story")
@@ -101,7 +110,7 @@ def unary(
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     return handler
 
@@ -119,6 +128,6 @@ def streaming(
         except grpc.aio.AbortError:
             raise
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     return handler

@@ -39,6 +39,9 @@ class Query:
     selector: Selector = EVERYTHING
     owner: str = ""
     name: str = ""
+    #: What the caller may see, and how it is shown to him.
+    sees: Callable[[str, Meta], bool] = lambda kind, meta: True
+    shown: Callable[[pb.Resource], pb.Resource] = lambda resource: resource
 
     def wants(self, found: Found) -> bool:
         """Whether an object is asked for."""
@@ -48,7 +51,7 @@ class Query:
             return False
         if self.owner and self.owner not in found.owners:
             return False
-        return self.selector.matches(found.meta.labels)
+        return self.selector.matches(found.meta.labels) and self.sees(self.kind, found.meta)
 
 
 class Reader:

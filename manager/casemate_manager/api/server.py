@@ -48,10 +48,13 @@ def check_loopback(address: str) -> str:
 
 
 async def serve(
-    address: str, fleet: operators_pb2_grpc.FleetServicer, hosts: hosts_pb2_grpc.HostLinkServicer
+    address: str,
+    fleet: operators_pb2_grpc.FleetServicer,
+    hosts: hosts_pb2_grpc.HostLinkServicer,
+    gate: grpc.aio.ServerInterceptor,
 ) -> tuple[grpc.aio.Server, int]:
-    """A started server with all services, and the port it listens on. Raises Unavailable where the port is taken."""
-    server = grpc.aio.server(options=OPTIONS)
+    """A started server, all services behind the gate, and the port it listens on. Raises Unavailable where the port is taken."""
+    server = grpc.aio.server(options=OPTIONS, interceptors=[gate])
     operators_pb2_grpc.add_FleetServicer_to_server(fleet, server)
     hosts_pb2_grpc.add_HostLinkServicer_to_server(hosts, server)
     names = [

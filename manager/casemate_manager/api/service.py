@@ -19,9 +19,11 @@ from casemate_core.errors import (
     Violation,
 )
 from casemate_core.spec.views import EventView
+from casemate_manager.access import Permission
 from casemate_manager.api import side
 from casemate_manager.api.errors import streaming, unary
 from casemate_manager.api.feed import Feed, Subscription, is_event_of, parse_token
+from casemate_manager.api.gate import caller
 from casemate_manager.api.lookup import Found, Query, Reader
 from casemate_manager.api.top import Top
 from casemate_manager.fleet.commands import (
@@ -134,12 +136,14 @@ class FleetService(operators_pb2_grpc.FleetServicer):
     @unary
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.Resource:
         """One object."""
-        return self._reader().get(request.kind, request.tenant, request.name)
+        await caller().require_object(request.kind, request.tenant, request.name)
+        return caller().shown(self._reader().get(request.kind, request.tenant, request.name))
 
     @unary
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         """A page of objects of one kind, by key."""
-        query = Query(request.kind, request.tenant, selectors.parse(request.selector), request.owner)
+        selector = selectors.parse(request.selector)
+        query = Query(request.kind, request.tenant, selector, request.owner, sees=caller().sees, shown=caller().shown)
         size = min(request.page_size if request.page_size > 0 else PAGE, MAX_PAGE)
         token = str(self._core.feed.token)
         reader = self._reader()
@@ -152,14 +156,17 @@ class FleetService(operators_pb2_grpc.FleetServicer):
             if len(page.resources) >= size:
                 page.next_page_token = previous
                 break
-            page.resources.extend(found.show() for found in reader.find(query.kind, key) if query.wants(found))
+            page.resources.extend(query.shown(f.show()) for f in reader.find(query.kind, key) if query.wants(f))
             previous = key
         return page
 
     @streaming
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchEvent]:
         """Changes of one kind as they are committed, from a token on."""
-        query = Query(request.kind, request.tenant, selectors.parse(request.selector), name=request.name)
+        selector = selectors.parse(request.selector)
+        query = Query(
+            request.kind, request.tenant, selector, name=request.name, sees=caller().sees, shown=caller().shown
+        )
         self._reader().keys(query.kind)  # refuses a kind that is not served, before anything is sent
         feed = self._core.feed
         subscription = feed.subscribe(query.kind)
@@ -187,8 +194,10 @@ class FleetService(operators_pb2_grpc.FleetServicer):
     async def Events(self, request: pb.EventsRequest, context: Context) -> AsyncIterator[fleet_pb2.Event]:
         """What happened, oldest first; then as it happens."""
 
+        sees = caller().sees
+
         def wanted(event: EventView) -> bool:
-            return is_event_of(event, request.kind, request.name, request.tenant)
+            return sees("Event", event.meta) and is_event_of(event, request.kind, request.name, request.tenant)
 
         feed = self._core.feed
         subscription = feed.subscribe("Event")
@@ -256,9 +265,16 @@ class FleetService(operators_pb2_grpc.FleetServicer):
             instance = self._reader().instance(request.tenant, name)
         except NotFound:
             instance = self._reader().instance(request.tenant, request.environment)
-        if request.host and request.host not in state.hosts:
+        grants = caller().grants
+        if request.host and (request.host not in state.hosts or not grants.allows(Permission.READ)):
             raise NotFound("Host", request.host)
-        return await self._why.why(state, self._core.observed, instance, request.host)
+        answer = await self._why.why(state, self._core.observed, instance, request.host)
+        if not grants.allows(Permission.READ):
+            # Hosts by name, and what each of them lacks, are the fleet's business.
+            answer.ClearField("nearest")
+            for suggestion in answer.suggestions:
+                suggestion.host = ""
+        return answer
 
     @unary
     async def Top(self, request: top_pb2.TopRequest, context: Context) -> top_pb2.TopResponse:
@@ -349,7 +365,7 @@ class _Watcher:
             for found in reader.find(self._query.kind, key):
                 if not self._query.wants(found):
                     continue
-                resource = found.show()
+                resource = self._query.shown(found.show())
                 digest = hash(resource.SerializeToString(deterministic=True))
                 identity = _identity(found)
                 now[identity] = digest

@@ -7,7 +7,9 @@ A command that cannot be carried out raises and changes nothing.
 from dataclasses import dataclass
 from typing import Final, assert_never
 
-from casemate_manager.fleet import advance, hosts, objects
+from casemate_manager.access import grants_of
+from casemate_manager.fleet import acts, advance, hosts, objects
+from casemate_manager.fleet.acts import By
 from casemate_manager.fleet.commands import (
     Advance,
     ApplyResources,
@@ -40,15 +42,21 @@ class Rules:
 
     objects: ObjectRules
     placer: Placer
+    #: Users who are platform administrators by the manager's own settings.
+    admins: frozenset[str] = frozenset()
 
 
-def apply(state: State, observed: Observed, command: Command, now_s: float, rules: Rules) -> Batch:
+def apply(state: State, observed: Observed, command: Command | By, now_s: float, rules: Rules) -> Batch:
     """What a command does. Raises the errors of ``casemate_core.errors`` where it cannot be done; nothing changes then.
 
     ``now_s``: seconds since the epoch. Fold the batch into the state (and its sightings into ``observed``) before the
     next command.
     """
     match command:
+        case By():
+            grants = grants_of(command.actor.principal, state.bindings_of, state.users, rules.admins)
+            acts.check(state, grants, command.command)
+            return apply(state, observed, command.command, now_s, rules)
         case ApplyResources():
             return objects.apply_resources(state, observed, command, now_s, rules.objects)
         case DeleteResource():

@@ -1,0 +1,96 @@
+"""A whole manager behind its gate, with callers who say who they are in a header: for tests of who may do what."""
+
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from casemate_core.spec.access import FLEET, RoleBinding, Scope
+from casemate_core.spec.environment import Environment
+from casemate_core.spec.meta import Meta
+from casemate_manager.access import Principal, Unauthenticated
+from casemate_manager.app import Manager, running
+from casemate_manager.fleet.commands import ApplyResources, Object
+from casemate_manager.simulation.memory import MemoryStore
+from casemate_wire.v1 import operators_pb2_grpc
+from support.small_fleet import environment, image, network
+
+POD = {
+    "apiVersion": "v1",
+    "kind": "Pod",
+    "metadata": {"name": "web"},
+    "spec": {"containers": [{"name": "c", "image": "x"}]},
+}
+
+
+async def by_header(context: Any) -> Principal:
+    """Who calls, as he says himself."""
+    told = dict(context.invocation_metadata() or ())
+    if "x-user" not in told:
+        raise Unauthenticated("no user is named")
+    return Principal(told["x-user"], "certificate", tuple(filter(None, told.get("x-groups", "").split(","))))
+
+
+@dataclass
+class House:
+    """A manager and how to call it."""
+
+    manager: Manager
+    channel: grpc.aio.Channel
+    stub: Any
+    numbers: Any
+
+    async def put(self, *objects: Object) -> None:
+        """Apply as the manager itself."""
+        n = next(self.numbers)
+        await self.manager.writer.submit(ApplyResources(f"house-{n}", objects, f"seed-{n}"))
+
+    def key(self) -> str:
+        return f"k-{next(self.numbers)}"
+
+
+def of_tenant(tenant: str, name: str = "hello", **fields: Any) -> Environment:
+    made = environment(name, **{"pods": (POD,), **fields})
+    return Environment(Meta(name, tenant), made.spec)
+
+
+def bind(name: str, role: str, scope: Scope, *users: str) -> RoleBinding:
+    return RoleBinding(Meta(name), role, users, scope)
+
+
+def as_user(name: str, **more: str) -> tuple[tuple[str, str], ...]:
+    """Metadata of a call."""
+    return (("x-user", name), *((k.replace("_", "-"), v) for k, v in more.items()))
+
+
+@asynccontextmanager
+async def house(
+    *, store: Any = None, authenticate: Callable[[Any], Awaitable[Principal]] = by_header, **more: Any
+) -> AsyncIterator[House]:
+    """A manager with two tenants, ``own`` and ``foreign``, an environment ``hello`` in each, and the root user ``root``."""
+    numbers = itertools.count(1)
+    clock = itertools.count(1_800_000_000)
+    async with (
+        running(
+            store or MemoryStore(),
+            "127.0.0.1:0",
+            lambda: float(next(clock)),
+            lambda: f"s-{next(numbers)}",
+            version="test",
+            authenticate=authenticate,
+            **more,
+        ) as manager,
+        grpc.aio.insecure_channel(f"127.0.0.1:{manager.port}") as channel,
+    ):
+        found = House(manager, channel, operators_pb2_grpc.FleetStub(channel), numbers)
+        await found.put(
+            image(),
+            network(),
+            of_tenant("own"),
+            of_tenant("foreign"),
+            bind("root", "platform-admin", FLEET, "root"),
+        )
+        yield found
