@@ -89,6 +89,12 @@ def _sum(o: Any, used: str, total: Any) -> str:
     return f"{used or '0'}/{total}" if total else NONE
 
 
+def _quota(o: Any, name: str) -> str:
+    """Used of a quota; only used where there is none."""
+    used, most = o.status.used.get(name, ""), o.spec.quotas.get(name, "")
+    return f"{used or '0'}/{most}" if most else _text(used)
+
+
 def _environment_phase(o: Any) -> str:
     return "Deleting" if o.metadata.deleting.seconds else _text(o.status.phase)
 
@@ -181,6 +187,25 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("REQUIRE", lambda o: " && ".join(o.spec.require) or NONE, wide=True),
         Column("CPU", lambda o: f"x{o.spec.cpu_overcommit:g}" if o.spec.cpu_overcommit else NONE, wide=True),
         Column("MEMORY", lambda o: f"x{o.spec.memory_overcommit:g}" if o.spec.memory_overcommit else NONE, wide=True),
+        _AGE,
+    ),
+    "Tenant": (
+        Column("ENVIRONMENTS", lambda o: _quota(o, "environments")),
+        Column("CPUS", lambda o: _quota(o, "cpus")),
+        Column("MEMORY", lambda o: _quota(o, "memory")),
+        Column("QUOTAS", lambda o: ",".join(f"{k}={v}" for k, v in sorted(o.spec.quotas.items())) or NONE, wide=True),
+        _AGE,
+    ),
+    "User": (
+        Column("TYPE", lambda o: o.spec.type or "person"),
+        Column("DISABLED", lambda o: "yes" if o.spec.disabled else NONE),
+        Column("TENANT", lambda o: _text(o.spec.tenant)),
+        _AGE,
+    ),
+    "RoleBinding": (
+        Column("ROLE", lambda o: _text(o.spec.role)),
+        Column("SCOPE", lambda o: _text(o.spec.scope)),
+        Column("USERS", lambda o: ",".join(o.spec.users) or NONE),
         _AGE,
     ),
     "Placement": (

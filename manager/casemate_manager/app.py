@@ -16,7 +16,7 @@ from casemate_core.spec.fleet import Network, NetworkSpec
 from casemate_core.spec.meta import Meta
 from casemate_manager.api import server
 from casemate_manager.api.feed import Feed
-from casemate_manager.api.gate import Authenticate, Development, Gate, actor
+from casemate_manager.api.gate import Authenticate, Gate, actor, by_certificate
 from casemate_manager.api.hostlink import Channels, HostLink
 from casemate_manager.api.service import FleetService
 from casemate_manager.api.why import PlacerWhy
@@ -37,6 +37,8 @@ from casemate_wire.diff import changes
 
 log = logging.getLogger("casemate.manager")
 
+#: Who administers the platform without a role binding: the first operator, whose certificate the manager writes.
+ADMINS: Final = frozenset({"admin"})
 #: Streams get so long to end when the manager stops.
 GRACE_S: Final = 2.0
 FIRST_START_KEY: Final = "casemate-first-start"
@@ -76,7 +78,7 @@ class Core:
             self.feed.publish(batch)
 
 
-def make_rules(placer: Placer | None = None, admins: frozenset[str] = frozenset()) -> Rules:
+def make_rules(placer: Placer | None = None, admins: frozenset[str] = ADMINS) -> Rules:
     """How objects are judged and placed."""
     language = Cel()
     judge = ObjectRules(changes, lambda policy: check_policy(language, policy))
@@ -122,7 +124,7 @@ async def running(
             network = Network(Meta("default"), NetworkSpec("nat", default_subnet))
             await writer.submit(ApplyResources(FIRST_START_KEY, (network,), seed()))
         service = FleetService(core, Channels(sessions), PlacerWhy(rules.placer), version, seed)
-        gate = Gate(lambda: writer.state, authenticate or Development(), core.denied, clock, seed, rules.admins)
+        gate = Gate(lambda: writer.state, authenticate or by_certificate, core.denied, clock, seed, rules.admins)
         grpc_server, port = await server.serve(listen, service, HostLink(sessions), gate)
         manager = Manager(writer, sessions, grpc_server, port)
         work.add_done_callback(lambda _: manager.failed.set())

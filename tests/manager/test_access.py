@@ -360,7 +360,7 @@ async def test_errors_carry_nothing_of_what_is_hidden() -> None:
 
 
 async def test_in_development_mode_whoever_dials_is_the_administrator() -> None:
-    async with house(authenticate=gate.Development()) as found:
+    async with house(authenticate=gate.by_certificate) as found:
         assert await found.stub.Top(top_pb2.TopRequest())
 
 

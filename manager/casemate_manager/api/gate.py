@@ -15,10 +15,11 @@ from typing import Any, Final, NoReturn, Protocol
 
 import grpc
 
-from casemate_core.errors import CasemateError, InternalError, MachineError, NotFound
+from casemate_core.errors import CasemateError, InternalError, MachineError
 from casemate_core.spec.access import FLEET, Scope
 from casemate_core.spec.meta import TENANT_KINDS, Meta
 from casemate_manager.access import (
+    DEVELOPMENT,
     FLEET_KINDS,
     KINDS,
     RPCS,
@@ -34,6 +35,7 @@ from casemate_manager.access import (
     refusal,
 )
 from casemate_manager.api.errors import abort
+from casemate_manager.api.peer import Nobody, User, peer_of
 from casemate_manager.fleet.acts import Actor, object_scope
 from casemate_manager.fleet.records import tenant_key
 from casemate_manager.fleet.state import State
@@ -300,24 +302,12 @@ def named(request: Any) -> tuple[str, str]:
     return getattr(request, "tenant", ""), str(name)
 
 
-class Development:
-    """Everybody is the platform's administrator: for plaintext on loopback, where whoever dials is on this machine."""
-
-    async def __call__(self, context: Context) -> Principal:
-        """See `Authenticate`."""
-        from casemate_manager.access import DEVELOPMENT
-
-        return DEVELOPMENT
-
-
-__all__ = [
-    "Authenticate",
-    "Caller",
-    "Development",
-    "Gate",
-    "NotFound",
-    "RateLimited",
-    "Unauthenticated",
-    "actor",
-    "caller",
-]
+async def by_certificate(context: Context) -> Principal:
+    """See `Authenticate`. Plaintext on loopback is development mode: whoever dials is on this machine, and its administrator."""
+    match peer_of(context):
+        case User(name):
+            return Principal(name, "certificate")
+        case Nobody(secure=False):
+            return DEVELOPMENT
+        case _:
+            raise Unauthenticated("no user is named: show a user's certificate or a token")

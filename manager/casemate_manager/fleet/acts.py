@@ -13,7 +13,6 @@ from casemate_manager.access import (
     KINDS,
     Denied,
     Grants,
-    Permission,
     Principal,
     denied_in,
     refusal,
@@ -109,6 +108,3 @@ def object_scope(state: State, kind: str, tenant: str, name: str) -> Scope:
         event = state.events.get(name)
         return scope_of(event.regarding.kind, event.regarding.tenant, event.regarding.name) if event else FLEET
     return scope_of(kind, (tenant or DEFAULT_TENANT) if kind in TENANT_KINDS else "", name)
-
-
-__all__ = ["Actor", "By", "Permission", "check", "object_scope"]
