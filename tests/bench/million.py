@@ -1,6 +1,6 @@
 """A million placements through the whole manager, with churn and trouble: how many of them a host refuses (goal: none).
 
-Usage: python tests/bench/million.py [--count N] [--hosts H] [--seed S] [--trouble T] [--store memory|sqlite]
+Usage: python tests/bench/million.py [--count N] [--hosts H] [--seed S] [--trouble T] [--minutes M] [--store memory|sqlite]
        (or N=…, HOSTS=…, SEED=… in the environment)
 
 The real writer, fleet, scheduler, sessions and store on virtual time, and hosts played from core at the far end of each
@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=int(os.environ.get("HOSTS", "60")))
     parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED", "1")))
     parser.add_argument("--trouble", type=float, default=0.1, help="1: something every 20 commands")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop earlier, after so long, and settle")
     parser.add_argument("--store", choices=["memory", "sqlite"], default="memory")
     args = parser.parse_args()
     began = told = time.monotonic()
@@ -59,6 +60,7 @@ def main() -> int:
             seed=args.seed,
             trouble=args.trouble,
             progress=progress,
+            seconds=args.minutes * 60,
         )
         cpu_s = time.process_time() - cpu_s
         store.close()

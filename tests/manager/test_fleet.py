@@ -23,7 +23,7 @@ from casemate_manager.fleet.commands import (
     Turned,
     Welcomed,
 )
-from casemate_manager.fleet.machine import apply
+from casemate_manager.fleet.machine import apply, is_crowded
 from casemate_manager.fleet.objects import KeyReused
 from casemate_wire.stream import HostEvent, Outcome
 from support.small_fleet import SMALL, SmallFleet, environment, image, network, told
@@ -371,8 +371,26 @@ def test_events_are_bounded(fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch) 
         fleet.do(HostNote("h1", 1, HostEvent(str(n), "", "", "Said", str(n))))
     for _ in range(2):
         fleet.do(Expire())
-    assert len(fleet.state.events) == 50
+    # one in twenty goes with the surplus, and then nothing until there are too many again
+    assert len(fleet.state.events) == 48
     assert [e.message for e in fleet.state.events.values()][-1] == "99"
+    assert not is_crowded(fleet.state)
+    fleet.do(Expire())
+    assert len(fleet.state.events) == 48
+
+
+def test_answered_requests_are_bounded_and_the_newest_are_known(
+    fleet: SmallFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("casemate_manager.fleet.machine.REQUESTS_KEPT", 40)
+    for n in range(60):
+        fleet.apply(environment(f"e{n}"))
+    newest = max(fleet.state.requests, key=lambda k: fleet.state.requests[k].at_s)
+    assert is_crowded(fleet.state)
+    while is_crowded(fleet.state):
+        fleet.do(Expire())
+    assert len(fleet.state.requests) == 38
+    assert newest in fleet.state.requests
 
 
 def test_a_resumed_host_is_told_what_changed_since(fleet: SmallFleet) -> None:

@@ -31,9 +31,11 @@ from casemate_manager.fleet.state import State
 
 #: How long an answered request is known by its key.
 REQUEST_KEPT_S: Final = 86400.0
-#: Answered requests and events kept at most, the newest ones.
+#: Answered requests and events kept at most, the newest ones. Where there are more, one in so many goes with the surplus:
+#: else every single event beyond the limit would have all of them looked through.
 REQUESTS_KEPT: Final = 100_000
 EVENTS_KEPT: Final = 10_000
+ONE_IN: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +90,16 @@ def _expire(state: State, observed: Observed, now_s: float) -> Batch:
     draft = Draft(state, observed, now_s)
     old = [k for k, r in state.requests.items() if now_s - r.at_s > REQUEST_KEPT_S]
     if not old and len(state.requests) > REQUESTS_KEPT:
-        old = sorted(state.requests, key=lambda k: state.requests[k].at_s)[: len(state.requests) - REQUESTS_KEPT]
+        surplus = _surplus(len(state.requests), REQUESTS_KEPT)
+        old = sorted(state.requests, key=lambda k: state.requests[k].at_s)[:surplus]
     for key in old[: MAX_RECORDS // 2]:
         draft.drop("Request", key)
-    surplus = min(len(state.events) - EVENTS_KEPT, MAX_RECORDS - len(draft))
+    surplus = min(_surplus(len(state.events), EVENTS_KEPT), MAX_RECORDS - len(draft))
     if surplus > 0:
         for name in sorted(state.events)[:surplus]:
             draft.drop("Event", name)
     return draft.batch()
+
+
+def _surplus(count: int, kept: int) -> int:
+    return count - kept + kept // ONE_IN if count > kept else 0

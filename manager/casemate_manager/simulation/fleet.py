@@ -193,11 +193,12 @@ def simulate_fleet(
     trouble: float = 1.0,
     full: float = FULL,
     progress: Callable[[int], None] = lambda placed: None,
+    seconds: float = float("inf"),
 ) -> Result:
     """Run ``fleet`` (name and machine of each host) until so many placements were committed, then let it settle.
 
-    ``trouble`` multiplies how often things go wrong; 0: never. ``progress`` is told how many placements there are. Raises
-    Stuck.
+    ``trouble`` multiplies how often things go wrong; 0: never. ``progress`` is told how many placements there are.
+    ``seconds`` of real time end it before that; where they do, the seed alone does not tell the same story. Raises Stuck.
     """
     loop = VirtualLoop()
     logger = logging.getLogger("casemate")
@@ -206,7 +207,7 @@ def simulate_fleet(
     logger.propagate = False
     try:
         run = _Run(loop, fleet, store, seed, trouble, full, progress, defects)
-        return loop.run_until_complete(run.run(placements))
+        return loop.run_until_complete(run.run(placements, seconds))
     finally:
         left = asyncio.all_tasks(loop)
         for task in left:
@@ -570,7 +571,7 @@ class _Run:
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    async def run(self, placements: int) -> Result:
+    async def run(self, placements: int, seconds: float) -> Result:
         """See `simulate_fleet`."""
         began = time.perf_counter()
         await self._start_manager()
@@ -582,7 +583,7 @@ class _Run:
         await asyncio.sleep(4.0)
         every = max(placements // 20, 1)
         last, last_s, checked = -1, 0.0, 0
-        while self._placed < placements:
+        while self._placed < placements and time.perf_counter() - began < seconds:
             self._round += 1
             self._users()
             await asyncio.sleep(ROUND_S)

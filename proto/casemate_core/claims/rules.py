@@ -56,16 +56,7 @@ class ClaimViolation:
 def check(topology: Topology, claims: HostClaims) -> list[ClaimViolation]:
     """Every broken invariant of the claims on a host; recomputed from the claims, trusting no sum kept beside them."""
     found = [violation for claim in claims for violation in _one(topology, claim)]
-    found += [
-        ClaimViolation(ClaimRule.STAMP, claim.owner, f"epoch {claim.epoch}, the ledger is at {claims.epoch}")
-        for claim in claims
-        if claim.epoch > claims.epoch
-    ]
-    found += _threads(topology, claims)
-    found += _amounts(topology, claims)
-    found += _gpus(topology, claims)
-    found += _functions(topology, claims)
-    return found
+    return found + _together(topology, claims)
 
 
 def verify_claim(topology: Topology, claims: HostClaims, claim: Claim) -> list[ClaimViolation]:
@@ -79,11 +70,28 @@ def verify_claim(topology: Topology, claims: HostClaims, claim: Claim) -> list[C
         if claim.epoch < claims.epoch
         else []
     )
-    after = check(topology, HostClaims.of([*others, claim], claims.epoch))
-    if not after:
-        return stale
-    before = set(check(topology, HostClaims.of(others, claims.epoch)))
-    return stale + [violation for violation in after if violation not in before]
+    after = HostClaims.of([*others, claim], claims.epoch)
+    # What is wrong with another claim by itself was wrong before: only the new one is looked at alone.
+    found = [*stale, *_one(topology, claim)]
+    together = _together(topology, after)
+    if together:
+        before = set(_together(topology, HostClaims.of(others, claims.epoch)))
+        found += [violation for violation in together if violation not in before]
+    return found
+
+
+def _together(topology: Topology, claims: HostClaims) -> list[ClaimViolation]:
+    """Rules on all claims of a host at once."""
+    found = [
+        ClaimViolation(ClaimRule.STAMP, claim.owner, f"epoch {claim.epoch}, the ledger is at {claims.epoch}")
+        for claim in claims
+        if claim.epoch > claims.epoch
+    ]
+    found += _threads(topology, claims)
+    found += _amounts(topology, claims)
+    found += _gpus(topology, claims)
+    found += _functions(topology, claims)
+    return found
 
 
 def _one(topology: Topology, claim: Claim) -> Iterator[ClaimViolation]:

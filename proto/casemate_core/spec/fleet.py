@@ -3,6 +3,7 @@
 import ipaddress
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from casemate_core.errors import Violation, shown
 from casemate_core.spec.instance import DIGEST, File
@@ -103,7 +104,13 @@ class Network:
     @property
     def gateway(self) -> str:
         """Address of the hosts' bridges in this network."""
-        return self.spec.gateway or str(ipaddress.IPv4Network(self.spec.subnet)[1])
+        return self.spec.gateway or first_address(self.spec.subnet)
+
+
+@lru_cache(maxsize=256)
+def first_address(subnet: str) -> str:
+    """The first address of an IPv4 subnet; asked for each instance that is told to a host, so it is kept."""
+    return str(ipaddress.IPv4Network(subnet)[1])
 
 
 def check_network(network: Network) -> Iterator[Violation]:
