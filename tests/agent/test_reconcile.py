@@ -21,7 +21,8 @@ from casemate_agent.records import (
     pods_revision,
     to_metadata,
 )
-from casemate_core.claims import Claim, PlainMemory, SharedCpu
+from casemate_core.claims import Claim, HostClaims, PlainMemory, SharedCpu
+from casemate_core.fit import CpuPolicy, CpuRequest, Fit, MemoryRequest, Request, ThreadPolicy, fit
 from casemate_core.spec.instance import Phase, Placement, PodState, Run, Virtualisation
 from casemate_core.topology_loaders import from_line
 from support.agents import IMAGE, NETWORK, instance, pod, uid
@@ -241,6 +242,33 @@ def test_two_placements_that_collide_the_newer_is_refused() -> None:
     assert "4" in refused.state.message
     assert refused.notes[0].reason == "PlacementRefused"
     assert any(entry.startswith("PlacementRefused") for entry in decided.report.drift)
+
+
+def test_one_wrong_core_of_a_placement_is_refused() -> None:
+    """What fit made is taken; with any one core of it exchanged for one that is not its own to take, it is refused."""
+    machine = MACHINE.topology
+    dedicated = CpuRequest(2, policy=CpuPolicy.DEDICATED, threads=ThreadPolicy.ISOLATE)
+    request = Request(dedicated, MemoryRequest(64))
+    beside = fit(machine, HostClaims.empty(), request, owner=uid(2))
+    assert isinstance(beside, Fit)
+    mine = fit(machine, HostClaims.of([beside.claim]), request, owner=uid(1))
+    assert isinstance(mine, Fit)
+
+    def answer(claim: Claim) -> InstancePlan:
+        wanted = (beside.claim, claim)
+        records = (InstanceRecord(instance(n, placement=Placement(c, 1, n))) for n, c in zip((2, 3), wanted, strict=True))
+        held, new = (replace(r, desired=replace(r.desired, uid=c.owner)) for r, c in zip(records, wanted, strict=True))
+        return plan(book(held, new), seen(made=False), SETTINGS).instances[claim.owner]
+
+    assert answer(mine.claim).state.phase is Phase.PREPARING
+    for position in range(2):
+        for thread in range(18):
+            if thread in mine.claim.vcpus:
+                continue
+            vcpus = (*mine.claim.vcpus[:position], thread, *mine.claim.vcpus[position + 1 :])
+            wrong = answer(replace(mine.claim, vcpus=vcpus))
+            assert wrong.state.reason == "PlacementRefused", thread
+            assert wrong.record.claim is None
 
 
 def test_a_stopped_instance_lets_go_of_what_it_was_placed_on_before() -> None:

@@ -12,12 +12,14 @@ from casemate_core.spec.environment import Environment, NicSpec
 from casemate_core.spec.fleet import Host, HostSpec, Taint
 from casemate_core.spec.instance import Phase, Run
 from casemate_core.spec.meta import Meta
+from casemate_core.spec.views import Condition
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.commands import (
     ApplyAnswer,
     ApplyResources,
     EndSession,
     Expire,
+    HostFacts,
     HostGone,
     HostNote,
     Turned,
@@ -25,7 +27,7 @@ from casemate_manager.fleet.commands import (
 )
 from casemate_manager.fleet.machine import apply, is_crowded
 from casemate_manager.fleet.objects import KeyReused
-from casemate_wire.stream import HostEvent, Outcome
+from casemate_wire.stream import Facts, HostEvent, HostReport, Outcome
 from support.small_fleet import SMALL, SmallFleet, environment, image, network, told
 
 
@@ -227,6 +229,32 @@ def test_closed_hosts_get_nothing(fleet: SmallFleet, how: str) -> None:
     assert not fleet.state.placements
     fleet.apply(Host(Meta("h1", labels={"site": "a"}), HostSpec()))
     assert len(fleet.state.placements) == 1
+
+
+def test_a_host_that_says_it_is_not_ready_gets_nothing_until_it_is(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+
+    def say(status: str) -> None:
+        report = HostReport(conditions=(Condition("Ready", status, "Upgrading"),))
+        fleet.do(HostFacts("h1", 1, Facts(2, host=report)))
+        fleet.settle()
+
+    say("False")
+    fleet.apply(environment())
+    assert not fleet.state.placements
+    assert "not ready" in fleet.observed.attempts[only(fleet)].message
+    say("True")
+    assert len(fleet.state.placements) == 1
+
+
+def test_what_waits_is_placed_by_priority_and_then_by_age(fleet: SmallFleet) -> None:
+    for name, priority in (("low", -5), ("old", 0), ("young", 0), ("high", 7)):
+        fleet.apply(environment(name, cpus=2, priority=priority))
+    fleet.join("h1")  # 4 CPUs, so two of the four
+    placed = {fleet.state.instances[p.instance_uid].environment for p in fleet.state.placements.values()}
+    assert placed == {"high", "old"}
+    fleet.join("h2")
+    assert len(fleet.state.placements) == 4
 
 
 def test_a_gang_is_placed_whole_or_not_at_all(fleet: SmallFleet) -> None:

@@ -32,6 +32,7 @@ from casemate_manager.fleet.observed import (
     InstanceSeen,
     Observed,
 )
+from casemate_manager.fleet.placing import says_not_ready
 from casemate_manager.fleet.records import HostRecord, InventoryRecord
 from casemate_manager.fleet.state import State
 from casemate_wire.session import Admission, admit, resumable
@@ -142,12 +143,12 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
     draft = Draft(state, observed, now_s)
     seen = observed.host(name)
     report = told.host or seen.report
-    draft.sightings.append(
-        observed.see_host(name, HostSeen(True, seen.session, seen.whole or told.snapshot, now_s, report))
-    )
+    after = HostSeen(True, seen.session, seen.whole or told.snapshot, now_s, report)
     foreign = seen.report.foreign_claims if seen.report else ()
-    if (told.snapshot and not seen.whole) or (report is not None and report.foreign_claims != foreign):
+    changed = report is not None and report.foreign_claims != foreign
+    if (told.snapshot and not seen.whole) or changed or says_not_ready(seen) != says_not_ready(after):
         draft.sightings.append(CapacityChanged())
+    draft.sightings.append(observed.see_host(name, after))
     here = {p.instance_uid for p in state.host_placements.get(name, {}).values()}
     told_of = set()
     wake = []

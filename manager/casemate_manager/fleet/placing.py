@@ -24,7 +24,7 @@ from casemate_core.fit import (
 )
 from casemate_core.spec.environment import Environment, EnvironmentSpec, Toleration
 from casemate_core.spec.fleet import Taint
-from casemate_manager.fleet.observed import Observed
+from casemate_manager.fleet.observed import HostSeen, Observed
 from casemate_manager.fleet.records import HostRecord, InstanceRecord
 from casemate_manager.fleet.state import State
 
@@ -210,8 +210,7 @@ def closed_because(state: State, observed: Observed, host: HostRecord, spec: Env
         return "HostJoining", "host has not told what it is made of"
     if not observed.host(name).whole:
         return "HostJoining", "host has not told what runs on it"
-    report = observed.host(name).report
-    if report and any(c.type == "Ready" and c.status == "False" for c in report.conditions):
+    if says_not_ready(observed.host(name)):
         return "HostNotReady", "host says that it is not ready"
     if host.host.spec.cordoned:
         return "HostCordoned", "host is cordoned"
@@ -224,6 +223,12 @@ def closed_because(state: State, observed: Observed, host: HostRecord, spec: Env
     if spec.virtualisation == "require" and host.virtualisation == "tcg":
         return "NoKvm", "host has no KVM"
     return None
+
+
+def says_not_ready(seen: HostSeen) -> bool:
+    """Whether the host itself says that it takes nothing new."""
+    report = seen.report
+    return report is not None and any(c.type == "Ready" and c.status == "False" for c in report.conditions)
 
 
 def untolerated(taints: tuple[Taint, ...], tolerations: tuple[Toleration, ...]) -> Iterator[Taint]:

@@ -4,8 +4,9 @@ May live here: what joins ``casemate_manager.fleet`` and the scheduler. Neither 
 
 Theory of operation. The fleet's state is the truth; columns are a copy made for speed. Before each question the copy is
 compared with the state by identity of records (they are frozen, so what is the same object has not changed), first those
-of the state, once for each revision, then the few claims that the batch at hand has added. Only hosts that differ are
-written again. Several states may be asked about in turn; each time the difference is what is written.
+of the state, once for each revision, then the few claims that the batch at hand has added. Of what hosts say the few parts
+that matter here are compared. Only hosts that differ are written again. Several states may be asked about in turn; each
+time the difference is what is written.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,8 @@ from casemate_core.fit import Fit, Request, fit
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Policy
 from casemate_manager.columns import HostView
-from casemate_manager.fleet.observed import Observed
-from casemate_manager.fleet.placing import Overlay, Placed, Stamp, Unplaced, closed_because, request_of
+from casemate_manager.fleet.observed import HostSeen, Observed
+from casemate_manager.fleet.placing import Overlay, Placed, Stamp, Unplaced, closed_because, request_of, says_not_ready
 from casemate_manager.fleet.state import State
 from casemate_manager.policy.book import PolicyBook
 from casemate_manager.policy.expressions import Language
@@ -41,6 +42,7 @@ class FleetPlacer:
         self._records: dict[str, object] = {}
         self._inventories: dict[str, object] = {}
         self._claims: dict[str, HostClaims] = {}
+        self._seen: dict[str, HostSeen] = {}
         self._asked: tuple[int, int, int, int] = (0, -1, -1, -1)
         self._overlaid: set[str] = set()
         self._emulated: set[str] = set()
@@ -127,7 +129,8 @@ class FleetPlacer:
             changed = _differ(state.hosts, self._records) | _differ(state.inventories, self._inventories)
             changed |= _differ(state.claims, self._claims) | self._overlaid
             if asked[2:] != self._asked[2:]:
-                changed |= set(state.hosts)
+                changed |= _seen_otherwise(observed.hosts, self._seen)
+                self._seen = dict(observed.hosts)
             self._records, self._inventories = dict(state.hosts), dict(state.inventories)
             self._claims, self._asked = dict(state.claims), asked
             self._overlaid = set()
@@ -159,7 +162,7 @@ class FleetPlacer:
         seen = observed.host(host)
         held = claims if claims is not None else state.host_claims(host, observed)
         meta, spec = record.host.meta, record.host.spec
-        available = not record.held and seen.connected and seen.whole
+        available = not record.held and seen.connected and seen.whole and not says_not_ready(seen)
         (self._emulated.add if record.virtualisation == "tcg" else self._emulated.discard)(host)
         if old is not None and held == old.claims:
             held = old.claims
@@ -248,6 +251,21 @@ def _differ(now: Mapping[str, Any], known: Mapping[str, Any]) -> set[str]:
     if len(now) != len(known) or changed:
         changed |= _gone(known, now)
     return changed
+
+
+def _seen_otherwise(now: Mapping[str, HostSeen], known: Mapping[str, HostSeen]) -> set[str]:
+    """Hosts of which something is seen otherwise that `FleetPlacer._write` reads. Most words of a host are none of that."""
+    changed = _gone(known, now)
+    for host, seen in now.items():
+        before = known.get(host)
+        if before is not seen and (before is None or _told(before) != _told(seen)):
+            changed.add(host)
+    return changed
+
+
+def _told(seen: HostSeen) -> tuple[object, ...]:
+    foreign = seen.report.foreign_claims if seen.report is not None else ()
+    return (seen.connected, seen.whole, says_not_ready(seen), foreign)
 
 
 def _gone(known: Iterable[str], now: Mapping[str, Any]) -> set[str]:
