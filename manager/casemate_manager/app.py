@@ -123,14 +123,18 @@ async def running(
         if default_subnet and writer.state.revision == 0:
             network = Network(Meta("default"), NetworkSpec("nat", default_subnet))
             await writer.submit(ApplyResources(FIRST_START_KEY, (network,), seed()))
-        service = FleetService(core, Channels(sessions), PlacerWhy(rules.placer), version, seed)
+        why = PlacerWhy(rules.placer)
+        service = FleetService(core, Channels(sessions), why, version, seed)
         gate = Gate(lambda: writer.state, authenticate or by_certificate, core.denied, clock, seed, rules.admins)
         grpc_server, port = await server.serve(listen, service, HostLink(sessions), gate)
+        warming = asyncio.create_task(why.keep_warm(lambda: (core.state, core.observed)), name="why-warm")
         manager = Manager(writer, sessions, grpc_server, port)
         work.add_done_callback(lambda _: manager.failed.set())
         try:
             yield manager
         finally:
+            warming.cancel()
+            await asyncio.gather(warming, return_exceptions=True)
             sessions.close("the manager stops")
             await grpc_server.stop(GRACE_S)
     finally:

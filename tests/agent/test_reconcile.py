@@ -256,7 +256,9 @@ def test_one_wrong_core_of_a_placement_is_refused() -> None:
 
     def answer(claim: Claim) -> InstancePlan:
         wanted = (beside.claim, claim)
-        records = (InstanceRecord(instance(n, placement=Placement(c, 1, n))) for n, c in zip((2, 3), wanted, strict=True))
+        records = (
+            InstanceRecord(instance(n, placement=Placement(c, 1, n))) for n, c in zip((2, 3), wanted, strict=True)
+        )
         held, new = (replace(r, desired=replace(r.desired, uid=c.owner)) for r, c in zip(records, wanted, strict=True))
         return plan(book(held, new), seen(made=False), SETTINGS).instances[claim.owner]
 

@@ -41,6 +41,24 @@ def test_where_it_is_and_where_it_could_be() -> None:
     assert story(pb.WhyResponse(hosts=1), "a-0") == ["instance a-0 does not fit on the one host"]
 
 
+def test_what_it_holds_and_how_far_a_gang_came() -> None:
+    placed = pb.WhyResponse(
+        placed=True,
+        host="h1",
+        hosts=3,
+        holds=["2 vCPUs on threads 4-5 of cell 0"],
+        reasons=[pb.WhyReason(reason="have enough as well", hosts=2, message="hosts have enough as well")],
+    )
+    assert story(placed, "a-0") == [
+        "instance a-0 is placed on h1",
+        "  2 vCPUs on threads 4-5 of cell 0",
+        "Other hosts:",
+        "  2 hosts    have enough as well",
+    ]
+    gang = pb.WhyResponse(hosts=2, group="1 of 3 instances find a place")
+    assert story(gang, "a-0") == ["instance a-0 fits on none of 2 hosts", "  1 of 3 instances find a place"]
+
+
 def test_what_hosts_say_cannot_command_a_terminal() -> None:
     evil = "on \x1b[2J\n"
     answer = pb.WhyResponse(
@@ -48,10 +66,11 @@ def test_what_hosts_say_cannot_command_a_terminal() -> None:
         reasons=[pb.WhyReason(reason=evil, message=evil)],
         nearest=[pb.WhyMiss(host=evil, messages=[evil])],
         suggestions=[pb.WhySuggestion(change=evil, host=evil, command=evil)],
+        group=evil,
     )
     for lines in (
         story(answer, "a-0"),
-        story(pb.WhyResponse(placed=True, host=evil), "a-0"),
+        story(pb.WhyResponse(placed=True, host=evil, holds=[evil]), "a-0"),
         story(pb.WhyResponse(host=evil), "a-0"),
     ):
         assert all(line.isprintable() for line in lines)

@@ -25,7 +25,7 @@ from casemate_manager.fleet.commands import (
     Turned,
     Welcomed,
 )
-from casemate_manager.fleet.machine import apply, is_crowded
+from casemate_manager.fleet.machine import REQUEST_KEPT_S, apply, is_crowded
 from casemate_manager.fleet.objects import KeyReused
 from casemate_wire.stream import Facts, HostEvent, HostReport, Outcome
 from support.small_fleet import SMALL, SmallFleet, environment, image, network, told
@@ -414,11 +414,15 @@ def test_answered_requests_are_bounded_and_the_newest_are_known(
     for n in range(60):
         fleet.apply(environment(f"e{n}"))
     newest = max(fleet.state.requests, key=lambda k: fleet.state.requests[k].at_s)
+    assert list(fleet.reload().requests) == list(fleet.state.requests)  # both in the order of their answers
     assert is_crowded(fleet.state)
     while is_crowded(fleet.state):
         fleet.do(Expire())
     assert len(fleet.state.requests) == 38
     assert newest in fleet.state.requests
+    fleet.now_s += REQUEST_KEPT_S + 1
+    fleet.do(Expire())
+    assert not fleet.state.requests
 
 
 def test_a_resumed_host_is_told_what_changed_since(fleet: SmallFleet) -> None:

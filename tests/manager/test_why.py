@@ -1,9 +1,12 @@
 """The answer to ``why``, as operators get it."""
 
+import pytest
+
 from casemate_core.fit import Fit, fit
 from casemate_core.spec.fleet import Host, HostSpec
 from casemate_core.spec.meta import Meta
 from casemate_manager.api.why import PlacerWhy
+from casemate_manager.fleet.commands import HostGone
 from casemate_manager.fleet.placing import request_of
 from support.small_fleet import SmallFleet, environment, image, network
 
@@ -34,6 +37,8 @@ async def test_a_placed_instance_is_told_its_host_and_another_host_why_not() -> 
     why = PlacerWhy(made.rules.placer)
     answer = await why.why(made.state, made.observed, instance, "")
     assert answer.placed and answer.host in ("h1", "h2")
+    assert answer.holds == ["1 CPUs of the pool of cell 0", "512 MiB of cell 0", "1024 MiB of disk"]
+    assert [(r.reason, r.hosts) for r in answer.reasons] == [("have enough as well", 1)]
     other = "h2" if answer.host == "h1" else "h1"
     there = await why.why(made.state, made.observed, instance, other)
     assert there.host == other and not there.placed  # it would fit there as well
@@ -66,3 +71,77 @@ async def test_suggestions_come_true() -> None:
         view = why._placer.scheduler.columns.row(change.host).view
         assert isinstance(fit(view.topology, view.claims, change.request.request, owner="x"), Fit)
     assert request_of(record.spec) != explained.changes[0].request.request  # type: ignore[union-attr]
+
+
+async def test_a_gang_that_waits_is_not_told_that_it_fits() -> None:
+    made = fleet()  # two hosts of 4 CPUs
+    made.apply(environment("gang", cpus=3, replicas=3, gang=True))
+    why = PlacerWhy(made.rules.placer)
+    for ordinal in range(3):
+        instance = made.state.instances[made.state.instance_names[f"default/gang-{ordinal}"]]
+        answer = await why.why(made.state, made.observed, instance, "")
+        assert not answer.host and answer.group.startswith("2 of 3 instances")
+        assert "ask for 2 replicas" in [s.change for s in answer.suggestions]
+    made.apply(environment("gang", cpus=3, replicas=2, gang=True))
+    made.settle()
+    assert len(made.state.placements) == 2
+
+
+async def test_suggestions_are_carried_out_on_the_fleet_and_it_runs() -> None:
+    """Each as its own story, from the sentence to the placement."""
+    for change, act in (
+        ("uncordon host h2", lambda made: made.apply(Host(Meta("h2"), HostSpec()))),
+        ("ask for 7Gi", None),
+    ):
+        made = fleet()
+        made.apply(Host(Meta("h2"), HostSpec(cordoned=act is not None)))
+        made.apply(environment("first", cpus=1, memory_mib=6000))
+        big = 6000 if act is not None else 20_000
+        made.apply(environment("big", cpus=1, memory_mib=big))
+        instance = made.state.instances[made.state.instance_names["default/big-0"]]
+        why = PlacerWhy(made.rules.placer)
+        answer = await why.why(made.state, made.observed, instance, "")
+        assert not answer.placed and answer.suggestions
+        if act is not None:
+            assert answer.suggestions[0].change == change
+            act(made)
+        else:
+            record = made.state.environment_of(instance).environment
+            (found, *_) = why._placer.explain_synced(made.state, record, record.spec, instance.meta.uid).changes
+            assert found.request is not None and "memory" in found.sentence
+            made.apply(environment("big", cpus=1, memory_mib=found.request.request.memory.size_mib))
+        assert (await why.why(made.state, made.observed, instance, "")).placed
+
+
+async def test_a_move_is_told_by_the_name_of_the_instance() -> None:
+    made = SmallFleet()
+    made.apply(image(), network())
+    made.join("h1")
+    made.apply(environment("small", cpus=2))
+    made.join("h2", line="1s 2k/c 1t 8G disk=100G")
+    made.apply(environment("wide", cpus=4))
+    instance = made.state.instances[made.state.instance_names["default/wide-0"]]
+    answer = await PlacerWhy(made.rules.placer).why(made.state, made.observed, instance, "")
+    assert answer.suggestions[0].change == "move instance default/small-0 from h1 to h2"
+
+
+async def test_columns_are_kept_warm_some_hosts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("casemate_manager.api.why.WARM_HOSTS", 2)
+    made = SmallFleet()
+    made.apply(image(), network())
+    for n in range(5):
+        made.join(f"h{n}")
+    why = PlacerWhy(made.rules.placer)
+    rounds = [await why.warm(made.state, made.observed) for _ in range(3)]
+    assert rounds == [False, False, True]
+    assert len(why._placer.scheduler.columns) == 5
+    # a question between two rounds sees everything
+    made.apply(environment("one"))
+    made.do(HostGone("h4", 1, ""))
+    made.delete("Host", "h4")
+    other = PlacerWhy(made.rules.placer)
+    await other.warm(made.state, made.observed)
+    made.apply(environment("big", memory_mib=20_000))
+    instance = made.state.instances[made.state.instance_names["default/big-0"]]
+    assert (await other.why(made.state, made.observed, instance, "")).reasons[0].hosts == 4
+    assert await other.warm(made.state, made.observed)

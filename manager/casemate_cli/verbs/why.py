@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 def why(ctx: click.Context, name: str, host: str, ordinal: int, form: str) -> int:
     """Say why an instance is where it is, or is nowhere; exit 2 if nowhere.
 
-    Hosts are counted by the reason for which they were refused; the nearest misses are named with their numbers, and then the
-    smallest changes with which it would fit, each tried with the scheduler itself.
+    Of one that is placed: what it holds there, and what keeps it from the other hosts. Of one that waits: hosts are counted by
+    the reason for which they were refused; the nearest misses are named with their numbers, and then the smallest changes
+    with which it would fit, each tried with the scheduler itself.
     """
     from casemate_cli.client import Client
     from casemate_wire import manifest
@@ -46,12 +47,15 @@ def story(a: "WhyResponse", instance: str) -> list[str]:
     """The answer in lines: where it is, or hosts by what keeps it from them, near misses, and changes that would help."""
     if a.placed:
         lines = [f"instance {instance} is placed on {term.clean(a.host)}"]
+        lines += [f"  {term.clean(held)}" for held in a.holds]
     elif a.host:
         return [f"instance {instance} fits on {term.clean(a.host)} now"]
     elif a.hosts == 1:
         lines = [f"instance {instance} does not fit on the one host"]
     else:
         lines = [f"instance {instance} fits on none of {a.hosts} hosts"]
+    if a.group:
+        lines.append(f"  {term.clean(a.group)}")
     if a.reasons:
         lines.append("Refused:" if not a.placed else "Other hosts:")
     for reason in a.reasons:

@@ -88,11 +88,11 @@ def is_crowded(state: State) -> bool:
 
 def _expire(state: State, observed: Observed, now_s: float) -> Batch:
     draft = Draft(state, observed, now_s)
-    old = [k for k, r in state.requests.items() if now_s - r.at_s > REQUEST_KEPT_S]
-    if not old and len(state.requests) > REQUESTS_KEPT:
-        surplus = _surplus(len(state.requests), REQUESTS_KEPT)
-        old = sorted(state.requests, key=lambda k: state.requests[k].at_s)[:surplus]
-    for key in old[: MAX_RECORDS // 2]:
+    surplus = _surplus(len(state.requests), REQUESTS_KEPT)
+    # in the order of their answers, so that the first that may stay ends the search
+    for number, (key, request) in enumerate(state.requests.items()):
+        if number == MAX_RECORDS // 2 or (number >= surplus and now_s - request.at_s <= REQUEST_KEPT_S):
+            break
         draft.drop("Request", key)
     surplus = min(_surplus(len(state.events), EVENTS_KEPT), MAX_RECORDS - len(draft))
     if surplus > 0:

@@ -380,9 +380,11 @@ class State:
             yield "the index of waiting instances is wrong"
 
 
-def _load_order(record: Record) -> tuple[int, int, str]:
-    """(what others refer to first; placements by epoch, since claims refuse to go back; key)"""
+def _load_order(record: Record) -> tuple[int, float, str]:
+    """(what others refer to first; placements by epoch, since claims refuse to go back; requests as they were answered; key)"""
     match record:
+        case RequestRecord():
+            return 0, record.at_s, key_of(record)
         case InstanceRecord():
             return 1, 0, key_of(record)
         case PlacementRecord():

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from casemate_core.fit import Fit, Overcommit, Refusal, Request, fit
 from casemate_core.fit.remedies import suggestions as remedies_on
 from casemate_core.spec.environment import Toleration
+from casemate_core.topology import Topology
 from casemate_manager.columns import HostView, Row
 from casemate_manager.scheduler.constraints import NO_SCHEDULE, tolerated
 from casemate_manager.scheduler.place import Scheduler
-from casemate_manager.scheduler.refused import NEIGHBOUR, POLICY
+from casemate_manager.scheduler.refused import ENOUGH, NEIGHBOUR, POLICY, count_reasons
 from casemate_manager.scheduler.request import Decision, PlacementPolicy, PlacementRequest, Unplaceable
 from casemate_manager.scheduler.shape import shapes_of
 
@@ -50,12 +51,16 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change with which it was placed on ``host`` in a trial. ``request`` where it is the request that changes."""
+    """A change with which it was placed on ``host`` in a trial.
+
+    ``request`` where it is the request that changes, ``topology`` where it is the host that gets other page pools.
+    """
 
     sentence: str
     host: str
     command: str = ""
     request: PlacementRequest | None = None
+    topology: Topology | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +72,13 @@ class Explanation:
     reasons: tuple[tuple[str, int, str], ...] = ()
     nearest: tuple[Miss, ...] = ()
     changes: tuple[Change, ...] = ()
+    #: Of a gang: how many of its instances fit, and that the rest does not.
+    group: str = ""
 
 
-#: Gives the request of a placed instance by its uid; None where it is not to be moved or not known.
-Movable = Callable[[str], PlacementRequest | None]
+#: Gives the request of a placed instance by its uid and the name by which people know it; None where it is not to be moved
+#: or not known.
+Movable = Callable[[str], tuple[PlacementRequest, str] | None]
 
 
 def explain(
@@ -98,6 +106,16 @@ def explain(
     return Explanation(None, total, reasons, misses, tuple(changes))
 
 
+def elsewhere(scheduler: Scheduler, request: PlacementRequest, policy: PlacementPolicy, host: str) -> Explanation:
+    """Of an instance that is on ``host``: what keeps it from the other hosts, counted. Raises UnknownHost."""
+    columns = scheduler.columns
+    shapes = shapes_of(request.request, policy.overcommit, columns)
+    allowed, _ = scheduler.allowed(request, policy)
+    row = columns.row(host).number
+    found = count_reasons(columns, request, policy, shapes, allowed, scheduler.constraints, beside=row)
+    return Explanation(None, found.hosts, tuple(_reasons(scheduler, request, policy, found)))
+
+
 # --- what stands in the way -----------------------------------------------------------------------------------------------
 
 
@@ -106,7 +124,7 @@ def _reasons(
 ) -> Iterator[tuple[str, int, str]]:
     for text, count in sorted(found.counts.items(), key=lambda item: (-item[1], item[0])):
         row = scheduler.columns.row(found.samples[text])
-        own = barriers(scheduler, request, policy, row)
+        own = [] if text == ENOUGH else barriers(scheduler, request, policy, row)
         yield text, count, f"on {row.view.name}: {'; '.join(own)}" if own else ""
 
 
@@ -216,9 +234,10 @@ def _moves(
             continue
         view = row.view
         for claim in sorted(view.claims, key=lambda c: (c.memory_max_mib, c.owner)):
-            other = movable(claim.owner)
-            if other is None:
+            known = movable(claim.owner)
+            if known is None:
                 continue
+            other, name = known
             if (tried := tried + 1) > MAX_MOVES:
                 return
             without = replace(view, claims=view.claims.remove(claim.owner))
@@ -227,7 +246,7 @@ def _moves(
             elsewhere = replace(policy, allowed=_but(scheduler, row), weights=None, denied=None)
             found = scheduler.place(other, elsewhere, note=False)
             if isinstance(found, Decision):
-                yield Change(f"move instance {claim.owner} from {view.name} to {found.host}", view.name)
+                yield Change(f"move instance {name} from {view.name} to {found.host}", view.name)
                 break
 
 
@@ -270,7 +289,9 @@ def _less(
                 smaller = replace(request, request=way.request)
                 if _alone(changed, smaller, policy.overcommit):
                     told = f"{way.sentence} (host {view.name})"
-                    found.append((len(way.remedies), rank, Change(told, view.name)))
+                    asked = smaller if way.request != request.request else None
+                    change = Change(told, view.name, request=asked, topology=way.topology)
+                    found.append((len(way.remedies), rank, change))
                 continue
             smaller = replace(request, request=way.request)
             tried = _tried(scheduler, smaller, policy, host, way.sentence)

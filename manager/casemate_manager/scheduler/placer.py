@@ -9,7 +9,7 @@ that matter here are compared. Only hosts that differ are written again. Several
 time the difference is what is written.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -26,7 +26,8 @@ from casemate_manager.fleet.state import State
 from casemate_manager.policy.book import PolicyBook
 from casemate_manager.policy.expressions import Language
 from casemate_manager.scheduler.constraints import Instance
-from casemate_manager.scheduler.explain import Explanation, explain
+from casemate_manager.scheduler.explain import Explanation, elsewhere, explain
+from casemate_manager.scheduler.explain_gang import explain_gang
 from casemate_manager.scheduler.place import Scheduler
 from casemate_manager.scheduler.request import Decision, PlacementPolicy, PlacementRequest, Unplaceable
 
@@ -45,6 +46,7 @@ class FleetPlacer:
         self._seen: dict[str, HostSeen] = {}
         self._asked: tuple[int, int, int, int] = (0, -1, -1, -1)
         self._overlaid: set[str] = set()
+        self._left: frozenset[str] = frozenset()
         self._emulated: set[str] = set()
 
     def place(self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp) -> Placed | Unplaced:
@@ -82,22 +84,42 @@ class FleetPlacer:
         return type(self)(self._language)
 
     def explain_synced(
-        self, state: State, environment: Environment, spec: EnvironmentSpec, uid: str, host: str = ""
+        self,
+        state: State,
+        environment: Environment,
+        spec: EnvironmentSpec,
+        uid: str,
+        host: str = "",
+        gang: Sequence[str] = (),
     ) -> Explanation:
         """Why an instance has no place on the columns as ``sync`` left them, and what would give it one.
 
-        Of ``state`` only records of instances are read, to know what may be moved. Raises UnknownHost.
+        Of ``state`` only records of instances are read, to know what may be moved. ``gang``: uids of the instances that wait
+        with it, where its environment is placed whole or not at all. Raises UnknownHost.
         """
 
-        def movable(other: str) -> PlacementRequest | None:
+        def movable(other: str) -> tuple[PlacementRequest, str] | None:
             instance = state.instances.get(other)
             if instance is None or state.is_ending(instance):
                 return None
             owner, its = state.environment_of(instance).environment, state.spec_of(instance)
-            return placement_request(owner, its, other, self.request_for(owner, its))
+            request = placement_request(owner, its, other, self.request_for(owner, its))
+            return request, f"{instance.meta.tenant}/{instance.meta.name}"
 
         request = placement_request(environment, spec, uid, self.request_for(environment, spec))
-        return explain(self.scheduler, request, self.policy_for(environment, spec), host=host, movable=movable)
+        policy = self.policy_for(environment, spec)
+        if spec.gang and not host:
+            # By uid as the fleet places them: in the order of their ordinals.
+            mates = [replace(request, uid=other) for other in gang or (uid,)]
+            return explain_gang(self.scheduler, mates, policy, epoch=state.epoch)
+        return explain(self.scheduler, request, policy, host=host, movable=movable)
+
+    def explain_elsewhere(self, environment: Environment, spec: EnvironmentSpec, uid: str, host: str) -> Explanation:
+        """What keeps an instance that is on ``host`` from the other hosts, on the columns as ``sync`` left them."""
+        if host not in self.scheduler.columns:
+            return Explanation(None, 0)
+        request = placement_request(environment, spec, uid, self.request_for(environment, spec))
+        return elsewhere(self.scheduler, request, self.policy_for(environment, spec), host)
 
     def request_for(self, environment: Environment, spec: EnvironmentSpec) -> Request:
         """What one instance of an environment asks of a host; the simulation asks for more than a spec can say yet."""
@@ -119,15 +141,15 @@ class FleetPlacer:
 
     # --- the copy --------------------------------------------------------------------------------------------------------
 
-    def sync(self, fleet: Overlay) -> None:
-        """Bring the columns in line with what ``fleet`` shows."""
+    def sync(self, fleet: Overlay, most: int = 0) -> bool:
+        """Bring the columns in line with what ``fleet`` shows; with ``most``: so many hosts of it. Whether all is in line."""
         state, observed, columns = fleet.state, fleet.observed, self.scheduler.columns
         asked = (id(state), state.revision, id(observed), observed.hosts_version)
         overlay = fleet._claims
         if asked != self._asked:
             # Changes that were only tried, or seen in another state, are undone by the same comparison.
             changed = _differ(state.hosts, self._records) | _differ(state.inventories, self._inventories)
-            changed |= _differ(state.claims, self._claims) | self._overlaid
+            changed |= _differ(state.claims, self._claims) | self._overlaid | self._left
             if asked[2:] != self._asked[2:]:
                 changed |= _seen_otherwise(observed.hosts, self._seen)
                 self._seen = dict(observed.hosts)
@@ -135,8 +157,13 @@ class FleetPlacer:
             self._claims, self._asked = dict(state.claims), asked
             self._overlaid = set()
             # by name: rows are numbered as they come, and equal ones are chosen by their numbers
-            for host in sorted(changed):
+            order = sorted(changed)
+            order, left = (order[:most], order[most:]) if most else (order, [])
+            for host in order:
                 self._write(state, observed, host, None)
+            self._left = frozenset(left)
+            if left:
+                self._asked = (0, -1, -1, -1)
             policies = tuple(state.policies.values())
             if policies != self._policies:
                 self._policies = policies
@@ -148,6 +175,7 @@ class FleetPlacer:
             if host in columns and columns.row(host).view.claims is not claims:
                 self._write(state, observed, host, claims)
                 self._overlaid.add(host)
+        return not self._left
 
     def _write(self, state: State, observed: Observed, host: str, claims: HostClaims | None) -> None:
         """One host as the state shows it, with other claims where they are given."""

@@ -22,6 +22,7 @@ SELECTOR = "lack a label of the node selector"
 TAINT = "have a taint that is not tolerated"
 POLICY = "are denied by policy"
 NEIGHBOUR = "are excluded by affinity"
+ENOUGH = "have enough as well"
 TOGETHER = "have the amounts but not in a place where they fit together"
 
 _WORDS = {
@@ -73,11 +74,19 @@ def count_reasons(
     shapes: "Shapes",
     allowed: NDArray[np.bool_],
     constraints: "Constraints",
+    *,
+    beside: int = -1,
 ) -> Unplaceable:
-    """The hosts counted by the first thing that rejects each."""
+    """The hosts counted by the first thing that rejects each.
+
+    ``beside``: the row that an instance is on. It is not counted, and hosts that lack nothing are told to have enough; whether
+    they would take it is ``fit``'s word, and ``fit`` is not asked on all of them.
+    """
     counts: Counter[str] = Counter()
     samples: dict[str, str] = {}
     rest = columns.live.copy()
+    if beside >= 0:
+        rest[beside] = False
 
     def take(rejected: NDArray[np.bool_], word: str) -> None:
         nonlocal rest
@@ -110,5 +119,5 @@ def count_reasons(
     short, words = first_short(columns, shapes.whole)
     for number, word in enumerate(words):
         take(short == number, word)
-    take(rest.copy(), TOGETHER)
+    take(rest.copy(), TOGETHER if beside < 0 else ENOUGH)
     return Unplaceable(request.uid, hosts, dict(counts), samples)

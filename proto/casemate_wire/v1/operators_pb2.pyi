@@ -887,15 +887,23 @@ class WhyResponse(_message.Message):
     REASONS_FIELD_NUMBER: _builtins.int
     NEAREST_FIELD_NUMBER: _builtins.int
     SUGGESTIONS_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     placed: _builtins.bool
     host: _builtins.str
     hosts: _builtins.int
+    group: _builtins.str
+    """How far a gang, of which all instances are placed or none, came; empty for others."""
     @_builtins.property
     def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___WhyReason]: ...
     @_builtins.property
     def nearest(self) -> _containers.RepeatedCompositeFieldContainer[Global___WhyMiss]: ...
     @_builtins.property
     def suggestions(self) -> _containers.RepeatedCompositeFieldContainer[Global___WhySuggestion]: ...
+    @_builtins.property
+    def holds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it holds of its host, where it is placed."""
+
     def __init__(
         self,
         *,
@@ -905,10 +913,12 @@ class WhyResponse(_message.Message):
         reasons: _abc.Iterable[Global___WhyReason] | None = ...,
         nearest: _abc.Iterable[Global___WhyMiss] | None = ...,
         suggestions: _abc.Iterable[Global___WhySuggestion] | None = ...,
+        holds: _abc.Iterable[_builtins.str] | None = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "hosts", b"hosts", "nearest", b"nearest", "placed", b"placed", "reasons", b"reasons", "suggestions", b"suggestions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "holds", b"holds", "host", b"host", "hosts", b"hosts", "nearest", b"nearest", "placed", b"placed", "reasons", b"reasons", "suggestions", b"suggestions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
