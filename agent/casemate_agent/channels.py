@@ -1,4 +1,4 @@
-"""Serves one channel: the log of a container, or a command.
+"""Serves one channel: the log of a container, a command, a console, a port, files.
 
 What may live here: moving frames between a channel and a guest. What a request names is checked here, because it comes
 from another machine; that the instance is on this host, and the caller allowed, was decided by the manager.
@@ -9,16 +9,32 @@ import contextlib
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from casemate_agent.drivers.ports import ExecRequest, ExecSession, Guests
+from casemate_agent.drivers.ports import Drivers, ExecRequest, ExecSession, Guests
+from casemate_agent.drivers.sideports import EOF, ConsoleSession, CopyRequest
 from casemate_agent.transport import BrokenOff, Stream, frames
 from casemate_core.errors import CallerError, CasemateError
-from casemate_wire.channel import Eof, ExitCode, Failed, Frame, LogLine, Output, Resize, Signal, Stdin, Ticket
+from casemate_wire.channel import (
+    Eof,
+    ExitCode,
+    Failed,
+    Frame,
+    LogLine,
+    Lost,
+    Opened,
+    Output,
+    Resize,
+    Signal,
+    Stdin,
+    Ticket,
+)
 from casemate_wire.stream import OpenChannel
 
 #: How long the other end may take to close a channel after its last frame.
 CLOSE_S = 5.0
-#: A command must begin within so many seconds.
+#: A command must begin within so many seconds; a console or a connection too.
 EXEC_DEADLINE_S = 30.0
+#: The guest starts a program to copy, and an emulated one takes its time.
+COPY_DEADLINE_S = 60.0
 
 
 class BadParameters(CallerError):
@@ -27,16 +43,26 @@ class BadParameters(CallerError):
     reason = "BadParameters"
 
 
-async def serve_channel(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> None:
+async def serve_channel(request: OpenChannel, stream: Stream[Frame, Frame], drivers: Drivers) -> None:
     """Say the ticket, serve to the end, and tell how it ended. Raises BrokenOff where the channel itself broke off."""
     await stream.send(Ticket(request.ticket))
     reader: asyncio.Task[None] | None = None
+    guests = drivers.guests
     try:
         match request.kind:
             case "logs":
                 reader = await _serve_logs(request, stream, guests)
             case "exec":
                 reader = await _serve_exec(request, stream, guests)
+            case "forward":
+                reader = await _serve_forward(request, stream, guests)
+            case "copy":
+                reader = await _serve_copy(request, stream, guests)
+            case "authorize":
+                await _serve_authorize(request, stream, guests)
+            case "console":
+                console = await drivers.consoles.open(request.instance, EXEC_DEADLINE_S)
+                reader = await _serve_console(stream, console)
             case other:
                 raise BadParameters(f"no channels of kind {other!r}")
         if reader is not None:
@@ -107,15 +133,79 @@ async def _serve_exec(request: OpenChannel, stream: Stream[Frame, Frame], guests
         EXEC_DEADLINE_S,
     )
 
+    return await _serve_session(stream, session)
+
+
+async def _serve_session(stream: Stream[Frame, Frame], session: ExecSession) -> asyncio.Task[None] | None:
+    """A session to its end: what it gives, then its exit code."""
+
     async def pump() -> None:
         async for name, data in session.output():
-            await stream.send(Output(name, data))
+            await stream.send(Eof() if name == EOF else Output(name, data))
         await stream.send(ExitCode(session.exit_code if session.exit_code is not None else 255))
 
     try:
         return await _until_over(pump(), _feed(stream, session))
     finally:
         await session.close()
+
+
+async def _serve_forward(
+    request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests
+) -> asyncio.Task[None] | None:
+    p = request.parameters
+    port = _get(p, "port", int, 0)
+    if not 0 < port < 65536:
+        raise BadParameters(f"port: {port} is none of 1 to 65535")
+    session = await guests.dial(
+        request.instance, _get(p, "pod", str, ""), _get(p, "container", str, ""), port, EXEC_DEADLINE_S
+    )
+    try:
+        await stream.send(Opened())
+    except BaseException:
+        await session.close()
+        raise
+    return await _serve_session(stream, session)
+
+
+async def _serve_copy(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> asyncio.Task[None] | None:
+    p = request.parameters
+    copy = CopyRequest(
+        path=_get(p, "path", str, ""),
+        into=_get(p, "into", bool, False),
+        name=_get(p, "name", str, ""),
+        pod=_get(p, "pod", str, ""),
+        container=_get(p, "container", str, ""),
+    )
+    if not copy.path.startswith("/") or "\0" in copy.path + copy.name:
+        raise BadParameters("path: expected an absolute path")
+    return await _serve_session(stream, await guests.copy(request.instance, copy, COPY_DEADLINE_S))
+
+
+async def _serve_authorize(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> None:
+    keys = await guests.authorize(request.instance, _get(request.parameters, "key", str, ""), EXEC_DEADLINE_S)
+    await stream.send(Output("stdout", "\n".join(keys).encode()))
+    await stream.send(ExitCode(0))
+
+
+async def _serve_console(stream: Stream[Frame, Frame], console: ConsoleSession) -> asyncio.Task[None] | None:
+    """A console until it is gone or the caller hangs up."""
+
+    async def pump() -> None:
+        await stream.send(Opened())
+        async for item in console.output():
+            await stream.send(Lost(item) if isinstance(item, int) else Output("stdout", item))
+
+    async def listen() -> None:
+        async for frame in frames(stream):
+            if not isinstance(frame, Stdin):
+                raise BadParameters(f"{type(frame).__name__} is not for a console")
+            await console.input(frame.data)
+
+    try:
+        return await _until_over(pump(), listen())
+    finally:
+        await console.close()
 
 
 async def _feed(stream: Stream[Frame, Frame], session: ExecSession) -> None:

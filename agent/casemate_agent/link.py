@@ -240,7 +240,7 @@ class Link:
         try:
             stream = await self._transport.channel()
             try:
-                await serve_channel(request, stream, self._agent.drivers.guests)
+                await serve_channel(request, stream, self._agent.drivers)
             finally:
                 await stream.close()
         except CallerError as error:

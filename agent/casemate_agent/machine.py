@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from casemate_agent.config import Config
+from casemate_agent.drivers.console import PtyConsoles
 from casemate_agent.drivers.fetch import SourceRules
 from casemate_agent.drivers.guest import GuestChannels
 from casemate_agent.drivers.image import ImageStore
@@ -50,6 +51,14 @@ async def real_drivers(config: Config) -> AsyncIterator[Drivers]:
         stack.push_async_callback(guests.close)
         survey = HostSurveyor(state_dir, config.libvirt_uri, config.scope, state_dir / PROBE_CACHE)
         stack.push_async_callback(survey.aclose)
+        consoles = PtyConsoles(hypervisor.console_path)
+        stack.push_async_callback(consoles.aclose)
         yield Drivers(
-            machine=machine, survey=survey, hypervisor=hypervisor, images=images, networks=networks, guests=guests
+            machine=machine,
+            survey=survey,
+            hypervisor=hypervisor,
+            images=images,
+            networks=networks,
+            guests=guests,
+            consoles=consoles,
         )

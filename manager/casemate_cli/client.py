@@ -15,12 +15,27 @@ from casemate_cli import failure
 from casemate_cli.settings import Settings
 
 if TYPE_CHECKING:
+    from casemate_wire.v1 import channels_pb2_grpc
     from casemate_wire.v1 import operators_pb2 as pb
 
 #: A page of a long list holds many objects with their manifests; gRPC's default of 4 MiB is too small for 1,000 of them.
 MAX_MESSAGE_BYTES = 64 << 20
 #: The manager's page size for lists; the first page is shown while the next ones are fetched.
 PAGE_SIZE = 500
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A refused connection is tried again at once, not after a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # A follow that lasts for hours notices a peer that vanished.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # A proxy in the environment is meant for the web, not for a manager on loopback.
+    ("grpc.enable_http_proxy", 0),
+)
 
 
 class Client:
@@ -32,23 +47,15 @@ class Client:
         from casemate_wire.v1 import operators_pb2_grpc
 
         self.settings = settings
-        self._channel = grpc.insecure_channel(
-            settings.manager,
-            options=(
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                # A refused connection is tried again at once, not after a second.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 500),
-                # A follow that lasts for hours notices a peer that vanished.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                # A proxy in the environment is meant for the web, not for a manager on loopback.
-                ("grpc.enable_http_proxy", 0),
-            ),
-        )
+        self._channel = grpc.insecure_channel(settings.manager, options=OPTIONS)
         self.stub = operators_pb2_grpc.FleetStub(self._channel)
+
+    @property
+    def channels(self) -> "channels_pb2_grpc.ChannelsStub":
+        """The service of side streams."""
+        from casemate_wire.v1 import channels_pb2_grpc
+
+        return channels_pb2_grpc.ChannelsStub(self._channel)
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ from casemate_core.errors import CasemateError
 from casemate_core.spec.fleet import Network, NetworkSpec
 from casemate_core.spec.meta import Meta
 from casemate_manager.api import server
+from casemate_manager.api.channels import ChannelsService
 from casemate_manager.api.feed import Feed
 from casemate_manager.api.gate import Authenticate, Gate, actor, by_certificate
 from casemate_manager.api.hostlink import Channels, HostLink
@@ -123,10 +124,11 @@ async def running(
         if default_subnet and writer.state.revision == 0:
             network = Network(Meta("default"), NetworkSpec("nat", default_subnet))
             await writer.submit(ApplyResources(FIRST_START_KEY, (network,), seed()))
-        why = PlacerWhy(rules.placer)
-        service = FleetService(core, Channels(sessions), why, version, seed)
+        channels, why = Channels(sessions), PlacerWhy(rules.placer)
+        service = FleetService(core, channels, why, version, seed)
+        sides = ChannelsService(core, channels)
         gate = Gate(lambda: writer.state, authenticate or by_certificate, core.denied, clock, seed, rules.admins)
-        grpc_server, port = await server.serve(listen, service, HostLink(sessions), gate)
+        grpc_server, port = await server.serve(listen, service, sides, HostLink(sessions), gate)
         warming = asyncio.create_task(why.keep_warm(lambda: (core.state, core.observed)), name="why-warm")
         manager = Manager(writer, sessions, grpc_server, port)
         work.add_done_callback(lambda _: manager.failed.set())

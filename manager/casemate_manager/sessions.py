@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
-from casemate_core.errors import CasemateError, Unavailable
+from casemate_core.errors import CallerError, CasemateError, Unavailable, shown
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.commands import (
     Answer,
@@ -96,6 +96,22 @@ class Session:
         return self.end.hello.session if self.end.hello else 0
 
 
+class HostRefused(CallerError):
+    """The host, or the guest on it, will not do what was asked: its state is another, or there is no such thing."""
+
+    reason = "HostRefused"
+
+
+#: Reasons of an agent's errors that lie with what was asked, not with the way there.
+_ASKED: Final = frozenset({"GuestRefused", "ConsoleRefused", "BadParameters"})
+
+
+def refused(message: str) -> CasemateError:
+    """The error that an agent ended a channel with, as ours."""
+    reason, _, text = message.partition(": ")
+    return HostRefused(shown(text)) if reason in _ASKED else Unavailable(shown(message))
+
+
 class Channel:
     """A side stream to a host, from the asker's side. Iterate for frames; a ``Failed`` frame is raised as Unavailable."""
 
@@ -126,7 +142,7 @@ class Channel:
         assert self._stream is not None
         while (frame := await self._stream.receive()) is not None:
             if isinstance(frame, Failed):
-                raise Unavailable(frame.message)
+                raise refused(frame.message)
             yield frame
 
 

@@ -6,9 +6,15 @@ takes ``Stdin``, ``Eof``, ``Resize`` and ``Signal`` and sends ``Output`` frames,
 or with ``Failed``, after which the manager closes the stream. How much is in flight is bounded by the transport (HTTP/2
 flow control): a frame is written when there is room.
 
+A ``console`` and a ``forward`` channel begin with ``Opened``. The console sends ``Output`` and, where its reader was too
+slow, ``Lost``; ``Eof`` ends it. A ``forward`` channel carries ``Stdin`` and ``Output``; here ``Eof`` ends one direction, and
+``ExitCode`` says that both have ended. A ``copy`` is like an ``exec`` whose input or output is an archive. ``authorize``
+answers with ``Output`` and ``ExitCode``.
+
 Parameters of ``OpenChannel``: for ``logs`` ``pod``, ``container`` (may be empty), ``follow``, ``tail`` (lines; 0: all that
 are kept), ``since_s``; for ``exec`` ``argv``, ``pod`` (empty: the guest itself), ``container``, ``tty``, ``rows``,
-``columns``, ``environment``.
+``columns``, ``environment``; for ``forward`` ``pod``, ``container``, ``port``; for ``copy`` ``pod``, ``container``,
+``into``, ``path``, ``name``; for ``authorize`` ``key``.
 """
 
 from dataclasses import dataclass, field
@@ -69,10 +75,22 @@ class ExitCode:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """So many bytes of a console are missing here."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The console or the connection is there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The channel ends because of this."""
 
     message: str
 
 
-Frame = Ticket | LogLine | Stdin | Eof | Output | Resize | Signal | ExitCode | Failed
+Frame = Ticket | LogLine | Stdin | Eof | Output | Resize | Signal | ExitCode | Lost | Opened | Failed

@@ -75,6 +75,9 @@ def monitor(root: Path, folder: Path, process: Facts) -> None:
         os.dup2(pipes[1][1], 2)
         os.closerange(3, 64)
         os.execvpe(process["args"][0], process["args"], dict(e.split("=", 1) for e in process["env"]))
+    record = root / "run/crun" / folder.name
+    record.mkdir(parents=True, exist_ok=True)
+    write_whole(record / "status", json.dumps({"pid": child}))
     write_whole(folder / "pid", str(child))
     for _, write in pipes:
         os.close(write)

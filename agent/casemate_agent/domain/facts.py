@@ -67,6 +67,12 @@ def machine_type(xml: str) -> str:
     return "" if element is None else element.get("machine", "")
 
 
+def serial_path(xml: str) -> str:
+    """The terminal of a running domain's first serial port; empty where it has none."""
+    source = fromstring(xml).find("devices/serial[@type='pty']/source")
+    return "" if source is None else source.get("path", "")
+
+
 def _memory_mib(domain: Element) -> int:
     memory = domain.find("memory")
     if memory is None or not memory.text:

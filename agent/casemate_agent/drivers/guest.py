@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from casemate_agent.drivers import guestwire as wire
+from casemate_agent.drivers.guestside import GuestExec, GuestSides
 from casemate_agent.drivers.ports import (
     ExecRequest,
     ExecSession,
@@ -126,7 +127,7 @@ class GuestChannel:
         self.greeted = asyncio.Event()
         self.hello: wire.Hello | None = None
         self._next = 0
-        self._answers: dict[int, asyncio.Future[None]] = {}
+        self._answers: dict[int, asyncio.Future[str]] = {}
         self._streams: dict[int, _Stream] = {}
         self._frames = Bucket(FRAMES_PER_S, FRAMES_BURST)
         self._notes = Bucket(NOTES_PER_S, NOTES_BURST)
@@ -243,14 +244,18 @@ class GuestChannel:
                 where = f"{message.container}: " if message.container else ""
                 text = where + message.message
                 self._note(GuestNote(self.uid, message.pod, message.reason, text, message.severity, message.time_s))
-            case wire.Done(id=number, error=error):
+            case wire.Done(id=number, error=error, text=text):
                 answer = self._answers.pop(number, None)
+                if answer is None and error and number in self._streams:
+                    self._take(
+                        wire.End(number, None, error)
+                    )  # a helper of an earlier release does not know the request
                 if answer is not None and not answer.done():
                     if error:
                         answer.set_exception(GuestRefused(error))
                     else:
-                        answer.set_result(None)
-            case wire.Opened() | wire.Gap():
+                        answer.set_result(text)
+            case wire.Opened() | wire.Gap() | wire.Eof():
                 self._put(message.stream, message, 0)
             case wire.LogChunk(data=data) | wire.Data(data=data):
                 self._put(message.stream, message, len(data))
@@ -298,18 +303,18 @@ class GuestChannel:
         except TimeoutError as error:
             raise Unavailable(f"the helper of {self.uid} is not connected") from error
 
-    async def call(self, header: Mapping[str, Any], payload: bytes, deadline_s: float) -> None:
-        """Ask, and wait until it is done. Raises Unavailable, DeadlineExceeded, GuestRefused."""
+    async def call(self, header: Mapping[str, Any], payload: bytes, deadline_s: float) -> str:
+        """Ask, and wait until it is done; the text of the answer. Raises Unavailable, DeadlineExceeded, GuestRefused."""
         if not self.greeted.is_set():
             raise Unavailable(f"the helper of {self.uid} is not connected")
         self._next += 1
         number = self._next
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._answers[number] = answer
         try:
             self._write({**header, "id": number}, payload)
             async with asyncio.timeout(deadline_s):
-                await answer
+                return await answer
         except TimeoutError as error:
             raise DeadlineExceeded(f"{header['t']}: no answer of the guest within {deadline_s:.0f} s") from error
         finally:
@@ -325,7 +330,7 @@ class GuestChannel:
         number = self._next
         stream = self._streams[number] = _Stream(credit)
         try:
-            self._write({**header, "s": number, "credit": credit})
+            self._write({**header, "s": number, "id": number, "credit": credit})
             async with asyncio.timeout(deadline_s):
                 first = await stream.get()
         except TimeoutError as error:
@@ -358,57 +363,7 @@ class GuestChannel:
             self._write({**header, "s": number}, payload)
 
 
-class GuestExec:
-    """A command that runs in a guest; see `ports.ExecSession`."""
-
-    def __init__(self, channel: GuestChannel, number: int, stream: _Stream) -> None:
-        self._channel, self._number, self._stream = channel, number, stream
-        self._exit_code: int | None = None
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._exit_code
-
-    async def output(self) -> AsyncIterator[tuple[str, bytes]]:
-        """What the command writes, until it has ended. Raises Unavailable, GuestRefused."""
-        while (item := await self._stream.get()) is not None:
-            if isinstance(item, wire.Data):
-                yield ("stdout" if item.channel == "out" else "stderr"), item.data
-                self._channel.granted(self._number, self._stream, len(item.data))
-            elif isinstance(item, wire.End):
-                self._exit_code = item.code
-                if item.code is None or item.error:
-                    raise GuestRefused(item.error or "the command ended without an exit status")
-                return
-
-    async def stdin(self, data: bytes) -> None:
-        """Give input; waits while the command does not take it."""
-        while data and not self._stream.ended:
-            room = min(self._stream.input_room, CHUNK)
-            if room == 0:
-                # `changed` wakes the reader of the output too; both look at what they wait for and wait again.
-                self._stream.changed.clear()
-                await self._stream.changed.wait()
-                continue
-            self._stream.input_room -= min(room, len(data))
-            self._channel.send(self._number, {"t": "data", "ch": "in"}, data[:room])
-            data = data[room:]
-
-    async def close_stdin(self) -> None:
-        self._channel.send(self._number, {"t": "eof"})
-
-    async def resize(self, rows: int, columns: int) -> None:
-        self._channel.send(self._number, {"t": "resize", "rows": rows, "cols": columns})
-
-    async def signal(self, number: int) -> None:
-        self._channel.send(self._number, {"t": "signal", "sig": number})
-
-    async def close(self) -> None:
-        self._channel.close(self._number)
-        self._stream.fail(Unavailable("closed"))
-
-
-class GuestChannels:
+class GuestChannels(GuestSides):
     """All the guests of a host; see `ports.Guests`."""
 
     def __init__(self) -> None:

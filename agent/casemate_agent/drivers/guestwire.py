@@ -22,6 +22,7 @@ MAX_PODS = 256
 MAX_CONTAINERS = 64
 MAX_LOG_TEXT = 256 * 1024
 MAX_POSITION = 1 << 62
+MAX_ANSWER = 8192
 
 POD_PHASES = frozenset({"Pending", "Running", "Succeeded", "Failed"})
 CONTAINER_STATES = frozenset({"waiting", "running", "terminated"})
@@ -168,6 +169,8 @@ class Done:
 
     id: int
     error: str
+    #: What was asked for, where that is a text.
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,13 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
+class Eof:
+    """Nothing more comes from the port; it may still take."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
 class Credit:
     """The command has taken so many bytes of its input."""
 
@@ -227,7 +237,9 @@ class End:
     error: str
 
 
-GuestMessage = Here | Hello | Addresses | CloudInit | Pods | Note | Done | Opened | LogChunk | Gap | Data | Credit | End
+GuestMessage = (
+    Here | Hello | Addresses | CloudInit | Pods | Note | Done | Opened | LogChunk | Gap | Data | Eof | Credit | End
+)
 
 _STREAM = (0, 1 << 53)
 
@@ -299,7 +311,11 @@ def _note(message: Mapping[str, Any], _: bytes) -> Note:
 
 def _done(message: Mapping[str, Any], _: bytes) -> Done:
     ok = _flag(message, "ok")
-    return Done(_number(message, "id", *_STREAM), "" if ok else _text(message, "error") or "refused without a reason")
+    error = "" if ok else _text(message, "error") or "refused without a reason"
+    text = message.get("text", "")
+    if not isinstance(text, str) or len(text) > MAX_ANSWER:
+        raise Rejected(f"text is no text of at most {MAX_ANSWER}")
+    return Done(_number(message, "id", *_STREAM), error, text)
 
 
 def _opened(message: Mapping[str, Any], _: bytes) -> Opened:
@@ -347,6 +363,7 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, Any], bytes], GuestMessage]] = {
     "log": _log,
     "gap": _gap,
     "data": _data,
+    "eof": lambda message, payload: Eof(_number(message, "s", *_STREAM)),
     "credit": lambda message, payload: Credit(_number(message, "s", *_STREAM), _number(message, "n", 1, 1 << 30)),
     "end": _end,
 }

@@ -30,7 +30,7 @@ from xml.etree.ElementTree import fromstring
 import libvirt
 
 from casemate_agent.domain import HostShape, domain_xml, parse_domain
-from casemate_agent.domain.facts import machine_type
+from casemate_agent.domain.facts import machine_type, serial_path
 from casemate_agent.domain.metadata import full_record, record_digest
 from casemate_agent.domain.names import channel_path, check_uid
 from casemate_agent.drivers.deadline import DeadlineExecutor
@@ -268,6 +268,17 @@ class LibvirtHypervisor:
     async def capabilities(self, deadline_s: float) -> str:
         """libvirt's XML about the host."""
         return await self._call("read capabilities", lambda c: str(c.getCapabilities()), deadline_s)
+
+    async def console_path(self, uid: str, deadline_s: float) -> str:
+        """The pty of a running domain's serial port; empty where it does not run, or has none."""
+
+        def look(connection: Any) -> str:
+            domain = _lookup(connection, uid)
+            if domain is None or not domain.isActive():
+                return ""
+            return serial_path(domain.XMLDesc(0))
+
+        return await self._call("find the console", look, deadline_s)
 
     # --- what domains here are made with ------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from casemate_agent.doctor.facts import HostSurvey
+from casemate_agent.drivers.sideports import Consoles, GuestSides
 from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
 from casemate_core.topology import Topology
@@ -313,7 +314,7 @@ class ExecSession(Protocol):
     def exit_code(self) -> int | None: ...
 
 
-class Guests(Protocol):
+class Guests(GuestSides, Protocol):
     """The helpers inside the guests. A connection is kept to each attached guest; what they say is hostile until parsed.
 
     What needs a guest raises Unavailable while its helper is not connected, and GuestRefused for what the helper will
@@ -397,3 +398,4 @@ class Drivers:
     images: Images
     networks: Networks
     guests: Guests
+    consoles: Consoles

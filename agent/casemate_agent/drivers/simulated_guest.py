@@ -19,6 +19,15 @@ from casemate_agent.drivers.ports import (
     GuestRefused,
     LogRecord,
 )
+from casemate_agent.drivers.sideports import CopyRequest
+from casemate_agent.drivers.simulated_side import (
+    BANNER,
+    SSH_PORT,
+    SimulatedConsole,
+    SimulatedCopy,
+    SimulatedFiles,
+    SimulatedTunnel,
+)
 from casemate_agent.guest.casemate_guest import BACKOFF_FORGET_S, backoff, restarts_after
 from casemate_core.spec.instance import ContainerState, PodState
 
@@ -112,6 +121,10 @@ class SimulatedGuest:
         self._failures: Counter[tuple[str, str]] = Counter()
         self._runs: Counter[tuple[str, str]] = Counter()
         self._again: set[tuple[str, str]] = set()
+        self.console = SimulatedConsole(uid[:8])
+        #: Trees of files by pod and container; of the guest itself where both are empty.
+        self._files: dict[tuple[str, str], SimulatedFiles] = {}
+        self.authorized: list[str] = []
 
     def up(self) -> None:
         """The helper runs."""
@@ -123,8 +136,31 @@ class SimulatedGuest:
         """The guest is off: nothing of it happens any more."""
         self._ended = True
         self.booted = False
+        self.console.end()
         for log in self.logs.values():
             log.end()
+
+    def dial(self, pod: str, port: int) -> SimulatedTunnel:
+        """A connection: to a port that a container of the pod (or of any, for the guest itself) names, or to SSH."""
+        chosen = [m for name, m in self._manifests.items() if not pod or name == pod]
+        if pod and not chosen:
+            raise GuestRefused(f"no pod {pod}")
+        named = {int(p["containerPort"]) for m in chosen for c in m["spec"]["containers"] for p in c.get("ports", ())}
+        if not pod and port == SSH_PORT:
+            return SimulatedTunnel(BANNER)
+        if port not in named:
+            raise GuestRefused(f"port {port}: Connection refused")
+        return SimulatedTunnel()
+
+    def copy(self, request: CopyRequest) -> SimulatedCopy:
+        """Files of a container that runs, or of the guest itself."""
+        key = ("", "")
+        if request.pod:
+            found = self.find(request.pod, request.container)
+            if found.state != "running":
+                raise GuestRefused(f"container {found.name} is {found.state}")
+            key = (request.pod, found.name)
+        return SimulatedCopy(request, lambda: self._files.setdefault(key, SimulatedFiles()))
 
     def announce(self) -> None:
         """What the helper says to whoever connects: hello, then the pods as they are."""

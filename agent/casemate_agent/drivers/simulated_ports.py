@@ -27,9 +27,11 @@ from casemate_agent.drivers.ports import (
     NetworkFacts,
     StoredFiles,
 )
+from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
+from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.records import to_metadata
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic
@@ -435,9 +437,40 @@ class _Guests:
             raise GuestRefused(f"{request.argv[0]}: No such file or directory")
         return SimulatedExec(request)
 
+    async def dial(self, uid: str, pod: str, container: str, port: int, deadline_s: float) -> ExecSession:
+        return await self._lease.call("guests", "dial", lambda: self._guest(uid).dial(pod, port), deadline_s)
+
+    async def copy(self, uid: str, request: CopyRequest, deadline_s: float) -> ExecSession:
+        return await self._lease.call("guests", "copy", lambda: self._guest(uid).copy(request), deadline_s)
+
+    async def authorize(self, uid: str, key: str, deadline_s: float) -> tuple[str, ...]:
+        def let_in() -> tuple[str, ...]:
+            if not key.strip() or "\n" in key.strip():
+                raise GuestRefused("a key is one line")
+            guest = self._guest(uid)
+            if key not in guest.authorized:
+                guest.authorized.append(key)
+            return (HOST_KEY,)
+
+        return await self._lease.call("guests", "authorize", let_in, deadline_s)
+
     async def shutdown(self, uid: str, deadline_s: float) -> None:
         self._guest(uid)
         await _Hypervisor(self._lease).shutdown(uid, deadline_s)
+
+
+class _Consoles:
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    async def open(self, uid: str, deadline_s: float) -> ConsoleSession:
+        def opened() -> ConsoleSession:
+            domain = self._lease.host.domains.get(uid)
+            if domain is None or domain.guest is None:
+                raise ConsoleRefused("the instance is not running, so it has no console")
+            return domain.guest.console.open()
+
+        return await self._lease.call("consoles", "open", opened, deadline_s)
 
 
 def drivers_of(lease: Lease) -> Drivers:
@@ -449,4 +482,5 @@ def drivers_of(lease: Lease) -> Drivers:
         images=_Images(lease),
         networks=_Networks(lease),
         guests=_Guests(lease),
+        consoles=_Consoles(lease),
     )

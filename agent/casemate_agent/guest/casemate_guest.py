@@ -53,7 +53,7 @@ from collections.abc import Callable, Coroutine, Generator, Mapping
 from typing import Any
 
 PROTOCOL = 1
-VERSION = "1.0"
+VERSION = "1.1"
 PORT_NAME = "casemate.guest.0"
 
 MAX_HEADER = 0xFFFF
@@ -68,6 +68,8 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S, BACKOFF_FORGET_S = 10.0, 300.0, 600.0  # those o
 LOG_KEEP = 16 << 20  # bytes kept of each container's log; up to twice that until it is trimmed
 LOG_TRIM_EVERY_S = 10.0
 PODMAN_TIMEOUT_S = 600.0
+DIAL_S = 10.0  # for a port to take a connection
+CLONE_NEWNET = 0x40000000
 MAX_TEXT = 512  # characters of a message about an error
 
 Message = dict[str, Any]
@@ -1046,6 +1048,152 @@ class ExecStream(Stream):
         _remove_folder(self.folder)
 
 
+class DialStream(Stream):
+    """A TCP connection to a port on the loopback of the guest, or of a pod's network."""
+
+    def __init__(self, helper: "Helper", number: int, credit: int, sock: socket.socket, port: int) -> None:
+        super().__init__(helper, number, credit)
+        self._sock, self._port = sock, port
+        self._opened = self._read_ended = self._write_ended = False
+        self._input = bytearray()
+        self._input_ended = False
+        self._timer = helper.loop.after(DIAL_S, self._late)
+        problem = sock.connect_ex(("127.0.0.1", port))
+        if problem not in (0, errno.EINPROGRESS):
+            raise OSError(problem, os.strerror(problem))
+        helper.loop.watch(sock.fileno(), select.EPOLLOUT, lambda _: self._connected())
+
+    def _late(self) -> None:
+        if not self._opened:
+            self._fail(errno.ETIMEDOUT)
+
+    def _fail(self, problem: int) -> None:
+        self.end(code=1, error=f"port {self._port}: {os.strerror(problem)}")
+
+    def _connected(self) -> None:
+        problem = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if problem:
+            self._fail(problem)
+            return
+        self._opened = True
+        self.helper.loop.cancel(self._timer)
+        self.helper.tell({"t": "opened", "s": self.number})
+        self._arm()
+
+    def _arm(self) -> None:
+        if self.closed or not self._opened:
+            return
+        events = 0
+        if not self._read_ended and self.credit > 0 and self.helper.port.queued < OUT_LOW:
+            events |= select.EPOLLIN
+        if self._input:
+            events |= select.EPOLLOUT
+        self.helper.loop.watch(self._sock.fileno(), events, self._turn)
+
+    def _turn(self, events: int) -> None:
+        if events & select.EPOLLOUT:
+            self._write()
+        if not self.closed and events & ~select.EPOLLOUT:
+            while self.pull():
+                pass
+        self._arm()
+
+    def pull(self) -> bool:
+        if not self._opened or self._read_ended or self.credit <= 0 or self.helper.port.queued >= OUT_LOW:
+            return False
+        try:
+            data = self._sock.recv(min(CHUNK, self.credit))
+        except BlockingIOError:
+            self._arm()
+            return False
+        except OSError as error:
+            self._fail(error.errno or errno.EIO)
+            return False
+        if not data:
+            self._read_ended = True
+            self.helper.tell({"t": "eof", "s": self.number})
+            self._settle()
+            return False
+        self.credit -= len(data)
+        self.helper.port.send({"t": "data", "s": self.number, "ch": "out"}, data)
+        return True
+
+    def grant(self, amount: int) -> None:
+        super().grant(amount)
+        self._arm()
+
+    def data(self, payload: bytes) -> None:
+        if len(self._input) + len(payload) > STDIN_WINDOW:
+            self.end(code=1, error="the host sent more than it was granted")
+            return
+        self._input += payload
+        self._write()
+        self._arm()
+
+    def eof(self) -> None:
+        self._input_ended = True
+        self._write()
+        self._arm()
+
+    def _write(self) -> None:
+        written = 0
+        try:
+            while self._opened and self._input:
+                count = self._sock.send(self._input[:CHUNK])
+                del self._input[:count]
+                written += count
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._fail(error.errno or errno.EIO)
+            return
+        if written:
+            self.helper.tell({"t": "credit", "s": self.number, "n": written})
+        if self._opened and self._input_ended and not self._input and not self._write_ended:
+            self._write_ended = True
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._read_ended and self._write_ended:
+            self.end(code=0)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self.helper.loop.cancel(self._timer)
+            self.helper.loop.unwatch(self._sock.fileno())
+            self._sock.close()
+
+
+def socket_in(pid: int) -> socket.socket:
+    """A TCP socket in the network of a process; in our own where ``pid`` is 0. Raises OSError.
+
+    A socket stays in the network that its maker was in, and we have one thread, so nobody sees us elsewhere.
+    """
+    own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if pid:
+            other = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if os.path.samestat(os.fstat(own), os.fstat(other)):
+                    pid = 0
+                elif LIBC.setns(other, CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns")
+            finally:
+                os.close(other)
+        try:
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        finally:
+            if pid and LIBC.setns(own, CLONE_NEWNET) != 0:
+                os._exit(70)  # in a pod's network we must not stay; what started us starts us anew
+    finally:
+        os.close(own)
+    sock.setblocking(False)
+    return sock
+
+
 def _size(request: Message, name: str, default: int) -> int:
     value = request.get(name, default)
     return value if isinstance(value, int) and 0 < value < 10000 else default
@@ -1074,6 +1222,8 @@ class Paths:
         self.hosts = f"{root}/etc/hosts"
         self.resolv = f"{root}/etc/resolv.conf"
         self.ssh = f"{root}/root/.ssh"
+        self.host_keys = f"{root}/etc/ssh"
+        self.crun_state = f"{root}/run/crun"
         self.etc_hostname = f"{root}/etc/hostname"
         self.hostname = f"{root}/proc/sys/kernel/hostname"
         self.sys = f"{root}/sys"
@@ -1384,6 +1534,15 @@ class Pods:
         with open(f"{os.path.dirname(found.log_path)}/config.json", encoding="utf-8") as file:
             process: Message = json.load(file)["process"]
         return process
+
+    def pid_of(self, container: Container) -> int:
+        """The first process of a container that runs, by the runtime's own record. Raises LookupError."""
+        if container.state != "running":
+            raise LookupError(f"container {container.name} is {container.state}")
+        try:
+            return int(json.loads(read_text(f"{self.paths.crun_state}/{container.id}/status"))["pid"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise LookupError(f"container {container.name} has no process") from error
 
     def find(self, pod: str, container: str) -> Container:
         """A container by name; the only one where no name is given. Raises LookupError."""
@@ -1835,14 +1994,19 @@ class System:
     def _keys(self) -> None:
         """The keys of the seed may log in as root; cloud-init would do the same, much later."""
         with contextlib.suppress(ValueError, AttributeError, TypeError, OSError):
-            keys = json.loads(read_text(f"{self.paths.seed}/meta-data")).get("public-keys") or []
-            if keys:
-                os.makedirs(self.paths.ssh, mode=0o700, exist_ok=True)
-                path = f"{self.paths.ssh}/authorized_keys"
-                old = read_text(path)
-                new = "".join(f"{key}\n" for key in map(str, keys) if key not in old)
-                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
-                    file.write(new)
+            self.authorize(json.loads(read_text(f"{self.paths.seed}/meta-data")).get("public-keys") or [])
+
+    def authorize(self, keys: list[str]) -> None:
+        """Let these keys log in as root. Raises OSError."""
+        if not keys:
+            return
+        os.makedirs(self.paths.ssh, mode=0o700, exist_ok=True)
+        path = f"{self.paths.ssh}/authorized_keys"
+        old = read_text(path)
+        new = "\n" if old and not old.endswith("\n") else ""
+        new += "".join(f"{key}\n" for key in map(str, keys) if key not in old)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
+            file.write(new)
 
     def _addresses_changed(self, _: list[bytes]) -> None:
         self.loop.start(self._read_addresses())
@@ -2143,6 +2307,61 @@ class Helper:
             self.tell({"t": "opened", "s": number})
         self.fill()
 
+    def _pid(self, header: Message, any_container: bool) -> int:
+        """The process that stands for the pod and container of a request; 0 for the guest itself."""
+        if not header.get("pod"):
+            return 0
+        pod, name = str(header["pod"]), str(header.get("container", ""))
+        if any_container and not name and pod in self.pods.pods:  # they share the pod's network
+            running = [c for c in self.pods.pods[pod].containers.values() if c.state == "running"]
+            if running:
+                return self.pods.pid_of(running[0])
+        return self.pods.pid_of(self.pods.find(pod, name))
+
+    def _dial(self, header: Message, _: bytes) -> None:
+        number, port = self._new_stream(header), header["port"]
+        if not isinstance(port, int) or not 0 < port < 65536:
+            raise ValueError(f"no port {port}"[:80])
+        sock = socket_in(self._pid(header, any_container=True))
+        try:
+            self.streams[number] = DialStream(self, number, int(header["credit"]), sock, port)
+        except OSError as error:
+            sock.close()
+            raise OSError(f"port {port}: {error.strerror}") from error
+
+    def _copy(self, header: Message, _: bytes) -> None:
+        """Files in or out: a process of its own, since it changes its root and waits for disks."""
+        number, pid = self._new_stream(header), self._pid(header, any_container=False)
+        argv = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-E",
+            os.path.abspath(__file__),
+            f"copy={'in' if header.get('into') else 'out'}",
+        ]
+        argv += [f"path={header['path']}", f"name={header.get('name', '')}", f"in=/proc/{pid}/root" if pid else "in=/"]
+        stream = ExecStream(self, number, int(header["credit"]))
+        self.streams[number] = stream
+        stream.start({"argv": argv}, None)
+        if not stream.closed:
+            self.tell({"t": "opened", "s": number})
+        self.fill()
+
+    def _authorize(self, header: Message, _: bytes) -> None:
+        """A key may log in as root; told are the keys by which the guest itself is known."""
+        key = str(header["key"]).strip()
+        if not key or "\n" in key or len(key) > 16384:
+            raise ValueError("a key is one line")
+        self.system.authorize([key])
+        names: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            names = sorted(
+                n for n in os.listdir(self.paths.host_keys) if n.startswith("ssh_host_") and n.endswith(".pub")
+            )
+        found = [read_text(f"{self.paths.host_keys}/{name}", 4096).strip() for name in names]
+        self.tell({"t": "done", "id": header["id"], "ok": True, "text": "\n".join(found)[:8192]})
+
     def _stream(self, header: Message, payload: bytes) -> None:
         stream = self.streams.get(header["s"])
         if stream is None:
@@ -2183,6 +2402,9 @@ class Helper:
         "apply": _queue,
         "logs": _logs,
         "exec": _exec,
+        "dial": _dial,
+        "copy": _copy,
+        "authorize": _authorize,
         "power": _power,
         "data": _stream,
         "eof": _stream,
@@ -2193,9 +2415,118 @@ class Helper:
     }
 
 
+# --- files in and out -------------------------------------------------------------------------------------------------
+
+
+def copy_main(options: Mapping[str, str]) -> int:
+    """A process that copies one file or folder as a tar archive whose root is ``x``, and ends.
+
+    0: all was copied; 1: not all; 4: there is no such file. What was not copied is told on standard error. Within a
+    container its root is ours, so that no link of it leads out.
+    """
+    import tarfile  # before the root changes, and only here: it takes an emulated processor a second
+
+    with contextlib.suppress(LookupError):
+        "".encode("idna")  # the same for codecs that are imported when they are first used
+    try:
+        if not os.path.samestat(os.stat(options["in"]), os.stat("/")):
+            os.chroot(options["in"])
+            os.chdir("/")
+        path = options["path"]
+        if not path.startswith("/"):
+            raise OSError(errno.EINVAL, "is not an absolute path", path)
+        if options["copy"] == "out":
+            return copy_out(tarfile, path)
+        return copy_in(tarfile, path, options["name"])
+    except (OSError, tarfile.TarError, EOFError) as error:
+        name = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        text = error.strerror if isinstance(error, OSError) and error.strerror else error
+        os.write(2, f"{name}{text}\n".encode(errors="replace"))
+        return 4 if isinstance(error, FileNotFoundError) else 1
+
+
+def copy_out(tarfile: Any, path: str) -> int:
+    """Write an archive of ``path`` to standard output. A link is followed where ``path`` itself is one, and nowhere else."""
+    real, skipped = os.path.realpath(path), 0
+    os.stat(real)
+    with (
+        os.fdopen(1, "wb", closefd=False) as out,
+        tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        waiting = [(real, "x")]
+        while waiting:
+            here, name = waiting.pop()
+            member = tar.gettarinfo(here, name)
+            if member is not None and member.isdir():
+                tar.addfile(member)
+                waiting += [(f"{here}/{child}", f"{name}/{child}") for child in sorted(os.listdir(here), reverse=True)]
+            elif member is not None and (member.isreg() or member.islnk()):
+                with open(here, "rb") as file:
+                    # Of a file that has another name in the archive too, the whole all the same: no links arrive.
+                    member.type, member.linkname = tarfile.REGTYPE, ""
+                    member.size = os.fstat(file.fileno()).st_size
+                    tar.addfile(member, file)
+            else:
+                kind = "a symbolic link" if os.path.islink(here) else "neither a file nor a folder"
+                os.write(2, f"{here}: is {kind}, and was not copied\n".encode(errors="replace"))
+                skipped = 1
+    return skipped
+
+
+def copy_in(tarfile: Any, path: str, name: str) -> int:
+    """Make ``path``, or ``name`` in the folder ``path``, from an archive on standard input.
+
+    Each file is written beside its place and renamed: none is ever half there.
+    """
+    target = os.path.realpath(path)
+    if os.path.isdir(target):
+        if not name or "/" in name or name in (".", ".."):
+            raise OSError(errno.EINVAL, "cannot be the name of a copy", name)
+        target = os.path.join(target, name)
+    elif path.endswith("/") or not os.path.isdir(os.path.dirname(target)):
+        raise FileNotFoundError(errno.ENOENT, "is no folder", path if path.endswith("/") else os.path.dirname(target))
+    folders = []
+    with os.fdopen(0, "rb", closefd=False) as source, tarfile.open(fileobj=source, mode="r|") as tar:
+        for member in tar:
+            parts = member.name.split("/")
+            if (
+                parts[0] != "x"
+                or any(part in ("", ".", "..") for part in parts[1:])
+                or not (member.isreg() or member.isdir())
+            ):
+                raise OSError(errno.EPERM, "is refused: neither a file nor a folder of the copy", member.name)
+            here = "/".join([target, *parts[1:]])
+            for depth in range(1, len(parts)):
+                if os.path.islink("/".join([target, *parts[1:depth]])):
+                    raise OSError(errno.EPERM, "is refused: it would be written through a symbolic link", here)
+            if member.isdir():
+                os.makedirs(here, mode=0o700, exist_ok=True)
+                folders.append((here, member))
+                continue
+            part = f"{here}.casemate-{os.getpid()}"
+            content = tar.extractfile(member)
+            try:
+                with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+                    while block := content.read(1 << 20):
+                        file.write(block)
+                    os.fchmod(file.fileno(), member.mode & 0o7777)
+                os.utime(part, (member.mtime, member.mtime))
+                os.rename(part, here)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+                raise
+    for here, member in reversed(folders):
+        os.chmod(here, member.mode & 0o7777)
+        os.utime(here, (member.mtime, member.mtime))
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Run until SIGTERM. Arguments are ``name=value``: root, podman, crun, socket; all for tests."""
     options = dict(word.partition("=")[::2] for word in arguments)
+    if "copy" in options:
+        return copy_main(options)
     paths = Paths(options.get("root", ""), options.get("podman", "podman"), options.get("crun", "crun"))
     helper = Helper(paths)
     read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -1,10 +1,8 @@
 """`casemate exec`: a command in a container, or in the VM itself; its exit code is ours."""
 
 import os
-import queue
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,15 +11,12 @@ import click
 
 from casemate_cli import completing, options
 from casemate_cli.failure import Exit, Failure
+from casemate_cli.pipes import Outbox, raw_terminal, read_stdin
 from casemate_cli.verbs.logs import parse_name
 
 if TYPE_CHECKING:
     from casemate_wire.v1 import operators_pb2 as pb
 
-#: Bytes of standard input in one message.
-CHUNK = 32 * 1024
-#: Messages that wait to be sent; a reader of standard input stops there.
-QUEUED = 16
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -77,16 +72,21 @@ def exec_(
     if tty:
         start.size.CopyFrom(_size())
     with Client(settings) as client, ExitStack() as stack:
-        outbox: queue.Queue[pb.ExecInput | None] = queue.Queue(QUEUED)
-        outbox.put(pb.ExecInput(start=start))
+        outbox = Outbox(pb.ExecInput(start=start))
+        stack.callback(outbox.end)
         stack.enter_context(_signals_to(outbox, tty))
         if tty and with_stdin and sys.stdin.isatty():
-            stack.enter_context(_raw_terminal())
+            stack.enter_context(raw_terminal())
         if with_stdin:
-            threading.Thread(target=_read_stdin, args=(outbox,), name="stdin", daemon=True).start()
+
+            def typed(data: bytes) -> bool:
+                outbox.put(pb.ExecInput(stdin=data))
+                return True
+
+            read_stdin(typed, lambda: outbox.put(pb.ExecInput(close_stdin=True)))
         else:
             outbox.put(pb.ExecInput(close_stdin=True))
-        return _run(client.stream(client.stub.Exec, _sent(outbox)))
+        return _run(client.stream(client.stub.Exec, iter(outbox)))
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -117,19 +117,6 @@ def _write(stream: Any, data: bytes) -> None:
     stream.flush()
 
 
-def _sent(outbox: "queue.Queue[pb.ExecInput | None]") -> "Iterator[pb.ExecInput]":
-    while (item := outbox.get()) is not None:
-        yield item
-
-
-def _read_stdin(outbox: "queue.Queue[pb.ExecInput | None]") -> None:
-    from casemate_wire.v1 import operators_pb2 as pb
-
-    while data := os.read(0, CHUNK):
-        outbox.put(pb.ExecInput(stdin=data))
-    outbox.put(pb.ExecInput(close_stdin=True))
-
-
 def _size() -> "pb.TerminalSize":
     from casemate_wire.v1 import operators_pb2 as pb
 
@@ -141,38 +128,17 @@ def _size() -> "pb.TerminalSize":
 
 
 @contextmanager
-def _signals_to(outbox: "queue.Queue[pb.ExecInput | None]", tty: bool) -> Iterator[None]:
+def _signals_to(outbox: "Outbox[pb.ExecInput]", tty: bool) -> Iterator[None]:
     """Pass signals on to the command, and the terminal's size where it changes."""
     from casemate_wire.v1 import operators_pb2 as pb
 
-    def put(item: "pb.ExecInput") -> None:
-        try:
-            outbox.put_nowait(item)
-        except queue.Full:
-            return  # input is stuck; a second try of the person will find room or none
-
-    before = {n: signal.signal(n, lambda number, _: put(pb.ExecInput(signal=number))) for n in _FORWARDED}
+    before = {n: signal.signal(n, lambda number, _: outbox.try_put(pb.ExecInput(signal=number))) for n in _FORWARDED}
     if tty:
-        before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, lambda *_: put(pb.ExecInput(resize=_size())))
+        before[signal.SIGWINCH] = signal.signal(
+            signal.SIGWINCH, lambda *_: outbox.try_put(pb.ExecInput(resize=_size()))
+        )
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        with outbox.mutex:
-            outbox.queue.clear()
-        outbox.put(None)
-
-
-@contextmanager
-def _raw_terminal() -> Iterator[None]:
-    """Keys go to the command as they are typed."""
-    import termios
-    import tty
-
-    before = termios.tcgetattr(0)
-    tty.setraw(0)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)

@@ -25,6 +25,7 @@ DOMAIN = "casemate"
 _CODES: dict[str, int] = {
     "NotFound": code_pb2.NOT_FOUND,
     "Conflict": code_pb2.ABORTED,
+    "HostRefused": code_pb2.FAILED_PRECONDITION,
     "InUse": code_pb2.FAILED_PRECONDITION,
     "Unavailable": code_pb2.UNAVAILABLE,
     "DeadlineExceeded": code_pb2.DEADLINE_EXCEEDED,

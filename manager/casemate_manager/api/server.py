@@ -9,7 +9,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from casemate_core.errors import InvalidSpec, Unavailable, Violation, shown
-from casemate_wire.v1 import hosts_pb2, hosts_pb2_grpc, operators_pb2, operators_pb2_grpc
+from casemate_wire.v1 import (
+    channels_pb2,
+    channels_pb2_grpc,
+    hosts_pb2,
+    hosts_pb2_grpc,
+    operators_pb2,
+    operators_pb2_grpc,
+)
 
 #: Largest message; a page of a thousand environments with their pods stays below it.
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
@@ -50,15 +57,18 @@ def check_loopback(address: str) -> str:
 async def serve(
     address: str,
     fleet: operators_pb2_grpc.FleetServicer,
+    channels: channels_pb2_grpc.ChannelsServicer,
     hosts: hosts_pb2_grpc.HostLinkServicer,
     gate: grpc.aio.ServerInterceptor,
 ) -> tuple[grpc.aio.Server, int]:
     """A started server, all services behind the gate, and the port it listens on. Raises Unavailable where the port is taken."""
     server = grpc.aio.server(options=OPTIONS, interceptors=[gate])
     operators_pb2_grpc.add_FleetServicer_to_server(fleet, server)
+    channels_pb2_grpc.add_ChannelsServicer_to_server(channels, server)
     hosts_pb2_grpc.add_HostLinkServicer_to_server(hosts, server)
     names = [
         operators_pb2.DESCRIPTOR.services_by_name["Fleet"].full_name,
+        channels_pb2.DESCRIPTOR.services_by_name["Channels"].full_name,
         hosts_pb2.DESCRIPTOR.services_by_name["HostLink"].full_name,
     ]
     checks = health.aio.HealthServicer()

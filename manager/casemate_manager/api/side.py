@@ -67,6 +67,13 @@ def container_of(
     return instance, pod, container
 
 
+def pod_of(state: State, instance: InstanceRecord, pod: str) -> str:
+    """``pod`` where the instance has a pod of that name. Raises NotFound."""
+    if pod not in {pod_name(p) for p in state.environment_of(instance).environment.spec.pods}:
+        raise NotFound("Pod", f"{instance.meta.name}.{pod}")
+    return pod
+
+
 def _only(what: str, names: list[str], of: str) -> str:
     if len(names) == 1:
         return names[0]
@@ -103,6 +110,7 @@ async def logs(state: State, reader: Reader, channels: Channels, request: pb.Log
                     return
                 case _:
                     continue
+        raise Unavailable("the host ended the channel before the log's end: its agent was stopped, or is out of reach")
     finally:
         await channel.close()
 

@@ -2,7 +2,20 @@
 
 from typing import assert_never
 
-from casemate_wire.channel import Eof, ExitCode, Failed, Frame, LogLine, Output, Resize, Signal, Stdin, Ticket
+from casemate_wire.channel import (
+    Eof,
+    ExitCode,
+    Failed,
+    Frame,
+    LogLine,
+    Lost,
+    Opened,
+    Output,
+    Resize,
+    Signal,
+    Stdin,
+    Ticket,
+)
 from casemate_wire.codec.basics import seconds, timestamp
 from casemate_wire.codec.hosts import BadMessage
 from casemate_wire.v1 import hosts_pb2 as pb
@@ -39,6 +52,10 @@ def frame_to_wire(frame: Frame) -> pb.ChannelFrame:
             return pb.ChannelFrame(signal=number)
         case ExitCode(code):
             return pb.ChannelFrame(exit_code=code)
+        case Lost(size):
+            return pb.ChannelFrame(lost=size)
+        case Opened():
+            return pb.ChannelFrame(opened=True)
         case Failed(message):
             return pb.ChannelFrame(error=message)
         case _:
@@ -69,6 +86,10 @@ def frame_from_wire(message: pb.ChannelFrame) -> Frame:
             return Signal(message.signal)
         case "exit_code":
             return ExitCode(message.exit_code)
+        case "lost":
+            return Lost(message.lost)
+        case "opened":
+            return Opened()
         case "error":
             return Failed(message.error)
         case other:

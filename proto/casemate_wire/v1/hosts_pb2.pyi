@@ -1098,7 +1098,7 @@ class OpenChannel(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
     kind: _builtins.str
-    """`logs`, `exec` or `console`."""
+    """`logs`, `exec`, `console`, `forward`, `copy` or `authorize`."""
     instance: _builtins.str
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct: ...
@@ -1133,6 +1133,8 @@ class ChannelFrame(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     EOF_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    OPENED_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
     """First frame of the agent."""
     stdin: _builtins.bytes
@@ -1142,6 +1144,10 @@ class ChannelFrame(_message.Message):
     exit_code: _builtins.int
     error: _builtins.str
     eof: _builtins.bool
+    lost: _builtins.int
+    """Bytes of a console that this reader was too slow for."""
+    opened: _builtins.bool
+    """What was asked for is there: the console, or the connection to a port."""
     @_builtins.property
     def log(self) -> Global___ChannelLog: ...
     @_builtins.property
@@ -1162,12 +1168,14 @@ class ChannelFrame(_message.Message):
         error: _builtins.str = ...,
         credit: Global___Credit | None = ...,
         eof: _builtins.bool = ...,
+        lost: _builtins.int = ...,
+        opened: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "eof", b"eof", "error", b"error", "exit_code", b"exit_code", "frame", b"frame", "log", b"log", "resize", b"resize", "signal", b"signal", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "eof", b"eof", "error", b"error", "exit_code", b"exit_code", "frame", b"frame", "log", b"log", "lost", b"lost", "opened", b"opened", "resize", b"resize", "signal", b"signal", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "eof", b"eof", "error", b"error", "exit_code", b"exit_code", "frame", b"frame", "log", b"log", "resize", b"resize", "signal", b"signal", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "eof", b"eof", "error", b"error", "exit_code", b"exit_code", "frame", b"frame", "log", b"log", "lost", b"lost", "opened", b"opened", "resize", b"resize", "signal", b"signal", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["ticket", "log", "stdin", "stdout", "stderr", "resize", "signal", "exit_code", "error", "credit", "eof"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["ticket", "log", "stdin", "stdout", "stderr", "resize", "signal", "exit_code", "error", "credit", "eof", "lost", "opened"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
