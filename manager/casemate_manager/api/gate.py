@@ -297,6 +297,8 @@ def named(request: Any) -> tuple[str, str]:
         return "", ""
     if "start" in request.DESCRIPTOR.fields_by_name and "input" in request.DESCRIPTOR.oneofs_by_name:
         request = request.start
+    if "target" in request.DESCRIPTOR.fields_by_name:
+        request = request.target
     fields = request.DESCRIPTOR.fields_by_name
     name = next((getattr(request, f) for f in ("instance", "environment", "name") if f in fields), "")
     return getattr(request, "tenant", ""), str(name)

@@ -1,0 +1,139 @@
+"""Whatever hangs on a side stream is cut cleanly when the agent or the manager is SIGKILLed, and begins anew afterwards."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.fleet import Fleet, casemate, clean_environment, free_port
+
+MANIFEST = """
+apiVersion: casemate/v1
+kind: Environment
+metadata: {name: cut}
+spec:
+  cpu: {count: 1}
+  memory: {size: 256Mi}
+  image: debian-13
+  pods:
+    - apiVersion: v1
+      kind: Pod
+      metadata: {name: web}
+      spec: {containers: [{name: app, image: "localhost/hello:1", ports: [{containerPort: 8080}]}]}
+"""
+WITHIN_S = 40.0
+
+
+class Mortal(Fleet):
+    """A fleet whose processes may be killed."""
+
+    def up(self) -> None:
+        where = ("--dir", str(self.folder / "dev"), "--port", self.manager.rpartition(":")[2])
+        self.run("dev", "up", "--simulated", "1", "--no-example", *where, timeout_s=100).ok()
+
+    def kill(self, name: str) -> None:
+        pid = json.loads((self.folder / f"dev/pids/{name}.json").read_text())["pid"]
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def mortal(tmp_path: Path) -> Iterator[Mortal]:
+    address = f"127.0.0.1:{free_port()}"
+    fleet = Mortal(address, tmp_path, clean_environment(tmp_path, address))
+    try:
+        fleet.up()
+        yield fleet
+    finally:
+        casemate("dev", "down", "--dir", str(tmp_path / "dev"), environ=fleet.environ, timeout_s=100).ok()
+
+
+def opened(fleet: Fleet, *arguments: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "casemate_cli", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(fleet.environ),
+    )
+
+
+def answers(child: "subprocess.Popen[bytes]", said: bytes, answer: bytes) -> None:
+    assert child.stdin and child.stdout
+    child.stdin.write(said)
+    child.stdin.flush()
+    assert child.stdout.readline() == answer
+
+
+def closed(child: "subprocess.Popen[bytes]") -> tuple[int, str]:
+    """Exit code and what was told, once it has ended by itself."""
+    assert child.stdin and child.stdout and child.stderr
+    code = child.wait(WITHIN_S)
+    told = child.stderr.read().decode()
+    for stream in (child.stdin, child.stdout, child.stderr):
+        stream.close()
+    return code, told
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("victim", ["agent", "manager"])
+def test_streams_are_cut_and_begin_anew(mortal: Mortal, victim: str) -> None:
+    mortal.run("apply", "-f", "-", stdin=MANIFEST).ok()
+    mortal.run("wait", "env/cut", "--for", "ready", "--timeout", "60s").ok()
+    console, command, single = (
+        opened(mortal, "console", "cut"),
+        opened(mortal, "exec", "-i", "cut", "--", "cat"),
+        opened(mortal, "port-forward", "--stdio", "cut-0.web", "8080"),
+    )
+    forward = mortal.start("port-forward", "cut-0.web", "0:8080")
+    assert forward.stdout and forward.stderr
+    port = int(forward.stdout.readline().split()[0].rpartition(":")[2])
+    try:
+        answers(console, b"hi\r", b"hi\n")
+        answers(command, b"one\n", b"one\n")
+        answers(single, b"two\n", b"two\n")
+        with socket.create_connection(("127.0.0.1", port), WITHIN_S) as sock:
+            sock.sendall(b"three")
+            assert sock.recv(5) == b"three"
+            mortal.kill(victim)
+            assert sock.recv(1) == b"", "the local connection is closed, not left hanging"
+        for child in (console, command, single):
+            code, told = closed(child)
+            assert code == 8, told
+            assert told.startswith("error: ") and told.count("error: ") == 1, told
+            assert "Traceback" not in told
+            says = "agent was stopped" if victim == "agent" else "no manager answers"
+            assert says in told or "exit code" in told, told
+        assert forward.stderr.readline().startswith("error: ")
+        assert forward.poll() is None, "the next connection is waited for"
+        mortal.up()
+        mortal.run("wait", "env/cut", "--for", "ready", "--timeout", "90s", timeout_s=120).ok()
+        give_up_s = time.monotonic() + WITHIN_S
+        while True:
+            with socket.create_connection(("127.0.0.1", port), WITHIN_S) as sock:
+                sock.sendall(b"four")
+                if sock.recv(4) == b"four":
+                    break
+            assert time.monotonic() < give_up_s
+        again = opened(mortal, "console", "cut")
+        answers(again, b"back\r", b"back\n")
+        again.send_signal(signal.SIGINT)
+        assert closed(again)[0] == 130
+    finally:
+        forward.send_signal(signal.SIGTERM)
+        assert forward.wait(WITHIN_S) == 0
+        forward.stdout.close()
+        forward.stderr.close()
+        for child in (console, command, single):
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+            for stream in (child.stdin, child.stdout, child.stderr):
+                if stream:
+                    stream.close()
