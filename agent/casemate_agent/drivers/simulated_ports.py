@@ -30,8 +30,8 @@ from casemate_agent.drivers.ports import (
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
-from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.drivers.simulated_side import HOST_KEY
+from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.records import to_metadata
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic
