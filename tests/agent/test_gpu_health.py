@@ -1,0 +1,125 @@
+"""One record of a GPU: the link as sysfs tells it, the judgement, and the figures under names that dashboards know."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from casemate_agent.gpu import metrics
+from casemate_agent.gpu.health import Health, judge
+from casemate_agent.gpu.link import FILES, LinkReading, link_of
+from casemate_agent.gpu.readings import GpuFault, GpuReading
+
+ADDRESS = "0000:17:00.0"
+AER = "RxErr 0\nBadTLP 3\nBadDLLP 4\nRollover 0\nTimeout 0\nNonFatalErr 0\nCorrIntErr 0\nHeaderOF 0\nTOTAL_ERR_COR 7\n"
+SYSFS = {
+    "aer_dev_correctable": AER,
+    "aer_dev_nonfatal": "Undefined 0\nTOTAL_ERR_NONFATAL 1\n",
+    "aer_dev_fatal": "Undefined 0\nTOTAL_ERR_FATAL 0\n",
+    "current_link_speed": "16.0 GT/s PCIe\n",
+    "max_link_speed": "32.0 GT/s PCIe\n",
+    "current_link_width": "8\n",
+    "max_link_width": "16\n",
+    "driver": "../../../../bus/pci/drivers/vfio-pci",
+}
+WELL = GpuReading("GPU-1", ADDRESS, "NVIDIA H200", memory_mib=100, memory_used_mib=4, temperature_c=31, power_mw=76_500)
+LINK = LinkReading(ADDRESS, "vfio-pci", 16.0, 32.0, 16, 16, 0, 0, 0)
+
+
+def test_a_link_is_read_as_the_kernel_writes_it() -> None:
+    assert set(SYSFS) == set(FILES)
+    assert link_of(ADDRESS, SYSFS) == LinkReading(ADDRESS, "vfio-pci", 16.0, 32.0, 8, 16, 7, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("current_link_speed", "Unknown"),
+        ("current_link_width", "255"),
+        ("current_link_width", "0"),
+        ("aer_dev_fatal", ""),
+    ],
+)
+def test_what_is_not_told_is_unknown(name: str, text: str) -> None:
+    whole, link = link_of(ADDRESS, SYSFS), link_of(ADDRESS, SYSFS | {name: text})
+    field = {"current_link_speed": "speed", "current_link_width": "width", "aer_dev_fatal": "fatal"}[name]
+    assert getattr(link, field) is None
+    assert replace(link, **{field: getattr(whole, field)}) == whole
+
+
+@given(st.dictionaries(st.sampled_from(FILES), st.text(max_size=60)))
+def test_no_text_breaks_the_reading(files: dict[str, str]) -> None:
+    link = link_of(ADDRESS, files)
+    assert link.width is None or 0 < link.width < 255
+
+
+def test_a_gpu_of_a_guest_is_seen_by_its_link_alone() -> None:
+    record = judge("GPU-1", None, LINK)
+    assert (record.owner, record.health, record.reading) == ("guest", Health.WELL, None)
+    assert judge("GPU-1", None, None).health is Health.UNKNOWN
+    assert judge("GPU-1", WELL, replace(LINK, driver="nvidia")).owner == "host"
+    assert judge("GPU-1", None, replace(LINK, driver="")).owner == "nobody"
+
+
+@pytest.mark.parametrize(
+    ("record", "health", "reason"),
+    [
+        (judge("GPU-1", replace(WELL, lost=True), LINK), Health.BROKEN, "fallen off the bus"),
+        (judge("GPU-1", WELL, LINK, [GpuFault("GPU-1", 79)]), Health.BROKEN, "XID 79"),
+        (judge("GPU-1", replace(WELL, rows_failed=True), LINK), Health.BROKEN, "could not be remapped"),
+        (judge("GPU-1", replace(WELL, rows_pending=True), LINK), Health.SUSPECT, "waits for a reset"),
+        (judge("GPU-1", replace(WELL, ecc_uncorrected=2), LINK), Health.SUSPECT, "2 uncorrected ECC"),
+        (judge("GPU-1", None, replace(LINK, width=4)), Health.SUSPECT, "x4 of x16"),
+        (judge("GPU-1", None, replace(LINK, fatal=1)), Health.BROKEN, "1 fatal"),
+        (judge("GPU-1", None, replace(LINK, nonfatal=1)), Health.SUSPECT, "not corrected"),
+        (judge("GPU-1", None, replace(LINK, corrected=50), before=LINK, since_s=60), Health.SUSPECT, "50 corrected"),
+        (judge("GPU-1", None, replace(LINK, fatal=3), before=replace(LINK, fatal=3)), Health.WELL, ""),
+        (judge("GPU-1", WELL, LINK, [GpuFault("GPU-2", 79), GpuFault("GPU-1", 31)]), Health.WELL, ""),
+    ],
+)
+def test_each_sign_is_judged(record: object, health: Health, reason: str) -> None:
+    assert record.health is health  # type: ignore[attr-defined]
+    assert reason in " ".join(record.reasons)  # type: ignore[attr-defined]
+
+
+def test_figures_of_the_host_carry_the_labels_of_dcgm_exporter_and_unknown_ones_are_absent() -> None:
+    found = metrics.samples("h1", [judge("GPU-1", WELL, LINK)], {})
+    by_name = {s.family.name: s for s in found}
+    power = by_name["DCGM_FI_DEV_POWER_USAGE"]
+    assert power.value == 76.5
+    assert power.labels == {
+        "gpu": "0",
+        "UUID": "GPU-1",
+        "pci_bus_id": ADDRESS,
+        "device": "nvidia0",
+        "modelName": "NVIDIA H200",
+        "Hostname": "h1",
+    }
+    assert by_name["DCGM_FI_DEV_FB_FREE"].value == 96
+    assert "DCGM_FI_DEV_GPU_UTIL" not in by_name and "DCGM_FI_DEV_XID_ERRORS" not in by_name
+    assert {s.labels["health"]: s.value for s in found if s.family is metrics.HEALTH} == {
+        "well": 1,
+        "suspect": 0,
+        "broken": 0,
+        "unknown": 0,
+    }
+
+
+def test_a_guests_gpu_has_no_figure_that_only_its_guest_could_know() -> None:
+    found = metrics.samples("h1", [judge("GPU-1", None, LINK)], {"GPU-1": 79})
+    names = {s.family.name for s in found}
+    assert names == {
+        "DCGM_FI_DEV_XID_ERRORS",
+        "casemate_gpu_health",
+        "casemate_gpu_link_width_lanes",
+        "casemate_gpu_pcie_errors_total",
+    }
+
+
+def test_every_family_has_a_sample_somewhere() -> None:
+    full = GpuReading(
+        "GPU-1", ADDRESS, "X", None, 100, 4, 31, 1, 1, 1, 0, 0, 0, 0, False, False, 5, 5, 16, 16, 0, 1, False
+    )
+    found = metrics.samples("h1", [judge("GPU-1", full, LINK)], {"GPU-1": 13})
+    assert {s.family for s in found} == set(metrics.FAMILIES)
