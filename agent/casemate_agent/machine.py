@@ -11,6 +11,7 @@ from pathlib import Path
 from casemate_agent.config import Config
 from casemate_agent.drivers.console import PtyConsoles
 from casemate_agent.drivers.fetch import SourceRules
+from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.guest import GuestChannels
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
@@ -30,7 +31,9 @@ async def real_drivers(config: Config) -> AsyncIterator[Drivers]:
     run_dir = Path(config.run_dir).absolute()
     run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        machine = HostMachine(state_dir, ports=config.ports, devices=config.devices)
+        gpus = HostGpus(state_dir)
+        stack.push_async_callback(gpus.aclose)
+        machine = HostMachine(state_dir, ports=config.ports, devices=config.devices, gpus=gpus)
         stack.push_async_callback(machine.aclose)
         images = ImageStore(state_dir, SourceRules(folders=tuple(config.image_folders)))
         stack.push_async_callback(images.aclose)

@@ -4,7 +4,7 @@ For: ``ports.Machine``. What may live here: reading files of the kernel, and the
 
 Theory of operation. The kernel's files are collected and given to the core's loader (``casemate_core.topology_loaders``),
 which is what recorded machines are read by, too; so the root of the files is a parameter. Ports and devices come from
-``inventory``, by the rules of the host's administrator.
+``inventory``, by the rules of the host's administrator, GPUs from ``gpus``.
 
 What the host keeps for itself is decided once, at the first reading: it must not move under the claims that were made on
 it. Without a word of the configuration: on machines of eight threads and more the first core, some memory for the kernel,
@@ -17,15 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from casemate_agent.drivers.deadline import DeadlineExecutor
+from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.inventory import Inventory, collect, take
 from casemate_agent.drivers.portreader import PortReader, read_ports
 from casemate_agent.drivers.ports import MachineFacts
+from casemate_agent.gpu.inventory import GpuSight
 from casemate_agent.hardware import DeviceRule, PortRule
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import MachineError, Unavailable
 from casemate_core.quantity import MIB
 from casemate_core.topology import Core, Topology
-from casemate_core.topology_loaders import BadRecording, HostFacts, from_sysfs
+from casemate_core.topology_loaders import BadRecording, GpuFacts, HostFacts, from_sysfs
 from casemate_core.topology_loaders.sysfs import MEMINFO
 
 #: From so many threads on one core is worth giving to the host alone; on a smaller machine everybody floats over all.
@@ -62,7 +64,9 @@ class HostMachine:
         ports: tuple[PortRule, ...] = (),
         devices: tuple[DeviceRule, ...] = (),
         port_reader: PortReader = read_ports,
+        gpus: HostGpus | None = None,
     ) -> None:
+        self._gpus = gpus
         self._rules = ports, devices
         self._read_ports = port_reader
         self._state_dir = state_dir
@@ -78,11 +82,12 @@ class HostMachine:
 
     async def observe(self, deadline_s: float) -> MachineFacts:
         try:
-            return await self._calls.run("read host facts", self._observe, deadline_s)
+            gpus = await self._gpus.look(deadline_s) if self._gpus is not None else GpuSight()
+            return await self._calls.run("read host facts", lambda: self._observe(gpus), deadline_s)
         except (OSError, ValueError, BadRecording) as error:
             raise BadSysfs(f"host facts: {error}") from error
 
-    def _observe(self) -> MachineFacts:
+    def _observe(self, gpus: GpuSight) -> MachineFacts:
         if self._disk_mib is None:
             self._disk_mib = self._disk()
         if self._memory_mib is None:
@@ -94,8 +99,8 @@ class HostMachine:
             hostname=socket.gethostname(),
             boot_id=(self._root / "proc/sys/kernel/random/boot_id").read_text().strip(),
             kernel=os.uname().release,
-            topology=read_topology(self._root, self._memory_mib, self._disk_mib, self._housekeeping, found),
-            problems=found.problems,
+            topology=read_topology(self._root, self._memory_mib, self._disk_mib, self._housekeeping, found, gpus.gpus),
+            problems=(*gpus.problems, *found.problems),
         )
 
     def _disk(self) -> int:
@@ -115,7 +120,12 @@ class HostMachine:
 
 
 def read_topology(
-    root: Path, memory_mib: int, disk_mib: int, housekeeping: Housekeeping, found: Inventory | None = None
+    root: Path,
+    memory_mib: int,
+    disk_mib: int,
+    housekeeping: Housekeeping,
+    found: Inventory | None = None,
+    gpus: tuple[GpuFacts, ...] = (),
 ) -> Topology:
     """The topology that the files below ``root`` tell. ``memory_mib`` is that of the whole machine.
 
@@ -126,7 +136,12 @@ def read_topology(
     # What was read first: memory that is plugged in later must not move under the claims.
     files[MEMINFO] = f"MemTotal: {memory_mib * 1024} kB"
     facts = HostFacts(
-        ports=found.ports, devices=found.devices, reserved_mib=0, disk_mib=disk_mib, name=socket.gethostname()
+        gpus=gpus,
+        ports=found.ports,
+        devices=found.devices,
+        reserved_mib=0,
+        disk_mib=disk_mib,
+        name=socket.gethostname(),
     )
     plain = from_sysfs(files, facts)
     reserved = housekeeping.threads

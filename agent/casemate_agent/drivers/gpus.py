@@ -1,0 +1,125 @@
+"""The GPUs of this machine: what the library tells, what sysfs shows, and what was seen before.
+
+For: ``drivers.sysfs`` (the topology). What may live here: asking NVML and sysfs, and the file in which GPUs are remembered
+(``gpus.json`` in the agent's state folder); which of them count is decided in :mod:`casemate_agent.gpu.inventory`.
+
+Theory of operation. The file is replaced as a whole, and only when a GPU is new, has moved, or was seen in a new boot. One that
+cannot be read is said and begun anew: the library tells again all that the host's driver holds, and what a guest holds is
+held back until it comes home, which is the safe error.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from casemate_agent.drivers.deadline import DeadlineExecutor
+from casemate_agent.drivers.files import write_private
+from casemate_agent.drivers.nvml import NvmlGpus
+from casemate_agent.gpu.inventory import GpuSight, KnownGpu, sight
+from casemate_agent.gpu.link import FILES, LinkReading, link_of
+from casemate_agent.gpu.readings import GpuReading
+from casemate_core.errors import CallerError, CasemateError, MachineError, Unavailable
+from casemate_core.plain import from_plain, to_plain
+
+log = logging.getLogger("casemate.agent.gpus")
+
+PCI = "sys/bus/pci/devices"
+NVIDIA = "0x10de"
+MAX_FILE_BYTES = 1 << 20
+_VERSION = 1
+
+
+class HostGpus:
+    """The GPUs below ``root``. Use it from one event loop, and close it."""
+
+    def __init__(self, state_dir: Path, root: Path = Path("/"), library: NvmlGpus | None = None) -> None:
+        self._path = state_dir / "gpus.json"
+        self._root = root
+        self._library = library or NvmlGpus()
+        self._calls = DeadlineExecutor("gpus", threads=1)
+        self._known: Mapping[str, KnownGpu] | None = None
+        self._damage: tuple[str, ...] = ()
+
+    @property
+    def library(self) -> NvmlGpus:
+        """For readings that are not about what there is."""
+        return self._library
+
+    async def aclose(self) -> None:
+        """Let the threads go."""
+        self._calls.close()
+        await self._library.aclose()
+
+    async def look(self, deadline_s: float) -> GpuSight:
+        """What GPUs there are now. A library that is not there is no error: then nothing is told. Raises OSError."""
+        drivers = await self._calls.run("look for GPUs", self._drivers, deadline_s)
+        known = await self._calls.run("read gpus.json", self._remembered, deadline_s)
+        if not drivers and not known:
+            return GpuSight(problems=self._damage)  # no card of the vendor: its library is not even loaded
+        readings: tuple[GpuReading, ...] | None = None
+        silent: tuple[str, ...] = ()
+        try:
+            readings = await self._library.read(deadline_s)
+        except Unavailable as error:
+            silent = (f"GpusNotTold: {error}",) if drivers else ()
+        except MachineError as error:
+            silent = (f"GpusNotTold: {error}",)
+        boot_id = (self._root / "proc/sys/kernel/random/boot_id").read_text().strip()
+        seen = sight(readings, known, boot_id, drivers)
+        if seen.known != known:
+            await self._calls.run("write gpus.json", lambda: self._remember(seen.known), deadline_s)
+        return GpuSight(seen.gpus, seen.known, (*self._damage, *silent, *seen.problems))
+
+    async def links(self, addresses: tuple[str, ...], deadline_s: float) -> tuple[LinkReading, ...]:
+        """The PCIe links of functions, whoever holds them."""
+        return await self._calls.run("read links", lambda: tuple(map(self._link, addresses)), deadline_s)
+
+    # --- in the thread ---
+
+    def _drivers(self) -> dict[str, str]:
+        """Display controllers of the vendor (PCI class 03), by address."""
+        found = {}
+        for place in sorted((self._root / PCI).glob("*")):
+            try:
+                if (place / "vendor").read_text().strip() != NVIDIA or not (place / "class").read_text().startswith(
+                    "0x03"
+                ):
+                    continue
+            except OSError:
+                continue  # it went while we looked
+            driver = place / "driver"
+            found[place.name] = os.path.basename(os.readlink(driver)) if driver.is_symlink() else ""
+        return found
+
+    def _link(self, address: str) -> LinkReading:
+        place = self._root / PCI / address
+        files = {}
+        for name in FILES:
+            try:
+                path = place / name
+                files[name] = os.readlink(path) if path.is_symlink() else path.read_text(errors="replace")
+            except OSError:
+                continue
+        return link_of(address, files)
+
+    def _remembered(self) -> Mapping[str, KnownGpu]:
+        if self._known is None:
+            self._known = {}
+            try:
+                data = json.loads(self._path.read_bytes()[:MAX_FILE_BYTES])
+                if data["version"] != _VERSION:
+                    raise ValueError(f"version {data['version']!r}, this agent reads {_VERSION}")
+                self._known = {uuid: from_plain(KnownGpu, plain) for uuid, plain in data["gpus"].items()}
+            except FileNotFoundError:
+                pass
+            except (ValueError, TypeError, LookupError, AttributeError, CallerError, CasemateError) as error:
+                self._damage = (f"GpusForgotten: {self._path}: {error}; GPUs that guests hold are held back",)
+                log.warning("%s", self._damage[0])
+        return self._known
+
+    def _remember(self, known: Mapping[str, KnownGpu]) -> None:
+        body = {"version": _VERSION, "gpus": {uuid: to_plain(gpu) for uuid, gpu in sorted(known.items())}}
+        write_private(self._path, json.dumps(body, indent=1).encode())
+        self._known, self._damage = known, ()
