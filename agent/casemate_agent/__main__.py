@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -21,14 +21,21 @@ from casemate_agent.config import Config, load
 from casemate_agent.converge import Settings
 from casemate_agent.doctor import command as doctor
 from casemate_agent.drivers.ports import Drivers
-from casemate_agent.files import OsFiles
+from casemate_agent.files import MeasuredFiles
 from casemate_agent.ledger import Ledger, Threaded
 from casemate_agent.link import Link
 from casemate_agent.logs import set_up
+from casemate_agent.metrics import FAMILIES, LEDGER_FAILED, LEDGER_S
+from casemate_agent.scrape import AgentMetrics
 from casemate_agent.transport import GrpcTransport, checked_address
 from casemate_core.errors import CallerError, CasemateError
+from casemate_core.metrics import Meter, Rows, with_label
+from casemate_wire import exposition
 
 log = logging.getLogger("casemate.agent")
+
+#: File of the state folder that says where metrics are served.
+METRICS_NOTE = "metrics-url"
 
 
 def version() -> str:
@@ -39,12 +46,12 @@ def version() -> str:
 
 
 @contextlib.asynccontextmanager
-async def drivers_of(config: Config, name: str) -> AsyncIterator[Drivers]:
+async def drivers_of(config: Config, name: str, meter: Meter) -> AsyncIterator[Drivers]:
     """This machine's drivers, or a whole host in memory."""
     if not config.simulated:
         from casemate_agent.machine import real_drivers  # libvirt and pyroute2, only where they are used
 
-        async with real_drivers(config) as drivers:
+        async with real_drivers(config, meter) as drivers:
             yield drivers
         return
     from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
@@ -57,21 +64,44 @@ async def drivers_of(config: Config, name: str) -> AsyncIterator[Drivers]:
     yield host.drivers()
 
 
-async def run_host(config: Config, name: str, state_dir: Path) -> None:
-    """One host's agent and its link, until cancelled."""
+async def run_host(config: Config, name: str, state_dir: Path, scraped: dict[str, AgentMetrics]) -> None:
+    """One host's agent and its link, until cancelled. Its metrics are in ``scraped`` meanwhile."""
+    meter = Meter.of(FAMILIES)
+
+    loop = asyncio.get_running_loop()
+
+    def synced(took_s: float, failed: bool) -> None:
+        """In the ledger's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody reads it any more
+            if failed:
+                loop.call_soon_threadsafe(meter.add, LEDGER_FAILED)
+            else:
+                loop.call_soon_threadsafe(meter.observe, LEDGER_S, took_s)
+
     with contextlib.closing(Threaded()) as thread:
-        ledger = await Ledger.load(OsFiles(state_dir / "ledger"), thread)
-        await _run_agent(config, name, ledger)
+        ledger = await Ledger.load(MeasuredFiles(state_dir / "ledger", synced), thread)
+        await _run_agent(config, name, ledger, meter, scraped)
 
 
-async def _run_agent(config: Config, name: str, ledger: Ledger) -> None:
-    async with drivers_of(config, name) as drivers, asyncio.TaskGroup() as group:
+async def _run_agent(config: Config, name: str, ledger: Ledger, meter: Meter, scraped: dict[str, AgentMetrics]) -> None:
+    async with drivers_of(config, name, meter) as drivers, asyncio.TaskGroup() as group:
         settings = Settings(stop_grace_s=config.stop_grace_s)
-        agent = Agent(name, drivers, ledger, time.time, settings, concurrency=config.concurrency)
+        agent = Agent(name, drivers, ledger, time.time, settings, concurrency=config.concurrency, meter=meter)
         group.create_task(agent.run(), name=f"agent-{name}")
+        link = None
         if config.manager:
             link = Link(agent, GrpcTransport(config.manager), time.time, Random(), version())
             group.create_task(link.run(), name=f"link-{name}")
+        scraped[name] = AgentMetrics(agent, link, version())
+
+
+async def all_rows(scraped: Mapping[str, AgentMetrics]) -> list[Rows]:
+    """Metrics of all hosts of this process; told apart by a label where there are several."""
+    found = exposition.process_rows()
+    for name, metrics in list(scraped.items()):
+        rows = await metrics.rows()
+        found += rows if len(scraped) == 1 else with_label(rows, "host", name)
+    return found
 
 
 async def run(config: Config) -> None:
@@ -84,14 +114,17 @@ async def run(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    scraped: dict[str, AgentMetrics] = {}
+    state_dir.mkdir(parents=True, exist_ok=True)
     hosts = []
     for name in names:
         where = state_dir if config.hosts == 1 else state_dir / name
-        hosts.append(asyncio.create_task(run_host(config, name, where), name=f"host-{name}"))
+        hosts.append(asyncio.create_task(run_host(config, name, where, scraped), name=f"host-{name}"))
     log.info("casemate-agent %s: %s", version(), ", ".join(names[:8]) + (" …" if len(names) > 8 else ""))
     stopping = asyncio.create_task(stop.wait(), name="stop")
     try:
-        done, _ = await asyncio.wait({stopping, *hosts}, return_when=asyncio.FIRST_COMPLETED)
+        async with exposition.noted(config.metrics_listen, lambda: all_rows(scraped), state_dir / METRICS_NOTE):
+            done, _ = await asyncio.wait({stopping, *hosts}, return_when=asyncio.FIRST_COMPLETED)
         for task in done - {stopping}:
             task.result()
     finally:
@@ -128,6 +161,7 @@ def parser() -> argparse.ArgumentParser:
     run_verb.add_argument("--hosts", type=int, help="how many simulated hosts")
     run_verb.add_argument("--boot-s", type=float, help="seconds that a simulated guest boots")
     run_verb.add_argument("--stop-grace-s", type=float, help="seconds for a guest to power off before it is ended")
+    run_verb.add_argument("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics there, on loopback")
     run_verb.add_argument("--log-format", choices=["console", "json"])
     run_verb.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
     doctor.add_parser(verbs)

@@ -17,6 +17,7 @@ from math import inf
 from typing import Any, TypeVar
 
 from casemate_agent import actions as act
+from casemate_agent import metrics
 from casemate_agent.changes import changes
 from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
@@ -26,6 +27,7 @@ from casemate_agent.observe import Observer
 from casemate_agent.reconcile import Plan, plan
 from casemate_agent.records import HOST, GuestView, Note, Observation
 from casemate_core.errors import CasemateError
+from casemate_core.metrics import Meter
 from casemate_core.spec.instance import InstanceState
 from casemate_wire.session import Outbox
 from casemate_wire.stream import Desired, HostEvent, HostReport, Outcome
@@ -111,12 +113,17 @@ class Agent:
         pace: Pace | None = None,
         trace: Trace = log_steps,
         concurrency: int = 16,
+        meter: Meter | None = None,
     ) -> None:
         self.name = name
         self.drivers = drivers
         self.ledger = ledger
         self.feed = Feed()
         self.now = now
+        #: What was counted since this process began.
+        self.meter = meter or Meter.of(metrics.FAMILIES)
+        #: Names of our domains on this host by uid, as they were last seen.
+        self.domain_names: dict[str, str] = {}
         self._settings = settings or Settings()
         self._pace = pace or Pace()
         self._observer = Observer(drivers)
@@ -192,6 +199,9 @@ class Agent:
         """One look and what follows from it; the time to look again at the latest (seconds since the epoch)."""
         busy = self._executor.busy
         observed = await self._observer.observe(self.now(), self.ledger.book.instances, self._guests, busy)
+        self.meter.add(metrics.ROUNDS)
+        if observed.domains is not None:
+            self.domain_names = {uid: domain.name for uid, domain in observed.domains.items()}
         self.virtualisation = observed.virtualisation
         self._compare(observed.machine)
         decided = plan(self.ledger.book, observed, self._settings, self._plan)
@@ -254,6 +264,7 @@ class Agent:
             self._refused.pop(uid, None)
         elif self._refused.get(uid) != (refusal.epoch, refusal.generation):
             self._refused[uid] = (refusal.epoch, refusal.generation)
+            self.meter.add(metrics.REFUSALS)
             self.feed.note(
                 Outcome("", uid, "Failed", "PlacementRefused", refusal.message[:1000], placement_refused=True)
             )
@@ -270,6 +281,7 @@ class Agent:
 
     def _job_done(self, uid: str, outcomes: tuple[ActionOutcome, ...]) -> None:
         for outcome in outcomes:
+            metrics.count_outcome(self.meter, outcome)
             if not outcome.ok:
                 message = f"{act.name(outcome.action)}: {outcome.message}"
                 self.note(Note(uid, outcome.reason, message, "Warning"))

@@ -36,6 +36,8 @@ class Config:
     scope: str = "main"
     #: Folders that ``file://`` sources of images may lie in; http and https need none.
     image_folders: tuple[str, ...] = ("/var/lib/casemate/library",)
+    #: Where Prometheus finds metrics, HOST:PORT on loopback; empty: nowhere. Port 0 takes a free one.
+    metrics_listen: str = ""
     log_format: str = "console"
     log_level: str = "info"
     stop_grace_s: float = 60.0

@@ -5,6 +5,8 @@ fail or tear at each of them (:mod:`casemate_agent.drivers.simulated_disk`). Nam
 """
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -80,10 +82,25 @@ class OsFiles:
     def make_folder(self, folder: str) -> None:
         self._path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    @staticmethod
-    def _sync(path: Path, flags: int) -> None:
+    def _sync(self, path: Path, flags: int) -> None:
         fd = os.open(path, flags | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+class MeasuredFiles(OsFiles):
+    """As OsFiles; ``observe`` is told how long each fsync took, and whether it failed."""
+
+    def __init__(self, root: Path, observe: Callable[[float, bool], None]) -> None:
+        super().__init__(root)
+        self._observe = observe
+
+    def _sync(self, path: Path, flags: int) -> None:
+        begun_s, failed = time.monotonic(), True
+        try:
+            super()._sync(path, flags)
+            failed = False
+        finally:
+            self._observe(time.monotonic() - begun_s, failed)

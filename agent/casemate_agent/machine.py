@@ -19,17 +19,26 @@ from casemate_agent.drivers.network import HostNetworks
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
+from casemate_agent.metrics import LIBVIRT_FAILED, LIBVIRT_S
+from casemate_core.metrics import Meter
 
 #: Where the answer about KVM is kept, in the state folder.
 PROBE_CACHE = "virtualisation.json"
 
 
 @asynccontextmanager
-async def real_drivers(config: Config) -> AsyncIterator[Drivers]:
+async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
     """The drivers of this machine; their threads and connections end with the context, VMs go on."""
     state_dir = Path(config.state_dir).absolute()
     run_dir = Path(config.run_dir).absolute()
     run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+
+    def observe(call: str, took_s: float, error: str) -> None:
+        if error:
+            meter.add(LIBVIRT_FAILED, call, error)
+        else:
+            meter.observe(LIBVIRT_S, took_s, call)
+
     async with AsyncExitStack() as stack:
         gpus = HostGpus(state_dir)
         stack.push_async_callback(gpus.aclose)
@@ -47,7 +56,8 @@ async def real_drivers(config: Config) -> AsyncIterator[Drivers]:
                     instances_dir=str(state_dir / "instances"),
                     probe_cache=str(state_dir / PROBE_CACHE),
                     scope=config.scope,
-                )
+                ),
+                observe,
             )
         )
         guests = GuestChannels()

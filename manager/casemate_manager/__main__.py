@@ -24,6 +24,8 @@ from casemate_manager.config import BadConfig, Config, load
 
 log = logging.getLogger("casemate.manager")
 
+#: File of the state folder that says where metrics are served.
+METRICS_NOTE = "metrics-url"
 #: Exit codes: what was asked has no meaning, or the machine does not do it.
 USAGE, FAILED = 2, 1
 
@@ -58,6 +60,9 @@ def main() -> None:
     "--default-subnet",
     metavar="CIDR",
     help="Subnet of the network 'default', made at the first start; empty: none.  [default: 10.99.0.0/16]",
+)
+@click.option(
+    "--metrics-listen", metavar="HOST:PORT", help="Serve Prometheus metrics there; loopback only.  [default: off]"
 )
 @click.option("--log-format", type=click.Choice(["console", "json"]), help="Form of log lines.  [default: console]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="[default: info]")
@@ -96,6 +101,8 @@ async def _serve(settings: Config) -> None:
             lambda: secrets.token_hex(16),
             version=installed("casemate"),
             default_subnet=settings.default_subnet,
+            metrics_listen=settings.metrics_listen,
+            metrics_note=state_dir / METRICS_NOTE,
         ) as manager:
             gc.freeze()  # what was loaded lives as long as the process: no collector need look at it
             log.info(

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -19,6 +20,7 @@ from casemate_manager.api.channels import ChannelsService
 from casemate_manager.api.feed import Feed
 from casemate_manager.api.gate import Authenticate, Gate, actor, by_certificate
 from casemate_manager.api.hostlink import Channels, HostLink
+from casemate_manager.api.metrics import ManagerMetrics
 from casemate_manager.api.service import FleetService
 from casemate_manager.api.why import PlacerWhy
 from casemate_manager.fleet.acts import Actor, By
@@ -34,6 +36,7 @@ from casemate_manager.scheduler.placer import FleetPlacer
 from casemate_manager.sessions import Sessions
 from casemate_manager.store.ports import Store
 from casemate_manager.writer import Published, Writer
+from casemate_wire import exposition
 from casemate_wire.diff import changes
 
 log = logging.getLogger("casemate.manager")
@@ -89,12 +92,24 @@ def make_rules(placer: Placer | None = None, admins: frozenset[str] = ADMINS) ->
 class Manager:
     """A manager that runs. Made by `running`."""
 
-    def __init__(self, writer: Writer, sessions: Sessions, grpc_server: grpc.aio.Server, port: int) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        core: Core,
+        sessions: Sessions,
+        grpc_server: grpc.aio.Server,
+        port: int,
+        metrics: ManagerMetrics,
+    ) -> None:
         self.writer = writer
+        self.core = core
         self.sessions = sessions
         self.server = grpc_server
         #: The port that it listens on.
         self.port = port
+        self.metrics = metrics
+        #: Where metrics are served; empty: nowhere.
+        self.metrics_url = ""
         #: Set when it must end, for another manager leads or the writer failed.
         self.failed = asyncio.Event()
 
@@ -110,6 +125,8 @@ async def running(
     default_subnet: str = "",
     rules: Rules | None = None,
     authenticate: Authenticate | None = None,
+    metrics_listen: str = "",
+    metrics_note: Path | None = None,
     trace: Callable[[str], None] = lambda step: None,
 ) -> AsyncIterator[Manager]:
     """Run a manager while the context is open. Raises what opening the store and the port raise."""
@@ -130,10 +147,12 @@ async def running(
         gate = Gate(lambda: writer.state, authenticate or by_certificate, core.denied, clock, seed, rules.admins)
         grpc_server, port = await server.serve(listen, service, sides, HostLink(sessions), gate)
         warming = asyncio.create_task(why.keep_warm(lambda: (core.state, core.observed)), name="why-warm")
-        manager = Manager(writer, sessions, grpc_server, port)
+        metrics = ManagerMetrics(writer, sessions, core.feed, version)
+        manager = Manager(writer, core, sessions, grpc_server, port, metrics)
         work.add_done_callback(lambda _: manager.failed.set())
         try:
-            yield manager
+            async with exposition.noted(metrics_listen, metrics.rows, metrics_note) as manager.metrics_url:
+                yield manager
         finally:
             warming.cancel()
             await asyncio.gather(warming, return_exceptions=True)

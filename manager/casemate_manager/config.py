@@ -22,6 +22,8 @@ class Config:
     state_dir: str = "/var/lib/casemate-manager"
     listen: str = "127.0.0.1:7443"
     default_subnet: str = "10.99.0.0/16"
+    #: Where Prometheus finds metrics, HOST:PORT on loopback; empty: nowhere. Port 0 takes a free one.
+    metrics_listen: str = ""
     log_format: str = "console"
     log_level: str = "info"
 

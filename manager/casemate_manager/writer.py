@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from casemate_core.errors import CasemateError, InternalError, Unavailable
+from casemate_core.metrics import Meter
+from casemate_manager import metrics
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.acts import By
 from casemate_manager.fleet.commands import Advance, Advanced, Answer, Batch, Command, EndSession, Expire
@@ -98,6 +100,8 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "casemate-store")
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(QUEUE)
         self._listeners: list[Listener] = []
+        #: What was counted since this process began.
+        self.meter = Meter.of(metrics.FAMILIES)
         self._working = State(0)
         self._leading = False
         self._closed = False
@@ -116,6 +120,11 @@ class Writer:
     def leading(self) -> bool:
         """Whether commands are taken."""
         return self._leading
+
+    @property
+    def waiting(self) -> int:
+        """Commands that wait for their turn."""
+        return self._queue.qsize()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call ``listener`` after each commit, before its answers leave. Returns how to end it."""
@@ -228,13 +237,17 @@ class Writer:
 
     def _one(self, command: Command | By, now_s: float) -> tuple[Batch | None, CasemateError | None]:
         """Apply and fold. What `apply` raises has changed nothing; what folding raises ends the term."""
+        batch, error = None, None
         try:
             batch = apply(self._working, self.observed, command, now_s, self._rules)
-        except CasemateError as error:
-            return None, error
-        except Exception as error:
+        except CasemateError as refused:
+            error = refused
+        except Exception as failed:
             log.exception("%s failed", type(command).__name__)
-            return None, InternalError(f"the manager failed on this request: {type(error).__name__}")
+            error = InternalError(f"the manager failed on this request: {type(failed).__name__}")
+        metrics.count_command(self.meter, command, error)
+        if batch is None:
+            return None, error
         self._working.fold(batch)
         for sighting in batch.sightings:
             self.observed.fold(sighting)
@@ -244,7 +257,13 @@ class Writer:
         transactions = [Transaction(b.revision, b.records) for b in batches if b.records]
         if transactions:
             self._trace("before-commit")
-            await self._on_thread(lambda: self._store.commit(self._working.epoch, transactions))
+            begun_s = asyncio.get_running_loop().time()
+            try:
+                await self._on_thread(lambda: self._store.commit(self._working.epoch, transactions))
+            except CasemateError:
+                self.meter.add(metrics.COMMITS_FAILED)
+                raise
+            self.meter.observe(metrics.COMMIT_S, asyncio.get_running_loop().time() - begun_s)
             self._trace("after-commit")
         self._publish(batches)
 
@@ -254,6 +273,7 @@ class Writer:
         for batch in batches:
             for host, uids in desired.affected(self.state, batch).items():
                 hosts.setdefault(host, set()).update(uids)
+            metrics.count_batch(self.meter, self.state, batch)
             self.state.fold(batch)
             effects.extend(batch.effects)
         news = tuple(b for b in batches if b.records or b.sightings or b.effects)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -304,8 +305,14 @@ def test_dev_status_and_a_second_up(fleet: Fleet) -> None:
     told = json.loads(fleet.run("dev", "status", "-o", "json", *where).ok())
     assert told["hostsReady"] == HOSTS
     started_s = time.monotonic()
-    fleet.run("dev", "up", "--no-example", *where).ok()
+    again = fleet.run("dev", "up", "--no-example", *where)
+    again.ok()
     assert time.monotonic() - started_s < 20
+    for name, measured in (("manager", "casemate_hosts"), ("agent", "libvirt_up")):
+        url = told[f"{name}Metrics"]
+        assert f"metrics of the {name}: {url}" in again.err
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            assert f"\n{measured}{{" in answer.read().decode()
     assert json.loads(fleet.run("dev", "status", "-o", "json", *where).ok())["managerPid"] == told["managerPid"]
     other = fleet.run("dev", "up", "--simulated", "9", *where)
     assert other.code == 1

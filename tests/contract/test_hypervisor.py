@@ -111,3 +111,26 @@ async def test_two_domains_are_told_apart(bench: Bench) -> None:
     assert off.phase is DomainPhase.SHUT_OFF
     paths = {d.channel_path for d in await bench.hypervisor.domains(20)}
     assert len(paths) == 2
+
+
+async def test_statistics_of_a_domain_are_its_size_and_grow_while_it_runs(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    off = {stats.uuid: stats for stats in await bench.hypervisor.stats(20)}[desired.uid]
+    assert off.phase is DomainPhase.SHUT_OFF
+    assert off.vcpu_stats == ()
+    await bench.hypervisor.start(desired.uid, 60)
+    facts = await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING)
+    on = {stats.uuid: stats for stats in await bench.hypervisor.stats(20)}[desired.uid]
+    assert (on.name, on.phase, on.vcpus) == (facts.name, DomainPhase.RUNNING, desired.cpus)
+    assert on.max_memory_bytes == desired.memory_mib * 2**20
+    assert on.memory["rss"] > 0
+    assert [vcpu.number for vcpu in on.vcpu_stats] == list(range(desired.cpus))
+    assert on.blocks[0].name == "vda"
+    assert on.blocks[0].path in facts.files
+    assert {interface.name for interface in on.interfaces} == set(facts.taps)
+    assert all(len(interface.counts) == 8 for interface in on.interfaces)
+    later = {stats.uuid: stats for stats in await bench.hypervisor.stats(20)}[desired.uid]
+    assert later.cpu_time_ns is not None and on.cpu_time_ns is not None
+    assert later.cpu_time_ns >= on.cpu_time_ns
+    await bench.hypervisor.destroy(desired.uid, 20)
+    await bench.hypervisor.undefine(desired.uid, 20)

@@ -46,6 +46,7 @@ def test_one_command_to_a_pod_in_a_vm_and_back(tmp_path_factory: pytest.TempPath
         before = _states(dev)
         address = before["spec"]["nics"][0]["address"]
         assert answer(address) == "Hello from hello-0\n"
+        _metrics(dev, before)
         _logs(dev)
         _a_second_pod(dev, before)
         _stop_and_start(dev, before)
@@ -88,6 +89,40 @@ def _states(dev: DevFleet) -> dict[str, Any]:
     assert dev.run("diff", "-f", str(HELLO)).code == 0
     assert dev.run("wait", "env/hello", "--for", "phase=Stopped", "--timeout", "1s").code == 6
     return instance
+
+
+def _metrics(dev: DevFleet, instance: dict[str, Any]) -> None:
+    """What the agent and the manager measure of a VM that has booted and answered."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    told = json.loads(dev.run("dev", "status", "-o", "json", "--dir", str(dev.root)).ok())
+    seen: dict[str, float] = {}
+    for name in ("manager", "agent"):
+        with opener.open(told[f"{name}Metrics"], timeout=20) as reply:
+            for line in reply.read().decode().splitlines():
+                if not line.startswith("#"):
+                    key, _, value = line.rpartition(" ")
+                    seen[key] = float(value)
+
+    def of(name: str, *labels: str) -> float:
+        found = [
+            value for key, value in seen.items() if key.split("{")[0] == name and all(label in key for label in labels)
+        ]
+        assert len(found) == 1, (name, labels, found)
+        return found[0]
+
+    domain = next(key.split('domain="')[1].split('"')[0] for key in seen if key.startswith("casemate_domain_info"))
+    assert domain.endswith(instance["metadata"]["uid"][:8])
+    assert of("libvirt_up") == 1
+    assert of("libvirt_domain_info_virtual_cpus", domain) == 2
+    assert of("libvirt_domain_info_maximum_memory_bytes", domain) == 2**30
+    assert of("libvirt_domain_info_cpu_time_seconds_total", domain) > 1
+    assert of("libvirt_domain_block_stats_read_bytes_total", domain, 'target_device="vda"') > 2**20
+    assert of("libvirt_domain_interface_stats_receive_bytes_total", domain, 'source_bridge="cmbr-') > 0
+    assert of("casemate_actions_total", 'action="Start"', 'outcome="done"') == 1
+    assert of("casemate_ledger_sync_duration_seconds_count") > 0
+    assert of("casemate_libvirt_call_duration_seconds_count", 'call="define domain"') > 0
+    assert of("casemate_placements_total") == 1
+    assert [value for key, value in seen.items() if key == "casemate_placements_refused_total"] == [0]
 
 
 def _logs(dev: DevFleet) -> None:

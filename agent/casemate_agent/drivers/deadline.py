@@ -22,6 +22,12 @@ from typing import Any, TypeVar
 from casemate_core.errors import DeadlineExceeded, Unavailable
 
 T = TypeVar("T")
+#: Told of each call: what it was, how long it took, and its error; empty where it returned.
+Observe = Callable[[str, float, str], None]
+
+
+def unobserved(what: str, took_s: float, error: str) -> None:
+    """Nobody measures."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,10 +44,11 @@ class _Job:
 class DeadlineExecutor:
     """A few threads for blocking calls of one library. Not for use from several event loops."""
 
-    def __init__(self, name: str, threads: int = 4, max_stuck: int = 8) -> None:
+    def __init__(self, name: str, threads: int = 4, max_stuck: int = 8, observe: Observe = unobserved) -> None:
         self._name = name
         self._max_threads = threads
         self._max_stuck = max_stuck
+        self._observe = observe
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
@@ -71,15 +78,21 @@ class DeadlineExecutor:
             self._jobs.put(job)
             self._spawn_if_short()
         limit = asyncio.timeout(deadline_s)
+        begun_s, error = asyncio.get_running_loop().time(), ""
         try:
             async with limit:
                 result: T = await asyncio.wrap_future(job.future)
                 return result
         except TimeoutError:
+            error = "late"
             if not limit.expired():
                 raise  # the call's own
             raise DeadlineExceeded(f"{what}: no answer of {self._name} within {deadline_s:g} s") from None
+        except BaseException as failed:
+            error = type(failed).__name__
+            raise
         finally:
+            self._observe(what, asyncio.get_running_loop().time() - begun_s, error)
             self._abandon(job)
 
     def close(self) -> None:

@@ -33,10 +33,11 @@ from casemate_agent.domain import HostShape, domain_xml, parse_domain
 from casemate_agent.domain.facts import machine_type, serial_path
 from casemate_agent.domain.metadata import full_record, record_digest
 from casemate_agent.domain.names import channel_path, check_uid
-from casemate_agent.drivers.deadline import DeadlineExecutor
+from casemate_agent.domain.stats import parse_stats
+from casemate_agent.drivers.deadline import DeadlineExecutor, Observe, unobserved
 from casemate_agent.drivers.files import write_private
 from casemate_agent.drivers.kvm import Virtualisation, probe
-from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase
+from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase, DomainStats
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import DeadlineExceeded, InternalError, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance
@@ -154,9 +155,9 @@ class LibvirtSettings:
 class LibvirtHypervisor:
     """``ports.Hypervisor`` on one libvirtd. Use as ``async with``; one event loop."""
 
-    def __init__(self, settings: LibvirtSettings) -> None:
+    def __init__(self, settings: LibvirtSettings, observe: Observe = unobserved) -> None:
         self._settings = settings
-        self._calls = DeadlineExecutor("libvirt")
+        self._calls = DeadlineExecutor("libvirt", observe=observe)
         self._connection: Any = None
         self._connected = asyncio.Event()
         self._lost = asyncio.Event()
@@ -187,6 +188,9 @@ class LibvirtHypervisor:
 
     async def domains(self, deadline_s: float) -> tuple[DomainFacts, ...]:
         return await self._call("list domains", self._domains, deadline_s)
+
+    async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
+        return await self._call("domain statistics", self._stats, deadline_s)
 
     async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
         async with _Remaining(deadline_s) as left:
@@ -337,6 +341,23 @@ class LibvirtHypervisor:
             found.append(facts)
         self._pids = pids
         return tuple(sorted(found, key=lambda facts: facts.uuid))
+
+    @staticmethod
+    def _stats(connection: Any) -> tuple[DomainStats, ...]:
+        wanted = (
+            libvirt.VIR_DOMAIN_STATS_STATE
+            | libvirt.VIR_DOMAIN_STATS_CPU_TOTAL
+            | libvirt.VIR_DOMAIN_STATS_BALLOON
+            | libvirt.VIR_DOMAIN_STATS_VCPU
+            | libvirt.VIR_DOMAIN_STATS_INTERFACE
+            | libvirt.VIR_DOMAIN_STATS_BLOCK
+        )
+        # A domain that is busy (a job on its monitor) tells what can be told without asking its QEMU.
+        found = []
+        for domain, record in connection.getAllDomainStats(wanted, libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT):
+            phase = PHASES.get(record.get("state.state", -1), DomainPhase.CRASHED)
+            found.append(parse_stats(domain.UUIDString(), domain.name(), phase, record))
+        return tuple(sorted(found, key=lambda stats: stats.uuid))
 
     def _record(self, uid: str, public: str, digest: str) -> str:
         """The record that the domain was defined with: the private file where it is that one, else the public part.

@@ -86,6 +86,54 @@ class DomainFiles:
     cmdline: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class VcpuStats:
+    """One vCPU: time that it ran, waited, and was kept from a thread by others."""
+
+    number: int
+    time_ns: int | None = None
+    wait_ns: int | None = None
+    delay_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStats:
+    """One disk: its device in the guest, its file on the host, and what went over it."""
+
+    name: str
+    path: str
+    read_bytes: int | None = None
+    read_requests: int | None = None
+    write_bytes: int | None = None
+    write_requests: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InterfaceStats:
+    """One interface by its device on the host; ``counts`` are ``receive_`` and ``transmit_`` ``bytes``, ``packets``, ``errors``,
+    ``drops``, as the guest sees them."""
+
+    name: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DomainStats:
+    """What the hypervisor counts of one domain; None is not known. ``memory`` in bytes, by what the hypervisor tells."""
+
+    uuid: str
+    name: str
+    phase: DomainPhase
+    cpu_time_ns: int | None = None
+    vcpus: int | None = None
+    memory_bytes: int | None = None
+    max_memory_bytes: int | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+    vcpu_stats: tuple[VcpuStats, ...] = ()
+    blocks: tuple[BlockStats, ...] = ()
+    interfaces: tuple[InterfaceStats, ...] = ()
+
+
 class Hypervisor(Protocol):
     """libvirt, or its simulation."""
 
@@ -111,6 +159,10 @@ class Hypervisor(Protocol):
 
     async def undefine(self, uid: str, deadline_s: float) -> None:
         """Forget a domain that is shut off."""
+        ...
+
+    async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
+        """What is counted of all domains, in one call that waits for none that is busy."""
         ...
 
     def events(self) -> AsyncIterator[DomainEvent]:

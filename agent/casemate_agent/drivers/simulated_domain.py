@@ -9,8 +9,17 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from casemate_agent.drivers.ports import DomainFacts, DomainFiles, DomainPhase
+from casemate_agent.drivers.ports import (
+    BlockStats,
+    DomainFacts,
+    DomainFiles,
+    DomainPhase,
+    DomainStats,
+    InterfaceStats,
+    VcpuStats,
+)
 from casemate_agent.drivers.simulated_guest import SimulatedGuest
+from casemate_core.quantity import MIB
 from casemate_core.spec.instance import DesiredInstance
 
 ACTIVE = (DomainPhase.RUNNING, DomainPhase.PAUSED, DomainPhase.SHUTTING_DOWN)
@@ -24,6 +33,29 @@ class SimulatedDomain:
     desired: DesiredInstance | None = None
     files: DomainFiles | None = None
     guest: SimulatedGuest | None = None
+
+
+def simulated_stats(domain: SimulatedDomain) -> DomainStats:
+    """What is counted of a domain in which nothing runs: it has its size, and has done nothing."""
+    facts = domain.facts
+    size = facts.memory_mib * MIB
+    if facts.phase not in ACTIVE:
+        return DomainStats(facts.uuid, facts.name, facts.phase, memory_bytes=size, max_memory_bytes=size)
+    counts = {f"{way}_{what}": 0 for way in ("receive", "transmit") for what in ("bytes", "packets", "errors", "drops")}
+    disks = (domain.files.root, domain.files.seed) if domain.files is not None else ()
+    return DomainStats(
+        uuid=facts.uuid,
+        name=facts.name,
+        phase=facts.phase,
+        cpu_time_ns=0,
+        vcpus=facts.vcpus,
+        memory_bytes=size,
+        max_memory_bytes=size,
+        memory={"rss": size},
+        vcpu_stats=tuple(VcpuStats(number, 0, 0, 0) for number in range(facts.vcpus)),
+        blocks=tuple(BlockStats(f"vd{chr(97 + index)}", path, 0, 0, 0, 0) for index, path in enumerate(disks)),
+        interfaces=tuple(InterfaceStats(tap, counts) for tap in facts.taps),
+    )
 
 
 def tap_name(uid: str, index: int) -> str:

@@ -16,6 +16,7 @@ from casemate_agent.drivers.ports import (
     DomainFacts,
     DomainFiles,
     DomainPhase,
+    DomainStats,
     Drivers,
     ExecRequest,
     ExecSession,
@@ -28,7 +29,7 @@ from casemate_agent.drivers.ports import (
     StoredFiles,
 )
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
-from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name
+from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, simulated_stats, tap_name
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
@@ -99,6 +100,9 @@ class _Hypervisor:
 
     async def domains(self, deadline_s: float) -> tuple[DomainFacts, ...]:
         return await self._call("domains", lambda: tuple(d.facts for d in self._host.domains.values()), deadline_s)
+
+    async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
+        return await self._call("stats", lambda: tuple(map(simulated_stats, self._host.domains.values())), deadline_s)
 
     async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
         await self._call("define", lambda: self._define(desired, files), deadline_s)

@@ -76,6 +76,13 @@ class Folder:
         """Log of one process."""
         return self.logs / f"{name}.log"
 
+    def metrics(self, state: Path) -> str:
+        """Where a process with this state folder serves metrics; empty where it does not."""
+        try:
+            return (state / "metrics-url").read_text().strip()
+        except OSError:
+            return ""
+
 
 def default_folder() -> Path:
     """``${XDG_STATE_HOME:-~/.local/state}/casemate/dev``."""

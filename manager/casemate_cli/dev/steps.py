@@ -23,6 +23,8 @@ HOST = "dev"
 SHAPE = "2s 8k/c 2t 64G disk=1T"
 MANAGER = "manager"
 AGENT = "agent"
+#: Metrics take whatever port is free, and say which in a file.
+ANY_PORT = "127.0.0.1:0"
 #: Longest time until a process answers.
 START_S = 60.0
 
@@ -109,6 +111,7 @@ def manager(folder: Folder, fleet: Fleet) -> None:
     """The manager, until it answers."""
     argv = [sys.executable, "-m", "casemate_manager", "serve"]
     argv += ["--state-dir", str(folder.manager), "--listen", fleet.manager, "--default-subnet", fleet.subnet]
+    argv += ["--metrics-listen", ANY_PORT]
     with Progress("manager") as progress:
         _adopt_or_start(folder, MANAGER, argv, before=lambda: preflight.check_port(fleet.port))
         _until(folder, MANAGER, lambda: _answers(fleet))
@@ -118,7 +121,7 @@ def manager(folder: Folder, fleet: Fleet) -> None:
 def agent(folder: Folder, fleet: Fleet, extra: Sequence[str], hosts: int, client: "Client") -> None:
     """The agent (or the process with all simulated hosts), until the manager sees its hosts Ready."""
     argv = [sys.executable, "-m", "casemate_agent", "run", "--manager", fleet.manager]
-    argv += ["--state-dir", str(folder.agent), "--run-dir", str(folder.run), *extra]
+    argv += ["--state-dir", str(folder.agent), "--run-dir", str(folder.run), "--metrics-listen", ANY_PORT, *extra]
     what = "agent" if not fleet.simulated else f"{fleet.simulated} simulated hosts"
     with Progress(what) as progress:
         _adopt_or_start(folder, AGENT, argv)

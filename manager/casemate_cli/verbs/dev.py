@@ -120,7 +120,7 @@ def _up_real(folder: "Folder", fleet: "Fleet", cache: Path, timeout_s: float, ex
                 term.say(remark, "yellow")
         if not example:
             _tables(client)
-            _next_steps(fleet)
+            _next_steps(folder, fleet)
             return
         steps.apply(client, steps.hello_manifest(), "examples/hello.yaml")
         instances = steps.until_ready(client, "hello", timeout_s)
@@ -129,7 +129,7 @@ def _up_real(folder: "Folder", fleet: "Fleet", cache: Path, timeout_s: float, ex
         _tables(client)
         term.out(f"\n$ curl http://{address}:8080/\n{term.clean(answer.strip(), keep=chr(10))}\n")
         _tell_virtualisation(instances[0])
-        _next_steps(fleet)
+        _next_steps(folder, fleet)
 
 
 def _up_simulated(folder: "Folder", fleet: "Fleet", timeout_s: float, example: bool) -> None:
@@ -145,7 +145,7 @@ def _up_simulated(folder: "Folder", fleet: "Fleet", timeout_s: float, example: b
             steps.until_ready(client, "hello", timeout_s)
         _tables(client)
         term.say("hosts are simulated: no VM runs")
-        _next_steps(fleet)
+        _next_steps(folder, fleet)
 
 
 def _tables(client: "Client") -> None:
@@ -164,7 +164,7 @@ def _tell_virtualisation(resource: "pb.Resource") -> None:
         term.say("TCG: this machine gives no usable KVM, so QEMU emulates the guests' processor, which is slow")
 
 
-def _next_steps(fleet: "Fleet") -> None:
+def _next_steps(folder: "Folder", fleet: "Fleet") -> None:
     from casemate_cli import settings
 
     term.say("everything stays up; next:")
@@ -177,6 +177,9 @@ def _next_steps(fleet: "Fleet") -> None:
         "casemate dev down                end it, and leave nothing behind",
     ):
         term.say(f"  {line}")
+    for name, place in (("manager", folder.manager), ("agent", folder.agent)):
+        if url := folder.metrics(place):
+            term.say(f"metrics of the {name}: {url}")
 
 
 @dev.command()
@@ -218,6 +221,7 @@ def status(directory: Path | None, form: str) -> int:
         process = processes.running(folder, name)
         facts[f"{name}Pid"] = process.pid if process is not None else None
         facts[f"{name}Log"] = str(folder.log(name))
+        facts[f"{name}Metrics"] = folder.metrics(folder.root / name) if process is not None else None
     reached: Failure | None = None
     try:
         with steps.connect(fleet) as client:

@@ -11,7 +11,7 @@ not durable.
 """
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -133,6 +133,10 @@ class Feed:
     def unsubscribe(self, subscription: Subscription) -> None:
         """End a subscription."""
         self._subscriptions.discard(subscription)
+
+    def watchers(self) -> Counter[str]:
+        """How many watch, by kind."""
+        return Counter(subscription.kind for subscription in self._subscriptions)
 
     def since(self, token: Token, kind: str) -> tuple[str, ...] | None:
         """Keys of a kind touched after ``token``; None where that is not known any more."""
