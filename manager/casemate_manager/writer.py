@@ -245,7 +245,7 @@ class Writer:
         except Exception as failed:
             log.exception("%s failed", type(command).__name__)
             error = InternalError(f"the manager failed on this request: {type(failed).__name__}")
-        metrics.count_command(self.meter, command, error)
+        metrics.count_command(self.meter, command.command if isinstance(command, By) else command, error)
         if batch is None:
             return None, error
         self._working.fold(batch)
