@@ -1,8 +1,8 @@
 """The closed set of what an agent can do.
 
 What may live here: one frozen dataclass for each kind of action, and nothing that carries one out
-(:mod:`casemate_agent.execute` does). Every action is idempotent: done twice, or done after it was half done, it leaves
-the same machine. Each carries its reason, which is what the log says.
+(:mod:`casemate_agent.execute` does). Every action but Reboot and Reset is idempotent: done twice, or done after it was
+half done, it leaves the same machine. Each carries its reason, which is what the log says.
 """
 
 from dataclasses import dataclass
@@ -102,6 +102,48 @@ class Destroy:
 
 
 @dataclass(frozen=True, slots=True)
+class Suspend:
+    """Freeze the domain's guest where it stands."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Let a frozen guest go on."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reboot:
+    """Ask the guest's helper to boot the guest anew. Not idempotent: planned once for an order (`orders`)."""
+
+    uid: str
+    order: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Press the reset button of the domain. Not idempotent: planned once for an order (`orders`)."""
+
+    uid: str
+    order: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveDisks:
+    """Remove the root disks of an instance that are not the one that is wanted."""
+
+    desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Undefine:
     """Forget the domain."""
 
@@ -176,6 +218,11 @@ Action = (
     | ApplyPods
     | Shutdown
     | Destroy
+    | Suspend
+    | Resume
+    | Reboot
+    | Reset
+    | RemoveDisks
     | Undefine
     | DetachGuest
     | Unguard

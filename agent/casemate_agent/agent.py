@@ -289,6 +289,12 @@ class Agent:
                 self.note(Note(uid, "Started", "the domain was started"))
             elif isinstance(outcome.action, act.Destroy):
                 self.note(Note(uid, "Destroyed", outcome.action.reason, "Warning"))
+            elif isinstance(outcome.action, act.Suspend):
+                self.note(Note(uid, "Paused", "the guest was frozen"))
+            elif isinstance(outcome.action, act.Resume):
+                self.note(Note(uid, "Resumed", "the guest goes on"))
+            elif isinstance(outcome.action, act.Reboot | act.Reset):
+                self.note(Note(uid, act.name(outcome.action), outcome.action.reason))
             elif isinstance(outcome.action, act.ForgetClaim) and self.ledger.get(uid) is None:
                 self._guests.pop(uid, None)
                 self._refused.pop(uid, None)

@@ -15,106 +15,39 @@ States of an instance here, by what is wanted and what its domain does::
     started     running          Starting, Running, Ready attach, guard, pods
     stopped     running          Stopping                 ask; after the grace, end
     stopped     none, off        Stopped                  -
+    paused      running          Running                  freeze
+    paused      frozen           Paused                   -
+    paused      none, off        Stopped                  -
     removed     running          Deleting                 ask; after the grace, end
     removed     none, off        Deleting                 undefine, unguard, remove files, forget
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from math import inf
+from dataclasses import dataclass, replace
 
 from casemate_agent import actions as act
+from casemate_agent import orders
 from casemate_agent.actions import Action
 from casemate_agent.admission import Admission
 from casemate_agent.backoff import delay_s
-from casemate_agent.drivers.ports import DomainFacts, DomainPhase
+from casemate_agent.drafting import ACTIVE, Draft, InstancePlan, Settings
+from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.records import (
     Failure,
     GuestView,
     InstanceRecord,
     Intent,
-    Note,
     Observation,
     Refusal,
     Started,
+    bare,
     domain_digest,
     from_metadata,
     pods_revision,
 )
 from casemate_core.spec.instance import HostNetwork, InstanceState, Phase, Run, Virtualisation
 
-ACTIVE = frozenset({DomainPhase.RUNNING, DomainPhase.PAUSED, DomainPhase.SHUTTING_DOWN})
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Times of an agent, in seconds, and limits."""
-
-    #: A guest asked to power off has so long.
-    stop_grace_s: float = 60.0
-    #: It is asked again so often: a guest that is still booting drops the first.
-    stop_ask_again_s: float = 10.0
-    #: A domain that ran so long before it ended by itself starts afresh in its back-off.
-    stable_s: float = 600.0
-    backoff_base_s: float = 1.0
-    backoff_cap_s: float = 300.0
-    #: So many failures of the same action in a row are told as phase Failed; it is tried on.
-    failed_after: int = 3
-    #: Unused images are removed while less of the store's disk than this is free.
-    low_disk_fraction: float = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class InstancePlan:
-    """What to do about one instance, in order, and what to report.
-
-    ``base`` is the record that was planned from, ``record`` the one that is on disk BEFORE the first action runs; where
-    they are equal and there are no actions, nothing happens. ``wake_s``: look again then (seconds since the epoch).
-    """
-
-    base: InstanceRecord
-    record: InstanceRecord
-    state: InstanceState
-    actions: tuple[Action, ...] = ()
-    wake_s: float = inf
-    notes: tuple[Note, ...] = ()
-    drift: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Draft:
-    """The plan while it is being made; lives within one call."""
-
-    record: InstanceRecord
-    domain: DomainFacts | None
-    guest: GuestView
-    observed: Observation
-    settings: Settings
-    actions: list[Action] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
-    drift: list[str] = field(default_factory=list)
-    wake_s: float = inf
-    phase: Phase = Phase.UNKNOWN
-    reason: str = ""
-    message: str = ""
-
-    @property
-    def now(self) -> float:
-        return self.observed.time_s
-
-    @property
-    def active(self) -> bool:
-        return self.domain is not None and self.domain.phase in ACTIVE
-
-    def note(self, reason: str, message: str, severity: str = "Normal") -> None:
-        self.notes.append(Note(self.record.uid, reason, message, severity))
-
-    def says(self, phase: Phase, reason: str = "", message: str = "") -> None:
-        self.phase, self.reason, self.message = phase, reason, message
-
-    def wake(self, at_s: float) -> None:
-        self.wake_s = min(self.wake_s, at_s)
-
+__all__ = ["ACTIVE", "ActionOutcome", "InstancePlan", "Settings", "converge", "remember"]
 
 def converge(
     record: InstanceRecord,
@@ -128,19 +61,27 @@ def converge(
     if observed.domains is None:
         # what cannot be seen is not acted upon: an unknown domain may well be running
         why = observed.silent.get("hypervisor", "the hypervisor does not answer")
-        draft = _Draft(record, None, guest, observed, settings)
+        draft = Draft(record, None, guest, observed, settings)
         draft.says(Phase.DELETING if record.removed else Phase.UNKNOWN, "HypervisorUnreachable", why)
         return _finish(record, draft)
-    draft = _Draft(record, observed.domains.get(record.uid), guest, observed, settings)
+    draft = Draft(record, observed.domains.get(record.uid), guest, observed, settings)
     _settle(draft)
     if record.uid in observed.attached and not draft.active:
         draft.actions.append(act.DetachGuest(record.uid, "its domain does not run"))
+    orders.advance(draft)
     if record.removed:
         _end(draft)
-    elif record.desired.run is Run.STOPPED:
+    elif record.desired.run is not Run.STARTED and not (record.desired.run is Run.PAUSED and draft.active):
         if admission is not None:
             _hold_claim(draft, admission)
         _stop(draft)
+    elif draft.active and draft.down:
+        _power_off(draft, draft.down)
+        draft.says(Phase.STOPPING, "Restarting", draft.down)
+    elif any(isinstance(action, act.Reboot | act.Reset) for action in draft.actions):
+        draft.says(Phase.RUNNING, "Rebooting")  # and nothing else: the guest goes down
+    elif record.desired.run is Run.PAUSED:
+        _freeze(draft, networks)
     elif draft.active:
         _keep(draft, networks)
     else:
@@ -149,7 +90,7 @@ def converge(
     return _finish(record, draft)
 
 
-def _settle(d: _Draft) -> None:
+def _settle(d: Draft) -> None:
     """Bring the memory up to what is seen: starts, ends, reboots of the host, voided stops."""
     r = d.record
     boot_id = d.observed.machine.boot_id
@@ -158,8 +99,8 @@ def _settle(d: _Draft) -> None:
     if d.active:
         if r.started is None or r.started.boot_id != boot_id:
             r = replace(r, started=Started(boot_id, d.now), starts=r.starts + 1, exited_s=0.0)
-        voided = not r.removed and r.desired.run is Run.STARTED and r.stop_since_s
-        if voided and d.now - r.stop_since_s >= d.settings.stop_grace_s:
+        voided = not r.removed and r.desired.run is Run.STARTED and r.stop_since_s and not orders.wants_it_down(r)
+        if voided and d.now - r.stop_since_s >= d.grace_s:
             r = replace(r, stop_since_s=0.0, stop_asked_s=0.0)
     elif (started := r.started) is not None:
         if started.boot_id != boot_id:
@@ -169,7 +110,7 @@ def _settle(d: _Draft) -> None:
             ran_s = d.now - started.at_s
             r = replace(r, exits=1 if ran_s >= d.settings.stable_s else r.exits + 1, exited_s=d.now)
             word = "vanished" if d.domain is None else "ended by itself"
-            d.note("Exited", f"the domain {word} after {ran_s:.0f} s; it is started again", "Warning")
+            d.note("Exited", f"the domain {word} after {ran_s:.0f} s; {_after_exit(r)}", "Warning")
         else:
             r = replace(r, exits=0, exited_s=0.0)
             d.note("Stopped", "the domain has ended")
@@ -179,7 +120,13 @@ def _settle(d: _Draft) -> None:
     d.record = r
 
 
-def _power_off(d: _Draft, reason: str) -> bool:
+def _after_exit(r: InstanceRecord) -> str:
+    if r.desired.on_crash == "leave":
+        return "it is left off"
+    return "it is given up" if 0 < r.desired.crash_limit <= r.exits else "it is started again"
+
+
+def _power_off(d: Draft, reason: str) -> bool:
     """Actions that end the domain, politely first. True where it is down, or will be after the actions planned."""
     domain, r = d.domain, d.record
     if domain is None or domain.phase is DomainPhase.SHUT_OFF:
@@ -188,15 +135,15 @@ def _power_off(d: _Draft, reason: str) -> bool:
         d.actions.append(act.Destroy(r.uid, "it crashed"))
         return True
     since_s = r.stop_since_s or d.now
-    ends_s = since_s + d.settings.stop_grace_s
-    if d.now >= ends_s or domain.phase is DomainPhase.PAUSED:
-        why = (
-            "a paused guest cannot power off" if d.now < ends_s else f"no power-off in {d.settings.stop_grace_s:.0f} s"
-        )
+    ends_s = since_s + d.grace_s
+    if d.now >= ends_s or (domain.phase is DomainPhase.PAUSED and not domain.frozen):
+        why = "a paused guest cannot power off" if d.now < ends_s else f"no power-off in {d.grace_s:.0f} s"
         d.actions.append(act.Destroy(r.uid, f"{reason}; {why}"))
         d.record = replace(r, stop_since_s=since_s)
         return True
     d.record = replace(r, stop_since_s=since_s)
+    if domain.phase is DomainPhase.PAUSED:
+        d.actions.append(act.Resume(r.uid, "a frozen guest cannot power off"))
     if domain.phase is DomainPhase.RUNNING and domain.channel_path and r.uid not in d.observed.attached:
         # an agent that has just begun: the helper hears what a guest without ACPI does not
         d.actions.append(act.AttachGuest(r.uid, domain.channel_path, "to ask its helper"))
@@ -206,7 +153,7 @@ def _power_off(d: _Draft, reason: str) -> bool:
     return False
 
 
-def _end(d: _Draft) -> None:
+def _end(d: Draft) -> None:
     """The instance is no longer wanted here: end it, take away all that was made for it, then forget it."""
     uid = d.record.uid
     reason = "no longer wanted on this host"
@@ -231,7 +178,7 @@ def _end(d: _Draft) -> None:
     d.actions.append(act.ForgetClaim(uid, "nothing of it is left"))
 
 
-def _stop(d: _Draft) -> None:
+def _stop(d: Draft) -> None:
     """The instance should not run; its disk, seed and domain stay."""
     if _power_off(d, "run: stopped") and not d.actions:
         d.says(Phase.STOPPED)
@@ -239,7 +186,19 @@ def _stop(d: _Draft) -> None:
         d.says(Phase.STOPPING)
 
 
-def _keep(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
+def _freeze(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
+    """The domain runs and should be frozen where it stands."""
+    assert d.domain is not None
+    _keep_network(d, networks)
+    if d.domain.phase is DomainPhase.PAUSED:
+        d.says(Phase.PAUSED)
+        return
+    d.says(Phase.RUNNING, "Pausing")
+    if d.domain.phase is DomainPhase.RUNNING:
+        d.actions.append(act.Suspend(d.record.uid, "run: paused"))
+
+
+def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     """The domain runs and should: keep its connection, its guard and its pods as they should be."""
     domain, r, guest = d.domain, d.record, d.guest
     assert domain is not None
@@ -258,7 +217,10 @@ def _keep(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
         wanted = guest.revision  # rebuilt from a domain, which does not say which pods: the guest knows, and goes on
     if guest.connected and guest.revision != wanted:
         d.actions.append(act.ApplyPods(desired, wanted, "the guest works on another pod set"))
-    if domain.phase is DomainPhase.PAUSED:
+    if domain.phase is DomainPhase.PAUSED and domain.frozen:
+        d.actions.append(act.Resume(r.uid, "run: started"))
+        d.says(Phase.RUNNING, "Resuming")
+    elif domain.phase is DomainPhase.PAUSED:
         d.says(Phase.FAILED, "Paused", "the hypervisor has paused the guest, as it does when a disk is full or fails")
     elif (
         not guest.connected
@@ -281,7 +243,7 @@ def _keep(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
         d.reason, d.message = "RestartPending", "changes wait for the next stop and start"
 
 
-def _keep_network(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
+def _keep_network(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     """Bridges and guards of a running instance; where they are gone someone else took them: drift, and made again."""
     seen = d.observed.networks
     if seen is None or not d.record.desired.nics:
@@ -296,7 +258,7 @@ def _keep_network(d: _Draft, networks: Mapping[str, HostNetwork]) -> None:
         d.actions.append(act.Guard(d.record.desired, "rules of its taps are gone"))
 
 
-def _bring_up(d: _Draft, networks: Mapping[str, HostNetwork], admission: Admission | None) -> None:
+def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admission | None) -> None:
     """The instance should run and does not: check its claim, prepare, define, start."""
     r, desired, seen = d.record, d.record.desired, d.observed
     d.says(Phase.PREPARING)
@@ -307,6 +269,12 @@ def _bring_up(d: _Draft, networks: Mapping[str, HostNetwork], admission: Admissi
         d.says(
             Phase.FAILED, "VirtualisationUnavailable", "virtualisation: require, and KVM runs no guests on this host"
         )
+        return
+    if r.exits and desired.on_crash == "leave":
+        d.says(Phase.FAILED, "Left", "it ended by itself, and onCrash: leave; restart starts it again")
+        return
+    if r.exits and 0 < desired.crash_limit <= r.exits:
+        d.says(Phase.FAILED, "GivenUp", f"it ended by itself {r.exits} times in a row; restart starts it again")
         return
     if r.exits:
         again_s = r.exited_s + delay_s(r.exits, r.uid, d.settings.backoff_base_s, d.settings.backoff_cap_s)
@@ -333,9 +301,10 @@ def _bring_up(d: _Draft, networks: Mapping[str, HostNetwork], admission: Admissi
     domain = d.domain
     if domain is not None and domain.phase is DomainPhase.CRASHED:
         d.actions.append(act.Destroy(r.uid, "it crashed"))
-    current = domain is not None and from_metadata(domain.record) == desired
-    if r.uid not in files.overlays:
-        d.actions.append(act.CreateOverlay(desired, "not there"))
+    current = domain is not None and from_metadata(domain.record) == bare(desired)
+    disks = files.disks_of(r.uid)
+    if desired.disk not in disks:
+        d.actions.append(act.CreateOverlay(desired, "a new disk was asked for" if disks else "not there"))
     if r.uid not in files.seeds or not current:
         d.actions.append(
             act.WriteSeed(desired, "not there" if r.uid not in files.seeds else "the instance was changed")
@@ -346,10 +315,13 @@ def _bring_up(d: _Draft, networks: Mapping[str, HostNetwork], admission: Admissi
         d.actions.append(act.Define(desired, "not defined" if domain is None else "the instance was changed"))
     elif not d.actions:
         d.says(Phase.STARTING)
+    if set(disks) - {desired.disk}:
+        # After the domain names the new one, and before it writes to it.
+        d.actions.append(act.RemoveDisks(desired, "another disk has taken its place"))
     d.actions.append(act.Start(r.uid, "run: started"))
 
 
-def _hold_claim(d: _Draft, admission: Admission | None) -> bool:
+def _hold_claim(d: Draft, admission: Admission | None) -> bool:
     """Put the placement's claim in the record, if the host can carry it out. False where it is refused."""
     r, placement = d.record, d.record.desired.placement
     if admission is None:
@@ -373,7 +345,7 @@ def _hold_claim(d: _Draft, admission: Admission | None) -> bool:
     return False
 
 
-def _gate(d: _Draft) -> None:
+def _gate(d: Draft) -> None:
     """Hold back the action that failed last, and all after it, until its back-off is over."""
     failure = d.record.failure
     if failure is None:
@@ -393,7 +365,7 @@ def _gate(d: _Draft) -> None:
     d.says(Phase.FAILED if worn and coming_up else d.phase, failure.reason, f"{failure.action}: {failure.message}")
 
 
-def _finish(base: InstanceRecord, d: _Draft) -> InstancePlan:
+def _finish(base: InstanceRecord, d: Draft) -> InstancePlan:
     r = d.record
     if r.phase != d.phase.value:
         r = replace(r, phase=d.phase.value, phase_since_s=d.now)
@@ -418,6 +390,8 @@ def _finish(base: InstanceRecord, d: _Draft) -> InstancePlan:
         placement_epoch=placement.epoch,
         placement_generation=placement.generation,
         claim=r.claim,
+        order=orders.state(r.order) if r.order is not None else None,
+        cloud_init_message=guest.cloud_init_message,
     )
     return InstancePlan(base, r, state, tuple(d.actions), d.wake_s, tuple(d.notes), tuple(d.drift))
 
@@ -449,7 +423,9 @@ def remember(record: InstanceRecord, outcomes: tuple[ActionOutcome, ...], boot_i
         kind = act.name(outcome.action)
         if outcome.interrupted:
             continue
-        if outcome.ok:
+        if isinstance(outcome.action, act.Reboot | act.Reset):
+            r = orders.acted(r, outcome.action.order, outcome.at_s, outcome.reason, outcome.message)
+        elif outcome.ok:
             if r.failure is not None and r.failure.action == kind:
                 r = replace(r, failure=None)
             if isinstance(outcome.action, act.Shutdown):

@@ -231,7 +231,9 @@ class Executor:
                 async with self._network_lock:
                     await networks.ensure_network(network, deadline_s)
             case act.CreateOverlay(desired=desired):
-                await images.create_overlay(desired.uid, desired.image, desired.disk_mib, deadline_s)
+                await images.create_overlay(
+                    desired.uid, desired.image, desired.disk_mib, deadline_s, desired.disk
+                )
             case act.WriteSeed(desired=desired):
                 await images.write_seed(desired, deadline_s)
             case act.Guard(desired=desired):
@@ -250,6 +252,16 @@ class Executor:
                 await self._shut_down(action, deadline_s)
             case act.Destroy(uid=uid):
                 await hypervisor.destroy(uid, deadline_s)
+            case act.Suspend(uid=uid):
+                await hypervisor.suspend(uid, deadline_s)
+            case act.Resume(uid=uid):
+                await hypervisor.resume(uid, deadline_s)
+            case act.Reboot(uid=uid):
+                await guests.reboot(uid, deadline_s)
+            case act.Reset(uid=uid):
+                await hypervisor.reset(uid, deadline_s)
+            case act.RemoveDisks(desired=desired):
+                await images.remove_disks(desired.uid, desired.disk, deadline_s)
             case act.Undefine(uid=uid):
                 await hypervisor.undefine(uid, deadline_s)
             case act.DetachGuest(uid=uid):

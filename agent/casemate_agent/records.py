@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -22,6 +22,7 @@ from casemate_core.claims import Claim
 from casemate_core.errors import CallerError
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, PodState
+from casemate_core.spec.operation import OrderPhase, Verb
 
 HOST = ""
 """Stands for the host itself where instances are named by uid."""
@@ -73,6 +74,28 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class OrderRecord:
+    """An order that this host has taken, on disk before anything is done for it.
+
+    ``pid``, ``host_boot_id`` and ``guest_boot_id`` are what it was begun on; ``asked_s`` when the guest or the hypervisor
+    was about to be asked (0: not yet), ``acted``: and has taken it.
+    """
+
+    uid: str
+    verb: Verb
+    phase: OrderPhase = OrderPhase.RUNNING
+    started_s: float = 0.0
+    finished_s: float = 0.0
+    reason: str = ""
+    message: str = ""
+    pid: int = 0
+    host_boot_id: str = ""
+    guest_boot_id: str = ""
+    asked_s: float = 0.0
+    acted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceRecord:
     """The agent's memory of one instance; one file of the ledger."""
 
@@ -97,6 +120,7 @@ class InstanceRecord:
     #: Phase last reported, and since when: so that a restart of the agent is no change.
     phase: str = ""
     phase_since_s: float = 0.0
+    order: OrderRecord | None = None
     #: Rebuilt from a domain's metadata because the ledger had lost it.
     adopted: bool = False
 
@@ -137,6 +161,8 @@ class GuestView:
     cloud_init: str = ""
     pods: tuple[PodState, ...] = ()
     revision: str = ""
+    #: Why cloud-init failed, in its own words.
+    cloud_init_message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,14 +252,20 @@ def domain_digest(desired: DesiredInstance) -> str:
         "cpu_policy": desired.cpu_policy,
         "page_kib": desired.page_kib,
         "claim": to_plain(desired.placement.claim),
+        "disk": desired.disk,
     }
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def bare(desired: DesiredInstance) -> DesiredInstance:
+    """The record without its order: what a domain is made from, and may be rebuilt from, without doing anything again."""
+    return desired if desired.order is None else replace(desired, order=None)
+
+
 def to_metadata(desired: DesiredInstance) -> str:
     """The record as a domain's metadata carries it: JSON, whole, so that a lost ledger is rebuilt from the domain."""
-    return json.dumps(to_plain(desired), sort_keys=True, separators=(",", ":"))
+    return json.dumps(to_plain(bare(desired)), sort_keys=True, separators=(",", ":"))
 
 
 @lru_cache(maxsize=1024)

@@ -76,6 +76,25 @@ async def test_asking_a_guest_that_hears_nothing_returns(bench: Bench) -> None:
     assert (await bench.until(desired.uid, lambda d: True)).pid > 0
 
 
+async def test_a_guest_is_frozen_and_goes_on_in_the_same_process(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    for call in (bench.hypervisor.suspend, bench.hypervisor.resume):
+        await call(desired.uid, 20)  # off: nothing to do
+    with pytest.raises(NotFound):
+        await bench.hypervisor.reset(desired.uid, 20)
+    await bench.hypervisor.start(desired.uid, 60)
+    pid = (await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING)).pid
+    for _ in range(2):
+        await bench.hypervisor.suspend(desired.uid, 20)
+    frozen = await bench.until(desired.uid, lambda d: d.phase is DomainPhase.PAUSED)
+    assert (frozen.frozen, frozen.pid) == (True, pid)
+    for _ in range(2):
+        await bench.hypervisor.resume(desired.uid, 20)
+    await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING)
+    await bench.hypervisor.reset(desired.uid, 20)
+    assert (await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING)).pid == pid
+
+
 async def test_changes_are_told(bench: Bench) -> None:
     heard: asyncio.Queue[str] = asyncio.Queue()
 

@@ -66,3 +66,18 @@ async def test_content_of_another_digest_is_refused_and_leaves_nothing(bench: Be
         await bench.images.fetch(wrong, 60)
     after = await bench.images.observe(20)
     assert (dict(after.images), after.strays) == ({}, ())
+
+
+async def test_a_new_disk_stands_beside_the_old_one_until_that_is_removed(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    assert (await bench.images.observe(20)).disks_of(desired.uid) == (0,)
+    rebuilt = replace(desired, disk=2)
+    for _ in range(2):
+        await bench.images.create_overlay(desired.uid, desired.image, desired.disk_mib, 20, rebuilt.disk)
+    assert (await bench.images.observe(20)).disks_of(desired.uid) == (0, 2)
+    assert bench.images.files(rebuilt).root != bench.images.files(desired).root
+    for _ in range(2):
+        await bench.images.remove_disks(desired.uid, rebuilt.disk, 20)
+    assert (await bench.images.observe(20)).disks_of(desired.uid) == (2,)
+    await bench.images.remove_instance(desired.uid, 20)
+    assert (await bench.images.observe(20)).disks_of(desired.uid) == ()

@@ -38,8 +38,11 @@ class Ownership:
 
 
 def full_record(desired: DesiredInstance) -> str:
-    """The complete record, as one line of ASCII JSON. May hold secrets: for files that only root reads."""
-    return json.dumps(to_plain(desired), ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    """The complete record, as one line of ASCII JSON. May hold secrets: for files that only root reads.
+
+    Without an order: a domain tells what it was made from, and nothing is to be done again because of it.
+    """
+    return json.dumps(to_plain(replace(desired, order=None)), ensure_ascii=True, sort_keys=True, separators=(",", ":"))
 
 
 def public_record(desired: DesiredInstance) -> str:

@@ -7,7 +7,7 @@ Layout, below the state folder::
 
     images/sha256-<hex>            any file known by its digest: disks, kernels, initial RAM disks, archives
     images/.sha256-<hex>.*.part    one under way
-    instances/<uid>/root.qcow2     overlay over the image
+    instances/<uid>/root.qcow2     overlay over the image: the root disk; root-<n>.qcow2 after it was rebuilt n times
     instances/<uid>/seed.iso       NoCloud seed
     instances/<uid>/record.json    what the domain was defined with (the hypervisor's driver keeps it)
     instances/<uid>/console.log    what the guest wrote to its serial console (libvirt writes it)
@@ -43,6 +43,7 @@ from casemate_core.spec.instance import DIGEST, DesiredInstance, File, ImageRef
 log = logging.getLogger(__name__)
 
 ROOT = "root.qcow2"
+_DISK = re.compile(r"root(?:-([1-9][0-9]{0,8}))?\.qcow2\Z", re.ASCII)
 SEED = "seed.iso"
 _STORED = re.compile(r"sha256-[0-9a-f]{64}\Z", re.ASCII)
 #: A tar archive says so at this offset (POSIX.1-2017, pax, "ustar Interchange Format").
@@ -91,16 +92,19 @@ class ImageStore:
 
     def _observe(self) -> StoredFiles:
         images, overlays, seeds, strays = {}, {}, {}, []
+        disks: dict[str, tuple[int, ...]] = {}
         for entry in os.scandir(self._images):
             if _STORED.match(entry.name):
                 images[entry.name.replace("-", ":", 1)] = entry.path
             elif not self._is_under_way(entry.name):
                 strays.append(entry.path)
         for entry in os.scandir(self._instances):
-            root, seed = Path(entry.path, ROOT), Path(entry.path, SEED)
-            has_root, has_seed = root.exists(), seed.exists()
+            seed = Path(entry.path, SEED)
+            numbers = _disk_numbers(Path(entry.path)) if entry.is_dir(follow_symlinks=False) else ()
+            has_root, has_seed = bool(numbers), seed.exists()
             if has_root:
-                overlays[entry.name] = str(root)
+                overlays[entry.name] = str(Path(entry.path, _root_name(numbers[-1])))
+                disks[entry.name] = numbers
             if has_seed:
                 seeds[entry.name] = str(seed)
             if entry.name in self._making:
@@ -117,6 +121,7 @@ class ImageStore:
             strays=tuple(sorted(strays)),
             free_mib=room.f_bavail * room.f_frsize // MIB,
             total_mib=room.f_blocks * room.f_frsize // MIB,
+            disks=disks,
         )
 
     def _is_under_way(self, name: str) -> bool:
@@ -125,7 +130,7 @@ class ImageStore:
     def files(self, desired: DesiredInstance) -> DomainFiles:
         image, folder = desired.image, self._folder(desired.uid)
         return DomainFiles(
-            root=str(folder / ROOT),
+            root=str(folder / _root_name(desired.disk)),
             root_format="qcow2",
             backing=str(self._path(image.file)),
             backing_format=image.format,
@@ -207,10 +212,23 @@ class ImageStore:
 
     # --- files of instances -------------------------------------------------------------------------------------------
 
-    async def create_overlay(self, uid: str, image: ImageRef, size_mib: int, deadline_s: float) -> None:
+    async def create_overlay(
+        self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0
+    ) -> None:
         await self._make(
-            uid, "make overlay", lambda: self._create_overlay(uid, image, size_mib, deadline_s), deadline_s
+            uid, "make overlay", lambda: self._create_overlay(uid, image, size_mib, disk, deadline_s), deadline_s
         )
+
+    async def remove_disks(self, uid: str, keep: int, deadline_s: float) -> None:
+        folder = self._folder(uid)
+
+        def remove() -> None:
+            for number in _disk_numbers(folder):
+                if number != keep:
+                    (folder / _root_name(number)).unlink(missing_ok=True)
+            sync_folder(folder)
+
+        await self._calls.run("remove disks", remove, deadline_s)
 
     async def write_seed(self, desired: DesiredInstance, deadline_s: float) -> None:
         def write() -> None:
@@ -229,8 +247,8 @@ class ImageStore:
         finally:
             self._making.discard(uid)
 
-    def _create_overlay(self, uid: str, image: ImageRef, size_mib: int, deadline_s: float) -> None:
-        backing, target = self._path(image.file), self._folder(uid) / ROOT
+    def _create_overlay(self, uid: str, image: ImageRef, size_mib: int, disk: int, deadline_s: float) -> None:
+        backing, target = self._path(image.file), self._folder(uid) / _root_name(disk)
         if not backing.exists():
             raise NotFound("image", image.file.digest)
         base = _read_info(backing, image.format)
@@ -262,7 +280,8 @@ class ImageStore:
         def remove() -> None:
             if folder.exists():
                 # The disk first: without it the folder is a stray, with it an instance.
-                (folder / ROOT).unlink(missing_ok=True)
+                for number in _disk_numbers(folder):
+                    (folder / _root_name(number)).unlink(missing_ok=True)
                 (folder / SEED).unlink(missing_ok=True)
                 shutil.rmtree(folder)
                 sync_folder(self._instances)
@@ -287,6 +306,19 @@ def _left(end: float, what: str) -> float:
     if left <= 0:
         raise DeadlineExceeded(f"{what}: no time left")
     return left
+
+
+def _root_name(disk: int) -> str:
+    return f"root-{disk}.qcow2" if disk else ROOT
+
+
+def _disk_numbers(folder: Path) -> tuple[int, ...]:
+    """Numbers of the root disks in an instance's folder, in order."""
+    try:
+        found = [match for name in os.listdir(folder) if (match := _DISK.match(name))]
+    except FileNotFoundError:
+        return ()
+    return tuple(sorted(int(match[1] or 0) for match in found))
 
 
 def _stored_name(digest: str) -> str:

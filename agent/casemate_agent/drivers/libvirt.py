@@ -233,6 +233,31 @@ class LibvirtHypervisor:
 
         await self._call("destroy domain", destroy, deadline_s)
 
+    async def suspend(self, uid: str, deadline_s: float) -> None:
+        def suspend(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is not None and domain.isActive() and domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
+                domain.suspend()
+
+        await self._call("suspend domain", suspend, deadline_s)
+
+    async def resume(self, uid: str, deadline_s: float) -> None:
+        def resume(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is not None and domain.isActive() and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                domain.resume()
+
+        await self._call("resume domain", resume, deadline_s)
+
+    async def reset(self, uid: str, deadline_s: float) -> None:
+        def reset(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is None or not domain.isActive():
+                raise NotFound("running domain", uid)
+            domain.reset()
+
+        await self._call("reset domain", reset, deadline_s)
+
     async def undefine(self, uid: str, deadline_s: float) -> None:
         def undefine(connection: Any) -> None:
             domain = _lookup(connection, uid)
@@ -323,7 +348,7 @@ class LibvirtHypervisor:
         pids: dict[tuple[str, int], int] = {}
         for domain in connection.listAllDomains():
             try:
-                state, _ = domain.state()
+                state, why = domain.state()
                 xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
                 number = domain.ID() if domain.isActive() else -1
             except libvirt.libvirtError as error:
@@ -336,6 +361,9 @@ class LibvirtHypervisor:
                 pid = self._pids.get(key) or _qemu_pid(key[0])
                 pids[key] = pid
             facts, owner = parse_domain(xml, PHASES.get(state, DomainPhase.CRASHED), pid)
+            frozen = state == libvirt.VIR_DOMAIN_PAUSED and why == libvirt.VIR_DOMAIN_PAUSED_USER
+            if frozen:
+                facts = replace(facts, frozen=True)
             if owner is not None:
                 facts = replace(facts, record=self._record(owner.uid, owner.record, owner.digest))
             found.append(facts)

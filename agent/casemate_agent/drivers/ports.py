@@ -41,6 +41,8 @@ class DomainFacts:
     name: str
     phase: DomainPhase
     owned: bool
+    #: It is paused because somebody asked for it, not because its disk is full or failed.
+    frozen: bool = False
     #: Of our metadata element, for owned domains: what this domain was made from.
     instance_uid: str = ""
     generation: int = 0
@@ -157,6 +159,18 @@ class Hypervisor(Protocol):
         """End the domain's QEMU at once."""
         ...
 
+    async def suspend(self, uid: str, deadline_s: float) -> None:
+        """Freeze the guest of a running domain; nothing where it is frozen or off."""
+        ...
+
+    async def resume(self, uid: str, deadline_s: float) -> None:
+        """Let a frozen guest go on; nothing where it runs or is off."""
+        ...
+
+    async def reset(self, uid: str, deadline_s: float) -> None:
+        """Press the reset button: the guest boots anew at once, in the same process. Raises NotFound where none runs."""
+        ...
+
     async def undefine(self, uid: str, deadline_s: float) -> None:
         """Forget a domain that is shut off."""
         ...
@@ -193,6 +207,12 @@ class StoredFiles:
     strays: tuple[str, ...] = ()
     free_mib: int = 0
     total_mib: int = 0
+    #: Numbers of the root disks that each instance has; one is named in ``overlays``.
+    disks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def disks_of(self, uid: str) -> tuple[int, ...]:
+        """Numbers of an instance's root disks; an overlay of which no number is known is the first."""
+        return self.disks.get(uid, (0,) if uid in self.overlays else ())
 
 
 class Images(Protocol):
@@ -204,8 +224,14 @@ class Images(Protocol):
         """Have the image's files (with kernel and initrd) in the store: fetched, digest checked, header checked."""
         ...
 
-    async def create_overlay(self, uid: str, image: ImageRef, size_mib: int, deadline_s: float) -> None:
-        """Make the instance's root disk over its image, with recorded formats."""
+    async def create_overlay(
+        self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0
+    ) -> None:
+        """Make the instance's root disk of this number over its image, with recorded formats."""
+        ...
+
+    async def remove_disks(self, uid: str, keep: int, deadline_s: float) -> None:
+        """Remove the instance's root disks but the one of this number."""
         ...
 
     async def write_seed(self, desired: DesiredInstance, deadline_s: float) -> None:
@@ -408,6 +434,10 @@ class Guests(GuestSides, Protocol):
 
     async def shutdown(self, uid: str, deadline_s: float) -> None:
         """Ask the guest's system to power off (the helper's way; the hypervisor's is ACPI)."""
+        ...
+
+    async def reboot(self, uid: str, deadline_s: float) -> None:
+        """Ask the guest's system to boot anew; a new boot id in its next hello proves it."""
         ...
 
 

@@ -70,6 +70,8 @@ class SimulatedHost:
         self.domains: dict[str, SimulatedDomain] = {}
         self.images: dict[str, str] = {}
         self.overlays: dict[str, int] = {}
+        #: Numbers of the root disks of each instance.
+        self.disks: dict[str, set[int]] = {}
         self.seeds: dict[str, str] = {}
         self.strays: set[str] = set()
         self.bridges: dict[str, HostNetwork] = {}
@@ -117,8 +119,8 @@ class SimulatedHost:
 
     def reboot_guest(self, uid: str) -> None:
         """The guest reboots inside its QEMU, whose process stays."""
-        domain = self.domains[uid]
-        if domain.guest is not None and domain.facts.phase is DomainPhase.RUNNING:
+        domain = self.domains.get(uid)
+        if domain is not None and domain.guest is not None and domain.facts.phase in ACTIVE:
             domain.guest.end()
             self.push(GuestGone(uid))
             domain.guest = self.boot_guest(uid)
@@ -139,7 +141,7 @@ class SimulatedHost:
             desired = domain.desired
             if desired is None or domain.facts.phase not in ACTIVE:
                 continue
-            if uid not in self.overlays or uid not in self.seeds:
+            if desired.disk not in self.disks.get(uid, ()) or uid not in self.seeds:
                 found.append(f"{uid} runs without its disk or its seed")
             if desired.image.file.digest not in self.images:
                 found.append(f"{uid} runs without its image")

@@ -146,7 +146,7 @@ class _Hypervisor:
             return
         desired = domain.desired
         for what, ok in (
-            ("its overlay", uid in host.overlays),
+            ("its overlay", desired.disk in host.disks.get(uid, ())),
             ("its seed", uid in host.seeds),
             ("its image", desired.image.file.digest in host.images),
             *((f"archive {a.name}", a.file.digest in host.images) for a in desired.archives),
@@ -154,7 +154,7 @@ class _Hypervisor:
         ):
             if not ok:
                 raise MachineError(f"{what} does not exist")
-        domain.facts = replace(domain.facts, phase=DomainPhase.RUNNING, pid=host.new_pid())
+        domain.facts = replace(domain.facts, phase=DomainPhase.RUNNING, pid=host.new_pid(), frozen=False)
         domain.guest = host.boot_guest(uid)
         host.tell(uid, "started")
 
@@ -186,6 +186,27 @@ class _Hypervisor:
         domain = self._host.domains.get(uid)
         if domain is not None and domain.facts.phase is DomainPhase.CRASHED:
             domain.facts = replace(domain.facts, phase=DomainPhase.SHUT_OFF)
+
+    async def suspend(self, uid: str, deadline_s: float) -> None:
+        await self._call("suspend", lambda: self._turn(uid, DomainPhase.RUNNING, DomainPhase.PAUSED), deadline_s)
+
+    async def resume(self, uid: str, deadline_s: float) -> None:
+        await self._call("resume", lambda: self._turn(uid, DomainPhase.PAUSED, DomainPhase.RUNNING), deadline_s)
+
+    def _turn(self, uid: str, before: DomainPhase, after: DomainPhase) -> None:
+        domain = self._host.domains.get(uid)
+        if domain is not None and domain.facts.phase is before:
+            domain.facts = replace(domain.facts, phase=after, frozen=after is DomainPhase.PAUSED)
+            self._host.tell(uid, after.value)
+
+    async def reset(self, uid: str, deadline_s: float) -> None:
+        await self._call("reset", lambda: self._reset(uid), deadline_s)
+
+    def _reset(self, uid: str) -> None:
+        domain = self._host.domains.get(uid)
+        if domain is None or domain.facts.phase not in ACTIVE:
+            raise NotFound("running domain", uid)
+        self._host.reboot_guest(uid)
 
     async def undefine(self, uid: str, deadline_s: float) -> None:
         await self._call("undefine", lambda: self._undefine(uid), deadline_s)
@@ -240,6 +261,7 @@ class _Images:
             strays=tuple(sorted(host.strays - self._lease.fetching)),
             free_mib=0 if host.faults.disk_full else max(0, total_mib - host.disk_used_mib()),
             total_mib=total_mib,
+            disks={uid: tuple(sorted(numbers)) for uid, numbers in host.disks.items()},
         )
 
     async def fetch(self, image: ImageRef, deadline_s: float) -> None:
@@ -266,12 +288,15 @@ class _Images:
         finally:
             self._lease.fetching.discard(part)
 
-    async def create_overlay(self, uid: str, image: ImageRef, size_mib: int, deadline_s: float) -> None:
+    async def create_overlay(
+        self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0
+    ) -> None:
         def create() -> None:
             self._room()
             if image.file.digest not in self._host.images:
                 raise NotFound("image", image.name)
             self._host.overlays.setdefault(uid, size_mib)
+            self._host.disks.setdefault(uid, set()).add(disk)
 
         await self._call("create_overlay", create, deadline_s)
 
@@ -289,7 +314,7 @@ class _Images:
             return f"/simulated/images/{digest}"
 
         return DomainFiles(
-            root=f"/simulated/overlays/{desired.uid}",
+            root=f"/simulated/overlays/{desired.uid}" + (f"-{desired.disk}" if desired.disk else ""),
             root_format="qcow2",
             backing=path(image.file.digest),
             backing_format=image.format,
@@ -306,9 +331,20 @@ class _Images:
             if domain is not None and domain.facts.phase in ACTIVE:
                 raise MachineError(f"files of {uid} are in use")
             self._host.overlays.pop(uid, None)
+            self._host.disks.pop(uid, None)
             self._host.seeds.pop(uid, None)
 
         await self._call("remove_instance", remove, deadline_s)
+
+    async def remove_disks(self, uid: str, keep: int, deadline_s: float) -> None:
+        def remove() -> None:
+            domain = self._host.domains.get(uid)
+            if domain is not None and domain.facts.phase in ACTIVE:
+                raise MachineError(f"files of {uid} are in use")
+            if uid in self._host.disks:
+                self._host.disks[uid] &= {keep}
+
+        await self._call("remove_disks", remove, deadline_s)
 
     async def remove_strays(self, deadline_s: float) -> None:
         await self._call(
@@ -461,6 +497,14 @@ class _Guests:
     async def shutdown(self, uid: str, deadline_s: float) -> None:
         self._guest(uid)
         await _Hypervisor(self._lease).shutdown(uid, deadline_s)
+
+    async def reboot(self, uid: str, deadline_s: float) -> None:
+        def reboot() -> None:
+            self._guest(uid)
+            if uid not in self._host.faults.stubborn:
+                later(self._host.pace.power_off_s, lambda: self._host.reboot_guest(uid))
+
+        await self._lease.call("guests", "reboot", reboot, deadline_s)
 
 
 class _Consoles:

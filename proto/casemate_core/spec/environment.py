@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from casemate_core.errors import Violation, shown
-from casemate_core.quantity import format_mib
+from casemate_core.quantity import format_mib, format_seconds
 from casemate_core.spec.meta import Meta, check_labels, check_meta, check_name
 from casemate_core.spec.pod import check_pods
 
@@ -23,6 +23,10 @@ MAX_ARCHIVES = 8
 MAX_SSH_KEYS = 32
 MAX_USER_DATA_BYTES = 64 * 1024
 DEFAULT_NETWORK = "default"
+MAX_STOP_GRACE_S = 3600
+MIN_LIFETIME_S = 60
+MAX_LIFETIME_S = 10 * 366 * 86400
+MAX_CRASH_LIMIT = 1000
 _SSH_KEY = re.compile(
     r"(ssh-(ed25519|rsa)|ecdsa-sha2-nistp(256|384|521)|sk-[a-z0-9@.-]+) [A-Za-z0-9+/=]{16,}( [^\x00-\x1f\x7f]*)?\Z",
     re.ASCII,
@@ -90,6 +94,14 @@ class PlacementRules:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateStrategy:
+    """How changes that need a restart or a new root disk are brought to instances that run."""
+
+    type: str = "rolling"
+    max_unavailable: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class EnvironmentSpec:
     """What is wanted. Defaults are those of the schema."""
 
@@ -109,6 +121,16 @@ class EnvironmentSpec:
     priority: int = 0
     virtualisation: str = "prefer"
     gang: bool = False
+    on_crash: str = "restart"
+    #: 0: never given up.
+    crash_limit: int = 0
+    #: None: that of the host's agent.
+    stop_grace_s: int | None = None
+    #: 0: it has no end.
+    lifetime_s: int = 0
+    protected: bool = False
+    #: None: changes wait until an instance is stopped or rebuilt.
+    update_strategy: UpdateStrategy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +179,33 @@ def check_environment(env: Environment) -> Iterator[Violation]:
         )
     yield from _between("spec.priority", spec.priority, -1000, 1000)
     yield from _check_placement(spec.placement)
+    yield from _check_life(spec)
+
+
+def _check_life(spec: EnvironmentSpec) -> Iterator[Violation]:
+    yield from _between("spec.crashLimit", spec.crash_limit, 0, MAX_CRASH_LIMIT)
+    if spec.crash_limit and spec.on_crash == "leave":
+        yield Violation(
+            "spec.crashLimit", str(spec.crash_limit), "counts restarts, and onCrash: leave makes none", "leave it out"
+        )
+    if spec.stop_grace_s is not None and not 0 <= spec.stop_grace_s <= MAX_STOP_GRACE_S:
+        yield Violation(
+            "spec.stopGrace",
+            format_seconds(spec.stop_grace_s),
+            "is out of range",
+            f"write 0s to {format_seconds(MAX_STOP_GRACE_S)}",
+        )
+    if spec.lifetime_s and not MIN_LIFETIME_S <= spec.lifetime_s <= MAX_LIFETIME_S:
+        yield Violation(
+            "spec.lifetime",
+            format_seconds(spec.lifetime_s),
+            "is out of range",
+            f"write {format_seconds(MIN_LIFETIME_S)} or more, for example 72h",
+        )
+    if spec.update_strategy is not None:
+        yield from _between(
+            "spec.updateStrategy.maxUnavailable", spec.update_strategy.max_unavailable, 1, MAX_REPLICAS
+        )
 
 
 def _check_cpu(cpu: Cpu) -> Iterator[Violation]:

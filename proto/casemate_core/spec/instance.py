@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from casemate_core.claims import Claim
+from casemate_core.spec.operation import Order, OrderState
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z", re.ASCII)
 
@@ -20,6 +21,8 @@ class Run(StrEnum):
 
     STARTED = "started"
     STOPPED = "stopped"
+    #: Frozen where it stands, if it runs; one that does not is not started.
+    PAUSED = "paused"
 
 
 class Virtualisation(StrEnum):
@@ -39,6 +42,7 @@ class Phase(StrEnum):
     STARTING = "Starting"
     RUNNING = "Running"
     READY = "Ready"
+    PAUSED = "Paused"
     STOPPING = "Stopping"
     STOPPED = "Stopped"
     FAILED = "Failed"
@@ -140,6 +144,15 @@ class DesiredInstance:
     cpu_policy: str = "shared"
     page_kib: int = 0
     peers: tuple[Peer, ...] = ()
+    #: What is to be done once, until its end was told; no part of what a domain is made from.
+    order: Order | None = None
+    #: Counts the instance's root disks: another number asks for a new one, made from the image.
+    disk: int = 0
+    #: ``restart`` or ``leave``; and after how many ends by itself in a row it is given up (0: never).
+    on_crash: str = "restart"
+    crash_limit: int = 0
+    #: How long the guest has to power off; None: the agent's own.
+    stop_grace_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,3 +205,6 @@ class InstanceState:
     placement_generation: int = 0
     #: The claim of the agent's ledger; told in snapshots only.
     claim: Claim | None = None
+    order: OrderState | None = None
+    #: Why cloud-init failed, in its own words.
+    cloud_init_message: str = ""

@@ -138,6 +138,23 @@ class ObjectRef:
 
 
 @dataclass(frozen=True, slots=True)
+class OperationView:
+    """Something that was asked to be done once to an instance, and what came of it."""
+
+    meta: Meta
+    verb: str
+    target: ObjectRef
+    deadline_s: float
+    phase: str
+    grace_s: float | None = None
+    reason: str = ""
+    message: str = ""
+    started_s: float = 0.0
+    finished_s: float = 0.0
+    host: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EventView:
     """Something that happened. ``meta.name`` is unique and sorts by time."""
 

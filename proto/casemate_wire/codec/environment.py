@@ -1,6 +1,6 @@
 """Environment ⇄ message. Both directions are total over the fields that this release serves."""
 
-from casemate_core.quantity import format_bytes, format_mib, parse_bytes, parse_mib
+from casemate_core.quantity import format_bytes, format_mib, format_seconds, parse_bytes, parse_mib, parse_seconds
 from casemate_core.spec.environment import (
     Affinity,
     Cpu,
@@ -10,6 +10,7 @@ from casemate_core.spec.environment import (
     NicSpec,
     PlacementRules,
     Toleration,
+    UpdateStrategy,
 )
 from casemate_core.spec.views import EnvironmentStatus
 from casemate_wire.codec.basics import condition_to_message, meta_from_message, meta_to_message, plain, struct
@@ -56,6 +57,16 @@ def from_message(message: pb.Environment) -> Environment:
             priority=spec.priority,
             virtualisation=spec.virtualisation or "prefer",
             gang=spec.gang,
+            on_crash=spec.on_crash or "restart",
+            crash_limit=spec.crash_limit,
+            stop_grace_s=parse_seconds(spec.stop_grace) if spec.stop_grace else None,
+            lifetime_s=parse_seconds(spec.lifetime) if spec.lifetime else 0,
+            protected=spec.protected,
+            update_strategy=UpdateStrategy(
+                spec.update_strategy.type or "rolling", spec.update_strategy.max_unavailable or 1
+            )
+            if spec.HasField("update_strategy")
+            else None,
         ),
     )
 
@@ -90,8 +101,16 @@ def to_message(env: Environment, status: EnvironmentStatus | None = None) -> pb.
             priority=spec.priority,
             virtualisation=spec.virtualisation,
             gang=spec.gang,
+            on_crash=spec.on_crash,
+            crash_limit=spec.crash_limit,
+            stop_grace="" if spec.stop_grace_s is None else format_seconds(spec.stop_grace_s),
+            lifetime=format_seconds(spec.lifetime_s) if spec.lifetime_s else "",
+            protected=spec.protected,
         ),
     )
+    if spec.update_strategy is not None:
+        message.spec.update_strategy.type = spec.update_strategy.type
+        message.spec.update_strategy.max_unavailable = spec.update_strategy.max_unavailable
     if spec.disk_mib:
         message.spec.disk.size = format_mib(spec.disk_mib)
     if spec.placement != PlacementRules():

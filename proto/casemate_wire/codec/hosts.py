@@ -27,6 +27,7 @@ from casemate_core.spec.instance import (
     Run,
     Virtualisation,
 )
+from casemate_core.spec.operation import Order, OrderPhase, OrderState, Verb
 from casemate_core.spec.views import Condition
 from casemate_core.topology import Topology
 from casemate_wire import stream
@@ -217,6 +218,11 @@ def instance_to_message(value: DesiredInstance) -> pb.DesiredInstance:
         cpu_policy=value.cpu_policy,
         page_kib=value.page_kib,
         peers=[pb.Peer(name=p.name, address=p.address) for p in value.peers],
+        order=_order_to_message(value.order) if value.order else None,
+        disk=value.disk,
+        on_crash=value.on_crash,
+        crash_limit=value.crash_limit,
+        stop_grace_s=value.stop_grace_s,
     )
 
 
@@ -244,6 +250,47 @@ def instance_from_message(m: pb.DesiredInstance) -> DesiredInstance:
         cpu_policy=m.cpu_policy,
         page_kib=m.page_kib,
         peers=tuple(Peer(_text(p.name, 80), _address(p.address)) for p in m.peers),
+        order=_order_from_message(m.order) if m.HasField("order") else None,
+        disk=_count(m.disk),
+        on_crash=_crash_word(m.on_crash),
+        crash_limit=_count(m.crash_limit),
+        stop_grace_s=m.stop_grace_s if m.HasField("stop_grace_s") else None,
+    )
+
+
+def _count(value: int) -> int:
+    if value < 0:
+        raise BadMessage(f"count {value} is below 0")
+    return value
+
+
+def _crash_word(word: str) -> str:
+    if word not in ("", "restart", "leave"):
+        raise BadMessage(f"onCrash {shown(word)!r}")
+    return word or "restart"  # of a manager that does not know it
+
+
+def _order_to_message(value: Order) -> pb.Order:
+    return pb.Order(
+        uid=value.uid,
+        verb=value.verb.value,
+        deadline=timestamp(value.deadline_s),
+        grace_s=value.grace_s,
+        pid=value.pid,
+        guest_boot_id=value.guest_boot_id,
+        begun=value.begun,
+    )
+
+
+def _order_from_message(m: pb.Order) -> Order:
+    return Order(
+        uid=_uid(m.uid),
+        verb=Verb(m.verb),
+        deadline_s=seconds(m.deadline),
+        grace_s=m.grace_s if m.HasField("grace_s") else None,
+        pid=m.pid,
+        guest_boot_id=_text(m.guest_boot_id, 64),
+        begun=m.begun,
     )
 
 
@@ -508,6 +555,30 @@ def _state_to_message(value: InstanceState) -> pb.InstanceFacts:
         placement_epoch=value.placement_epoch,
         placement_generation=value.placement_generation,
         claim=struct(value.claim.to_dict()) if value.claim else None,
+        order=_order_state_to_message(value.order) if value.order else None,
+        cloud_init_message=value.cloud_init_message,
+    )
+
+
+def _order_state_to_message(value: OrderState) -> pb.OrderState:
+    return pb.OrderState(
+        uid=value.uid,
+        phase=value.phase.value,
+        reason=value.reason,
+        message=value.message,
+        started=timestamp(value.started_s),
+        finished=timestamp(value.finished_s),
+    )
+
+
+def _order_state_from_message(m: pb.OrderState) -> OrderState:
+    return OrderState(
+        uid=_uid(m.uid),
+        phase=OrderPhase(m.phase),
+        reason=_text(m.reason, 64),
+        message=_text(m.message),
+        started_s=seconds(m.started),
+        finished_s=seconds(m.finished),
     )
 
 
@@ -529,6 +600,8 @@ def _state_from_message(m: pb.InstanceFacts) -> InstanceState:
         placement_epoch=m.placement_epoch,
         placement_generation=m.placement_generation,
         claim=Claim.from_dict(plain(m.claim)) if m.HasField("claim") else None,
+        order=_order_state_from_message(m.order) if m.HasField("order") else None,
+        cloud_init_message=_text(m.cloud_init_message, 2048),
     )
 
 

@@ -95,6 +95,8 @@ class EnvironmentSpec(_message.Message):
     PROTECTED_FIELD_NUMBER: _builtins.int
     VIRTUALISATION_FIELD_NUMBER: _builtins.int
     GANG_FIELD_NUMBER: _builtins.int
+    CRASH_LIMIT_FIELD_NUMBER: _builtins.int
+    STOP_GRACE_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Number of VMs; 1 where it is not set, at most 1000. Instances are named `<environment>-<ordinal>`."""
     image: _builtins.str
@@ -104,9 +106,11 @@ class EnvironmentSpec(_message.Message):
     user_data: _builtins.str
     """Cloud-init user data (`#cloud-config` or a script), given to the guest at its first boot. At most 64 KiB."""
     run: _builtins.str
-    """Whether the instances should run; `started` where it is not set."""
+    """Whether the instances should run; `started` where it is not set. `paused` freezes those that run where they stand."""
     on_crash: _builtins.str
-    """What is done when a VM ends by itself; `restart` where it is not set."""
+    """What is done when a VM ends by itself: `restart` starts it again, with growing pauses; `leave` leaves it off until it
+    is restarted. `restart` where it is not set.
+    """
     priority: _builtins.int
     """Higher goes first when several wait; 0 where it is not set, -1000 to 1000."""
     protected: _builtins.bool
@@ -115,6 +119,10 @@ class EnvironmentSpec(_message.Message):
     """KVM where the host has it (`require` refuses others; `prefer`; `any`); `prefer` where it is not set."""
     gang: _builtins.bool
     """Refuses to start some instances when not all of them can be placed."""
+    crash_limit: _builtins.int
+    """A VM that ended by itself so many times in a row is given up and left off; it is never given up where it is not set."""
+    stop_grace: _builtins.str
+    """How long a guest that is asked to power off has until it is ended; its host's agent decides where it is not set (60s)."""
     @_builtins.property
     def cpu(self) -> Global___Cpu:
         """Processors of each instance."""
@@ -165,7 +173,9 @@ class EnvironmentSpec(_message.Message):
 
     @_builtins.property
     def update_strategy(self) -> Global___UpdateStrategy:
-        """How a change that needs new instances is carried out."""
+        """How changes that need a restart or a new root disk are brought to instances that run. Where it is not set they wait
+        until an instance is stopped or rebuilt.
+        """
 
     def __init__(
         self,
@@ -193,10 +203,12 @@ class EnvironmentSpec(_message.Message):
         protected: _builtins.bool = ...,
         virtualisation: _builtins.str = ...,
         gang: _builtins.bool = ...,
+        crash_limit: _builtins.int = ...,
+        stop_grace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "cpu", b"cpu", "disk", b"disk", "maintenance", b"maintenance", "memory", b"memory", "placement", b"placement", "replicas", b"replicas", "update_strategy", b"update_strategy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "archives", b"archives", "class", b"class", "cpu", b"cpu", "devices", b"devices", "disk", b"disk", "gang", b"gang", "gpus", b"gpus", "image", b"image", "lifetime", b"lifetime", "maintenance", b"maintenance", "memory", b"memory", "nics", b"nics", "on_crash", b"on_crash", "placement", b"placement", "pods", b"pods", "priority", b"priority", "protected", b"protected", "replicas", b"replicas", "run", b"run", "ssh_keys", b"ssh_keys", "update_strategy", b"update_strategy", "user_data", b"user_data", "virtualisation", b"virtualisation", "volumes", b"volumes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "archives", b"archives", "class", b"class", "cpu", b"cpu", "crash_limit", b"crash_limit", "devices", b"devices", "disk", b"disk", "gang", b"gang", "gpus", b"gpus", "image", b"image", "lifetime", b"lifetime", "maintenance", b"maintenance", "memory", b"memory", "nics", b"nics", "on_crash", b"on_crash", "placement", b"placement", "pods", b"pods", "priority", b"priority", "protected", b"protected", "replicas", b"replicas", "run", b"run", "ssh_keys", b"ssh_keys", "stop_grace", b"stop_grace", "update_strategy", b"update_strategy", "user_data", b"user_data", "virtualisation", b"virtualisation", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
     _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
@@ -645,16 +657,16 @@ Global___Affinity: _TypeAlias = Affinity  # noqa: Y015
 
 @_typing.final
 class UpdateStrategy(_message.Message):
-    """How a change that needs new instances is carried out."""
+    """How changes that need a restart or a new root disk are brought to instances that run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TYPE_FIELD_NUMBER: _builtins.int
     MAX_UNAVAILABLE_FIELD_NUMBER: _builtins.int
     type: _builtins.str
-    """`rolling` or `all-at-once`."""
+    """`rolling`: a few at a time, by ordinal, each ready before the next is taken. `all-at-once`. `rolling` where it is not set."""
     max_unavailable: _builtins.int
-    """How many instances may be down at once."""
+    """For `rolling`: how many instances may be down at once, 1 where it is not set."""
     def __init__(
         self,
         *,
@@ -780,7 +792,7 @@ class InstanceSpec(_message.Message):
     memory: _builtins.str
     image: _builtins.str
     run: _builtins.str
-    """`started` or `stopped`."""
+    """`started`, `stopped` or `paused`."""
     @_builtins.property
     def nics(self) -> _containers.RepeatedCompositeFieldContainer[Global___NicStatus]:
         """MAC, address and network of each interface."""
@@ -858,6 +870,8 @@ class InstanceStatus(_message.Message):
     PODS_FIELD_NUMBER: _builtins.int
     PODS_READY_FIELD_NUMBER: _builtins.int
     HEARD_FIELD_NUMBER: _builtins.int
+    BOOT_FIELD_NUMBER: _builtins.int
+    CLOUD_INIT_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     virtualisation: _builtins.str
     """Kind of virtualisation in use: `kvm` or `tcg` (emulation, slow)."""
@@ -868,6 +882,12 @@ class InstanceStatus(_message.Message):
     starts: _builtins.int
     """Times that it was started by its host."""
     pods_ready: _builtins.int
+    boot: _builtins.str
+    """How far the guest has come: `off`, `firmware` (its QEMU runs, its helper is not heard yet), `userland` (its helper
+    runs), `cloud-init`, `pods`, `up`.
+    """
+    cloud_init: _builtins.str
+    """What cloud-init says of itself in the guest: `running`, `done`, `degraded`, `error`, `disabled`."""
     @_builtins.property
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[_meta_pb2.Condition]: ...
     @_builtins.property
@@ -895,10 +915,12 @@ class InstanceStatus(_message.Message):
         pods: _abc.Iterable[_builtins.str] | None = ...,
         pods_ready: _builtins.int = ...,
         heard: _timestamp_pb2.Timestamp | None = ...,
+        boot: _builtins.str = ...,
+        cloud_init: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heard", b"heard", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "guest_boot_id", b"guest_boot_id", "heard", b"heard", "phase", b"phase", "pid", b"pid", "pods", b"pods", "pods_ready", b"pods_ready", "since", b"since", "starts", b"starts", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "conditions", b"conditions", "guest_boot_id", b"guest_boot_id", "heard", b"heard", "phase", b"phase", "pid", b"pid", "pods", b"pods", "pods_ready", b"pods_ready", "since", b"since", "starts", b"starts", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

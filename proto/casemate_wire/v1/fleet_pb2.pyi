@@ -1183,6 +1183,8 @@ Global___Operation: _TypeAlias = Operation  # noqa: Y015
 
 @_typing.final
 class OperationSpec(_message.Message):
+    """What was asked for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERB_FIELD_NUMBER: _builtins.int
@@ -1191,11 +1193,15 @@ class OperationSpec(_message.Message):
     DEADLINE_FIELD_NUMBER: _builtins.int
     verb: _builtins.str
     @_builtins.property
-    def target(self) -> _meta_pb2.ObjectRef: ...
+    def target(self) -> _meta_pb2.ObjectRef:
+        """The instance."""
+
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct: ...
     @_builtins.property
-    def deadline(self) -> _timestamp_pb2.Timestamp: ...
+    def deadline(self) -> _timestamp_pb2.Timestamp:
+        """It is not begun after this time, and given up where it is under way."""
+
     def __init__(
         self,
         *,
@@ -1214,16 +1220,27 @@ Global___OperationSpec: _TypeAlias = OperationSpec  # noqa: Y015
 
 @_typing.final
 class OperationStatus(_message.Message):
+    """What came of it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PHASE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
+    """`Unknown`: whether it took effect could not be found out."""
     message: _builtins.str
+    reason: _builtins.str
+    """One word for programs."""
+    host: _builtins.str
+    """The host that carries it out."""
     @_builtins.property
-    def started(self) -> _timestamp_pb2.Timestamp: ...
+    def started(self) -> _timestamp_pb2.Timestamp:
+        """When the host began it."""
+
     @_builtins.property
     def finished(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -1233,10 +1250,12 @@ class OperationStatus(_message.Message):
         message: _builtins.str = ...,
         started: _timestamp_pb2.Timestamp | None = ...,
         finished: _timestamp_pb2.Timestamp | None = ...,
+        reason: _builtins.str = ...,
+        host: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "message", b"message", "phase", b"phase", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "host", b"host", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -336,6 +336,11 @@ class DesiredInstance(_message.Message):
     CPU_POLICY_FIELD_NUMBER: _builtins.int
     PAGE_KIB_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
+    ON_CRASH_FIELD_NUMBER: _builtins.int
+    CRASH_LIMIT_FIELD_NUMBER: _builtins.int
+    STOP_GRACE_S_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     tenant: _builtins.str
     environment: _builtins.str
@@ -354,6 +359,12 @@ class DesiredInstance(_message.Message):
     cpu_policy: _builtins.str
     """CPU policy words, for the domain's tuning."""
     page_kib: _builtins.int
+    disk: _builtins.int
+    """Counts the root disks of the instance: another number asks for a new one, made from the image."""
+    on_crash: _builtins.str
+    crash_limit: _builtins.int
+    stop_grace_s: _builtins.float
+    """The agent's own where it is not set."""
     @_builtins.property
     def image(self) -> Global___HostImage: ...
     @_builtins.property
@@ -370,6 +381,10 @@ class DesiredInstance(_message.Message):
 
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]: ...
+    @_builtins.property
+    def order(self) -> Global___Order:
+        """The operation that is asked for, until its end was told."""
+
     def __init__(
         self,
         *,
@@ -397,14 +412,104 @@ class DesiredInstance(_message.Message):
         cpu_policy: _builtins.str = ...,
         page_kib: _builtins.int = ...,
         peers: _abc.Iterable[Global___Peer] | None = ...,
+        order: Global___Order | None = ...,
+        disk: _builtins.int = ...,
+        on_crash: _builtins.str = ...,
+        crash_limit: _builtins.int = ...,
+        stop_grace_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "claim", b"claim", "image", b"image", "order", b"order", "stop_grace_s", b"stop_grace_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "claim", b"claim", "cpu_policy", b"cpu_policy", "cpus", b"cpus", "disk_mib", b"disk_mib", "environment", b"environment", "generation", b"generation", "image", b"image", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "ordinal", b"ordinal", "page_kib", b"page_kib", "peers", b"peers", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "role", b"role", "run", b"run", "ssh_keys", b"ssh_keys", "tenant", b"tenant", "uid", b"uid", "user_data", b"user_data", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "archives", b"archives", "claim", b"claim", "cpu_policy", b"cpu_policy", "cpus", b"cpus", "crash_limit", b"crash_limit", "disk", b"disk", "disk_mib", b"disk_mib", "environment", b"environment", "generation", b"generation", "image", b"image", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_crash", b"on_crash", "order", b"order", "ordinal", b"ordinal", "page_kib", b"page_kib", "peers", b"peers", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "role", b"role", "run", b"run", "ssh_keys", b"ssh_keys", "stop_grace_s", b"stop_grace_s", "tenant", b"tenant", "uid", b"uid", "user_data", b"user_data", "virtualisation", b"virtualisation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__stop_grace_s: _TypeAlias = _typing.Literal["stop_grace_s"]  # noqa: Y015
+    _WhichOneofArgType__stop_grace_s: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_grace_s) -> _WhichOneofReturnType__stop_grace_s | None: ...
+
+Global___DesiredInstance: _TypeAlias = DesiredInstance  # noqa: Y015
+
+@_typing.final
+class Order(_message.Message):
+    """Something to be done once to an instance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UID_FIELD_NUMBER: _builtins.int
+    VERB_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    GRACE_S_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    GUEST_BOOT_ID_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
+    uid: _builtins.str
+    verb: _builtins.str
+    grace_s: _builtins.float
+    """For those that power a guest off: how long it has; the instance's own grace where it is not set."""
+    pid: _builtins.int
+    """What it was asked of: the process and the boot of the guest, as the manager knew them. Others mean that it is done."""
+    guest_boot_id: _builtins.str
+    begun: _builtins.bool
+    """The host has said that it began."""
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        uid: _builtins.str = ...,
+        verb: _builtins.str = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
+        grace_s: _builtins.float | None = ...,
+        pid: _builtins.int = ...,
+        guest_boot_id: _builtins.str = ...,
+        begun: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "deadline", b"deadline", "grace_s", b"grace_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "begun", b"begun", "deadline", b"deadline", "grace_s", b"grace_s", "guest_boot_id", b"guest_boot_id", "pid", b"pid", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grace_s: _TypeAlias = _typing.Literal["grace_s"]  # noqa: Y015
+    _WhichOneofArgType__grace_s: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grace_s) -> _WhichOneofReturnType__grace_s | None: ...
+
+Global___Order: _TypeAlias = Order  # noqa: Y015
+
+@_typing.final
+class OrderState(_message.Message):
+    """How far an operation has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UID_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    uid: _builtins.str
+    phase: _builtins.str
+    reason: _builtins.str
+    message: _builtins.str
+    @_builtins.property
+    def started(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def finished(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        uid: _builtins.str = ...,
+        phase: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        started: _timestamp_pb2.Timestamp | None = ...,
+        finished: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "started", b"started"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DesiredInstance: _TypeAlias = DesiredInstance  # noqa: Y015
+Global___OrderState: _TypeAlias = OrderState  # noqa: Y015
 
 @_typing.final
 class Peer(_message.Message):
@@ -716,6 +821,8 @@ class InstanceFacts(_message.Message):
     PLACEMENT_EPOCH_FIELD_NUMBER: _builtins.int
     PLACEMENT_GENERATION_FIELD_NUMBER: _builtins.int
     CLAIM_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    CLOUD_INIT_MESSAGE_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     generation: _builtins.int
     phase: _builtins.str
@@ -729,6 +836,8 @@ class InstanceFacts(_message.Message):
     cloud_init: _builtins.str
     placement_epoch: _builtins.int
     placement_generation: _builtins.int
+    cloud_init_message: _builtins.str
+    """Why cloud-init failed, in its own words."""
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -737,6 +846,8 @@ class InstanceFacts(_message.Message):
     def claim(self) -> _struct_pb2.Struct:
         """The claim that the agent's ledger holds; told in a snapshot."""
 
+    @_builtins.property
+    def order(self) -> Global___OrderState: ...
     def __init__(
         self,
         *,
@@ -756,10 +867,12 @@ class InstanceFacts(_message.Message):
         placement_epoch: _builtins.int = ...,
         placement_generation: _builtins.int = ...,
         claim: _struct_pb2.Struct | None = ...,
+        order: Global___OrderState | None = ...,
+        cloud_init_message: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "since", b"since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "order", b"order", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "cloud_init", b"cloud_init", "generation", b"generation", "guest_boot_id", b"guest_boot_id", "guest_ready", b"guest_ready", "message", b"message", "phase", b"phase", "pid", b"pid", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "reason", b"reason", "since", b"since", "starts", b"starts", "uid", b"uid", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "cloud_init", b"cloud_init", "cloud_init_message", b"cloud_init_message", "generation", b"generation", "guest_boot_id", b"guest_boot_id", "guest_ready", b"guest_ready", "message", b"message", "order", b"order", "phase", b"phase", "pid", b"pid", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "reason", b"reason", "since", b"since", "starts", b"starts", "uid", b"uid", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from casemate_wire.v1 import fleet_pb2 as casemate__wire_dot_v1_dot_fleet__pb2
+from casemate_wire.v1 import operations_pb2 as casemate__wire_dot_v1_dot_operations__pb2
 from casemate_wire.v1 import operators_pb2 as casemate__wire_dot_v1_dot_operators__pb2
 from casemate_wire.v1 import top_pb2 as casemate__wire_dot_v1_dot_top__pb2
 
@@ -72,6 +73,11 @@ class FleetStub:
                 '/casemate.v1.Fleet/Exec',
                 request_serializer=casemate__wire_dot_v1_dot_operators__pb2.ExecInput.SerializeToString,
                 response_deserializer=casemate__wire_dot_v1_dot_operators__pb2.ExecOutput.FromString,
+                _registered_method=True)
+        self.Operate = channel.unary_unary(
+                '/casemate.v1.Fleet/Operate',
+                request_serializer=casemate__wire_dot_v1_dot_operations__pb2.OperateRequest.SerializeToString,
+                response_deserializer=casemate__wire_dot_v1_dot_operations__pb2.OperateResponse.FromString,
                 _registered_method=True)
         self.Events = channel.unary_stream(
                 '/casemate.v1.Fleet/Events',
@@ -154,6 +160,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Operate(self, request, context):
+        """Asks for something to be done once to an instance, or to each instance of an environment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Events(self, request, context):
         """What happened, oldest first.
         """
@@ -226,6 +239,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Exec,
                     request_deserializer=casemate__wire_dot_v1_dot_operators__pb2.ExecInput.FromString,
                     response_serializer=casemate__wire_dot_v1_dot_operators__pb2.ExecOutput.SerializeToString,
+            ),
+            'Operate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Operate,
+                    request_deserializer=casemate__wire_dot_v1_dot_operations__pb2.OperateRequest.FromString,
+                    response_serializer=casemate__wire_dot_v1_dot_operations__pb2.OperateResponse.SerializeToString,
             ),
             'Events': grpc.unary_stream_rpc_method_handler(
                     servicer.Events,
@@ -444,6 +462,33 @@ class Fleet:
             '/casemate.v1.Fleet/Exec',
             casemate__wire_dot_v1_dot_operators__pb2.ExecInput.SerializeToString,
             casemate__wire_dot_v1_dot_operators__pb2.ExecOutput.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Operate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/casemate.v1.Fleet/Operate',
+            casemate__wire_dot_v1_dot_operations__pb2.OperateRequest.SerializeToString,
+            casemate__wire_dot_v1_dot_operations__pb2.OperateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ isort:skip_file
 What operators and tenants may ask of the manager."""
 
 from casemate_wire.v1 import fleet_pb2 as _fleet_pb2
+from casemate_wire.v1 import operations_pb2 as _operations_pb2
 from casemate_wire.v1 import operators_pb2 as _operators_pb2
 from casemate_wire.v1 import top_pb2 as _top_pb2
 from collections import abc as _abc
@@ -51,6 +52,8 @@ class FleetStub:
     """Log lines of a container."""
     Exec: _grpc.StreamStreamMultiCallable[_operators_pb2.ExecInput, _operators_pb2.ExecOutput]
     """Runs a command in a container, or in the guest itself. The first input says which; the last output is its exit code."""
+    Operate: _grpc.UnaryUnaryMultiCallable[_operations_pb2.OperateRequest, _operations_pb2.OperateResponse]
+    """Asks for something to be done once to an instance, or to each instance of an environment."""
     Events: _grpc.UnaryStreamMultiCallable[_operators_pb2.EventsRequest, _fleet_pb2.Event]
     """What happened, oldest first."""
     Explain: _grpc.UnaryUnaryMultiCallable[_operators_pb2.ExplainRequest, _operators_pb2.ExplainResponse]
@@ -83,6 +86,8 @@ class FleetAsyncStub(FleetStub):
     """Log lines of a container."""
     Exec: _aio.StreamStreamMultiCallable[_operators_pb2.ExecInput, _operators_pb2.ExecOutput]  # type: ignore[assignment]
     """Runs a command in a container, or in the guest itself. The first input says which; the last output is its exit code."""
+    Operate: _aio.UnaryUnaryMultiCallable[_operations_pb2.OperateRequest, _operations_pb2.OperateResponse]  # type: ignore[assignment]
+    """Asks for something to be done once to an instance, or to each instance of an environment."""
     Events: _aio.UnaryStreamMultiCallable[_operators_pb2.EventsRequest, _fleet_pb2.Event]  # type: ignore[assignment]
     """What happened, oldest first."""
     Explain: _aio.UnaryUnaryMultiCallable[_operators_pb2.ExplainRequest, _operators_pb2.ExplainResponse]  # type: ignore[assignment]
@@ -154,6 +159,14 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_operators_pb2.ExecOutput], _abc.AsyncIterator[_operators_pb2.ExecOutput]]:
         """Runs a command in a container, or in the guest itself. The first input says which; the last output is its exit code."""
+
+    @_abc_1.abstractmethod
+    def Operate(
+        self,
+        request: _operations_pb2.OperateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.OperateResponse, _abc.Awaitable[_operations_pb2.OperateResponse]]:
+        """Asks for something to be done once to an instance, or to each instance of an environment."""
 
     @_abc_1.abstractmethod
     def Events(
