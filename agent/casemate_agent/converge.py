@@ -49,6 +49,7 @@ from casemate_core.spec.instance import HostNetwork, InstanceState, Phase, Run, 
 
 __all__ = ["ACTIVE", "ActionOutcome", "InstancePlan", "Settings", "converge", "remember"]
 
+
 def converge(
     record: InstanceRecord,
     observed: Observation,

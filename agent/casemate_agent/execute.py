@@ -231,9 +231,7 @@ class Executor:
                 async with self._network_lock:
                     await networks.ensure_network(network, deadline_s)
             case act.CreateOverlay(desired=desired):
-                await images.create_overlay(
-                    desired.uid, desired.image, desired.disk_mib, deadline_s, desired.disk
-                )
+                await images.create_overlay(desired.uid, desired.image, desired.disk_mib, deadline_s, desired.disk)
             case act.WriteSeed(desired=desired):
                 await images.write_seed(desired, deadline_s)
             case act.Guard(desired=desired):

@@ -21,6 +21,12 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
     "Environments": {
         "start": ("run", "start", "Start the instances of environments."),
         "stop": ("run", "stop", "Stop the instances of environments; disks stay."),
+        "restart": ("operate", "restart", "End the process of instances and start a new one; disks stay."),
+        "reboot": ("operate", "reboot", "Ask guests to boot anew, within the process that they run in."),
+        "reset": ("operate", "reset", "Press the reset button of guests, without asking them."),
+        "pause": ("run", "pause", "Freeze the guests of environments where they stand, in memory."),
+        "resume": ("run", "resume", "Let the frozen guests of environments go on."),
+        "rebuild": ("operate", "rebuild", "Give instances a new root disk, made from their image."),
         "logs": ("logs", "logs", "Show what a container wrote."),
         "exec": ("exec", "exec_", "Run a command in a container, or with --vm in the VM itself."),
         "console": ("console", "console", "Sit at the serial console of an instance; Ctrl-] leaves."),

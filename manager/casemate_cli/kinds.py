@@ -37,7 +37,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("Policy", "policy", "policies", ("pol",), False),
     Kind("Placement", "placement", "placements", ("plc",), True, writable=False),
     Kind("Event", "event", "events", ("ev",), True, writable=False),
-    Kind("Operation", "operation", "operations", ("op", "ops"), True, served=False, writable=False),
+    Kind("Operation", "operation", "operations", ("op", "ops"), True, writable=False),
     Kind("GPU", "gpu", "gpus", (), False, served=False, writable=False),
     Kind("Class", "class", "classes", (), False, served=False),
     Kind("SecurityGroup", "securitygroup", "securitygroups", ("sg",), True, served=False),

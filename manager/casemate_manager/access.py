@@ -115,6 +115,7 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.v1.Fleet/List": Row(P.READ, Where.VISIBLE),
     "/casemate.v1.Fleet/Watch": Row(P.READ, Where.VISIBLE),
     "/casemate.v1.Fleet/Delete": Row(P.WRITE, Where.OBJECTS),
+    "/casemate.v1.Fleet/Operate": Row(P.WRITE, Where.NAMED),
     "/casemate.v1.Fleet/Logs": Row(P.LOGS, Where.NAMED),
     "/casemate.v1.Fleet/Exec": Row(P.EXEC, Where.NAMED),
     "/casemate.v1.Fleet/Events": Row(P.READ, Where.VISIBLE),

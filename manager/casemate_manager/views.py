@@ -10,8 +10,10 @@ Phases are a closed set each; the first rule that holds, in the order of the cod
 import ipaddress
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from casemate_core.claims import HostClaims
+from casemate_core.quantity import format_seconds
 from casemate_core.spec.access import Tenant
 from casemate_core.spec.instance import InstanceState, Phase
 from casemate_core.spec.meta import Meta
@@ -23,13 +25,21 @@ from casemate_core.spec.views import (
     ImageStatus,
     InstanceView,
     NetworkStatus,
+    ObjectRef,
+    OperationView,
     PlacementView,
     PodView,
     TenantStatus,
 )
 from casemate_manager.fleet import quotas
 from casemate_manager.fleet.observed import Observed
-from casemate_manager.fleet.records import EnvironmentRecord, HostRecord, InstanceRecord, PlacementRecord
+from casemate_manager.fleet.records import (
+    EnvironmentRecord,
+    HostRecord,
+    InstanceRecord,
+    OperationRecord,
+    PlacementRecord,
+)
 from casemate_manager.fleet.state import State
 
 _RUNNING = frozenset({Phase.RUNNING.value, Phase.READY.value})
@@ -127,9 +137,12 @@ def _instance_conditions(
     running = said.phase.value in _RUNNING
     yield _condition("Running", running, said.reason or said.phase.value, said.message, said.since_s)
     yield _condition("GuestReady", said.guest_ready, "HelperConnected" if said.guest_ready else "HelperSilent")
+    if (operation := state.open_operation(record.meta.uid)) is not None:
+        message = f"{operation.verb}: {operation.phase}" + (f": {operation.message}" if operation.message else "")
+        yield _condition("Operating", True, operation.meta.name, message, operation.started_s)
     environment = state.environment_of(record)
     if record.replace_generation < environment.replace_generation:
-        yield _condition("Current", False, "NeedsReplace", "fields that need a new instance have changed")
+        yield _condition("Current", False, "NeedsReplace", "fields that need a new root disk have changed")
     elif record.restart_generation < environment.restart_generation:
         yield _condition("Current", False, "NeedsRestart", "fields that need a restart have changed")
     else:
@@ -184,6 +197,25 @@ def placement_view(state: State, record: PlacementRecord) -> PlacementView:
     )
 
 
+def operation_view(state: State, record: OperationRecord) -> OperationView:
+    """An operation, with what its host has said of it."""
+    instance = state.instances.get(record.instance_uid)
+    labels = state.environment_of(instance).environment.meta.labels if instance is not None else {}
+    return OperationView(
+        replace(record.meta, labels=labels),
+        record.verb,
+        ObjectRef("Instance", record.instance, record.meta.tenant, record.instance_uid),
+        record.deadline_s,
+        record.phase,
+        record.grace_s,
+        record.reason,
+        record.message,
+        record.started_s,
+        record.finished_s,
+        record.host,
+    )
+
+
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +245,7 @@ def _environment_phase(record: EnvironmentRecord, instances: list[InstanceRecord
     if environment.meta.deleting_s:
         return "Deleting"
     if environment.spec.run == "stopped":
-        return "Stopping" if any(phases[p] for p in (*_RUNNING, "Stopping", "Starting")) else "Stopped"
+        return "Stopping" if any(phases[p] for p in (*_RUNNING, "Stopping", "Starting", "Paused")) else "Stopped"
     if phases[Phase.UNKNOWN.value]:
         return "Unknown"
     if phases[Phase.FAILED.value]:
@@ -222,6 +254,9 @@ def _environment_phase(record: EnvironmentRecord, instances: list[InstanceRecord
         return "Ready"
     if phases[Phase.PENDING.value]:
         return "Degraded" if phases[Phase.READY.value] else "Pending"
+    if environment.spec.run == "paused" and instances:
+        paused = phases[Phase.PAUSED.value]
+        return "Paused" if paused and paused + phases[Phase.STOPPED.value] == len(instances) else "Degraded"
     if len(instances) < wanted or phases[Phase.PLACED.value]:
         return "Scheduling"
     running = phases[Phase.RUNNING.value] + phases[Phase.READY.value]
@@ -243,6 +278,9 @@ def _environment_conditions(
     failed = next((s for i in instances if (s := instance_state(state, observed, i)) and s.phase is Phase.FAILED), None)
     message = failed.message if failed else f"{ready} of {wanted} instances are ready"
     yield _condition("Ready", ready == wanted and len(instances) == wanted, failed.reason if failed else "", message)
+    if record.notice_end_s:
+        message = f"its lifetime of {format_seconds(record.environment.spec.lifetime_s)} ends soon: it is deleted then"
+        yield _condition("Ending", True, "LifetimeEnding", message, record.notice_end_s)
     behind = sum(
         i.replace_generation < record.replace_generation or i.restart_generation < record.restart_generation
         for i in instances

@@ -24,7 +24,7 @@ from casemate_core.metrics import Meter
 from casemate_manager import metrics
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.acts import By
-from casemate_manager.fleet.commands import Advance, Advanced, Answer, Batch, Command, EndSession, Expire
+from casemate_manager.fleet.commands import Advance, Advanced, Answer, Batch, Command, Due, EndSession, Expire
 from casemate_manager.fleet.machine import Rules, apply, is_crowded
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.state import State
@@ -44,6 +44,8 @@ EXPIRES: Final = 4
 #: How often waiting work is looked at without an occasion, and old records are forgotten.
 IDLE_S: Final = 5.0
 EXPIRE_S: Final = 60.0
+#: How often the clock is looked at: lifetimes, deadlines.
+DUE_S: Final = 5.0
 #: Between two tries to lead the store again.
 RETRY_S: Final = 1.0
 
@@ -106,6 +108,7 @@ class Writer:
         self._leading = False
         self._closed = False
         self._expired_s = 0.0
+        self._looked_s = 0.0
         self._more = True
         #: The committed state: what is on disk, all that readers may see. Exchanged for another when the state is loaded anew.
         self.state = State(0)
@@ -225,6 +228,9 @@ class Writer:
             self._expired_s = now_s
             # A group brings at most GROUP events, so that these keep pace with it.
             following[:0] = [Expire()] * EXPIRES
+        if now_s - self._looked_s >= DUE_S:
+            self._looked_s = now_s
+            following.insert(0, Due())
         for command in following:
             batch, _ = self._one(command, now_s)
             if batch is not None:

@@ -19,7 +19,7 @@ from casemate_manager.access import KINDS, RPCS, Denied, Permission, Principal, 
 from casemate_manager.api import gate
 from casemate_wire import schema
 from casemate_wire.codec import resources
-from casemate_wire.v1 import hosts_pb2, operators_pb2, top_pb2
+from casemate_wire.v1 import hosts_pb2, operations_pb2, operators_pb2, top_pb2
 from casemate_wire.v1 import operators_pb2 as pb
 from support.gatekeeping import House, as_user, bind, house, of_tenant
 
@@ -142,6 +142,10 @@ CALLS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
         lambda t, k: pb.DeleteRequest(request_key=k, kind="Environment", tenant=t, name="hello", uid="other"),
     ),
     "Delete Image": ("Delete", lambda t, k: pb.DeleteRequest(request_key=k, kind="Image", name="debian")),
+    "Operate": (
+        "Operate",
+        lambda t, k: operations_pb2.OperateRequest(request_key=k, tenant=t, name="hello", verb="restart", uid="other"),
+    ),
     "Logs": ("Logs", lambda t, k: pb.LogsRequest(tenant=t, instance="hello")),
     "Exec": (
         "Exec",

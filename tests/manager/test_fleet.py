@@ -26,7 +26,7 @@ from casemate_manager.fleet.commands import (
     Welcomed,
 )
 from casemate_manager.fleet.machine import REQUEST_KEPT_S, apply, is_crowded
-from casemate_manager.fleet.objects import KeyReused
+from casemate_manager.fleet.requests import KeyReused
 from casemate_wire.stream import Facts, HostEvent, HostReport, Outcome
 from support.small_fleet import SMALL, SmallFleet, environment, image, network, told
 

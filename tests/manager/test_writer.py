@@ -200,3 +200,30 @@ async def test_a_listener_that_fails_harms_nobody(tmp_path: Path) -> None:
         end()
         await writer.submit(apply("k2", image("b")))
         assert heard == [1]
+
+
+async def test_the_clock_alone_ends_a_lifetime_after_its_notice(tmp_path: Path) -> None:
+    now_s = [1_800_000_000.0]
+    writer = Writer(SqliteStore(tmp_path / "f.db"), make_rules(), lambda: now_s[0], lambda: "seed", idle_s=0.01)
+    await writer.open()
+    task = asyncio.create_task(writer.run())
+    seen: list[str] = []
+
+    async def until(reason: str) -> None:
+        async with asyncio.timeout(10):
+            while reason not in seen:
+                now_s[0] += 1.0
+                await asyncio.sleep(0.001)
+                seen[:] = [e.reason for e in writer.state.events.values()]
+
+    try:
+        await writer.submit(apply("k", image(), network(), environment(lifetime_s=100)))
+        await until("LifetimeEnding")
+        assert now_s[0] >= 1_800_000_060
+        await until("Deleted")
+        assert now_s[0] >= 1_800_000_100
+        assert not writer.state.environments
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await writer.close()

@@ -142,6 +142,7 @@ class SmallFleet:
             self.state.users,
             self.state.role_bindings,
             self.state.events,
+            self.state.operations,
         )
         records: list[Record] = [record for table in tables for record in table.values()]  # type: ignore[attr-defined]
         return State.of(self.state.epoch, self.state.revision, records)

@@ -212,9 +212,7 @@ class ImageStore:
 
     # --- files of instances -------------------------------------------------------------------------------------------
 
-    async def create_overlay(
-        self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0
-    ) -> None:
+    async def create_overlay(self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0) -> None:
         await self._make(
             uid, "make overlay", lambda: self._create_overlay(uid, image, size_mib, disk, deadline_s), deadline_s
         )

@@ -224,9 +224,7 @@ class Images(Protocol):
         """Have the image's files (with kernel and initrd) in the store: fetched, digest checked, header checked."""
         ...
 
-    async def create_overlay(
-        self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0
-    ) -> None:
+    async def create_overlay(self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0) -> None:
         """Make the instance's root disk of this number over its image, with recorded formats."""
         ...
 

@@ -288,9 +288,7 @@ class _Images:
         finally:
             self._lease.fetching.discard(part)
 
-    async def create_overlay(
-        self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0
-    ) -> None:
+    async def create_overlay(self, uid: str, image: ImageRef, size_mib: int, deadline_s: float, disk: int = 0) -> None:
         def create() -> None:
             self._room()
             if image.file.digest not in self._host.images:

@@ -25,6 +25,7 @@ from casemate_manager.fleet.records import (
     HostRecord,
     InstanceRecord,
     InventoryRecord,
+    OperationRecord,
     PlacementRecord,
     Put,
     Record,
@@ -189,6 +190,9 @@ class Feed:
             case PlacementRecord():
                 yield "Placement", key_of(record)
                 yield "Host", record.host
+                yield from self._touched_instance(record.instance_uid)
+            case OperationRecord():
+                yield "Operation", key_of(record)
                 yield from self._touched_instance(record.instance_uid)
             case HostRecord():
                 yield "Host", key_of(record)

@@ -77,6 +77,7 @@ class Reader:
             "RoleBinding": state.role_bindings,
             "Placement": state.placements,
             "Event": state.events,
+            "Operation": state.operations,
         }
         if kind not in tables:
             known = ", ".join(sorted([*tables, "Instance", "Pod"]))
@@ -121,6 +122,11 @@ class Reader:
             yield Found(binding.meta, frozenset({binding.role}), lambda: resources.to_message(binding))
         elif kind == "Event" and (event := state.events.get(key)):
             yield Found(event.meta, frozenset({event.regarding.name}), lambda: resources.to_message(event))
+        elif kind == "Operation" and (operation := state.operations.get(key)):
+            told = views.operation_view(state, operation)
+            environment_name = operation.instance.rpartition("-")[0]
+            owners = frozenset({operation.instance, operation.host, environment_name})
+            yield Found(told.meta, owners, lambda: resources.to_message(told))
         elif kind == "Placement" and (placement := state.placements.get(key)):
             view = views.placement_view(state, placement)
             yield Found(view.meta, frozenset({view.host, view.instance}), lambda: resources.to_message(view))
@@ -150,7 +156,7 @@ class Reader:
 
     def _keys_by_name(self, kind: str, tenant: str, name: str) -> list[str]:
         """Keys that may have the object: one, where names lead to it directly."""
-        if kind == "Environment":
+        if kind in ("Environment", "Operation"):
             return [tenant_key(tenant, name)]
         if kind in ("Instance", "Pod"):
             uid = self._state.instance_names.get(tenant_key(tenant, name.partition(".")[0] if kind == "Pod" else name))

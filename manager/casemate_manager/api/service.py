@@ -20,7 +20,7 @@ from casemate_core.errors import (
 )
 from casemate_core.spec.views import EventView
 from casemate_manager.access import Permission
-from casemate_manager.api import side
+from casemate_manager.api import operate, side
 from casemate_manager.api.errors import streaming, unary
 from casemate_manager.api.feed import Feed, Subscription, is_event_of, parse_token
 from casemate_manager.api.gate import caller
@@ -43,7 +43,7 @@ from casemate_wire import schema
 from casemate_wire.codec import resources
 from casemate_wire.codec.basics import ref_to_message
 from casemate_wire.codec.views import change_to_message
-from casemate_wire.v1 import fleet_pb2, meta_pb2, operators_pb2_grpc, top_pb2
+from casemate_wire.v1 import fleet_pb2, meta_pb2, operations_pb2, operators_pb2_grpc, top_pb2
 from casemate_wire.v1 import operators_pb2 as pb
 
 PAGE: Final = 500
@@ -130,6 +130,11 @@ class FleetService(operators_pb2_grpc.FleetServicer):
         if not isinstance(answer, DeleteAnswer):
             raise InternalError(f"delete was answered with {type(answer).__name__}")
         return pb.DeleteResponse(ref=ref_to_message(answer.ref), pending=answer.pending, revision=answer.revision)
+
+    @unary
+    async def Operate(self, request: operations_pb2.OperateRequest, context: Context) -> operations_pb2.OperateResponse:
+        """Asks for something to be done once to an instance, or to each instance of an environment."""
+        return operate.to_response(await self._core.submit(operate.to_command(request, self._new_seed())))
 
     # --- reads --------------------------------------------------------------------------------------------------------
 

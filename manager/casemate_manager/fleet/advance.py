@@ -16,6 +16,7 @@ from casemate_core.spec.environment import Environment
 from casemate_core.spec.instance import Nic, Phase
 from casemate_core.spec.meta import Meta
 from casemate_core.spec.views import ObjectRef
+from casemate_manager.fleet import operations, rollout
 from casemate_manager.fleet.commands import Advanced, Batch
 from casemate_manager.fleet.draft import MAX_RECORDS, AddressesExhausted, Draft, instance_ref, make_uid
 from casemate_manager.fleet.observed import Attempt, CapacityChanged, ForgetInstance, Observed, Tried
@@ -25,7 +26,7 @@ from casemate_manager.fleet.records import EnvironmentRecord, InstanceRecord, Pl
 from casemate_manager.fleet.state import State
 
 #: Records that one instance's step may write: itself, a placement dropped and made, an event.
-STEP: Final = 5
+STEP: Final = 6
 #: Instances tried in one batch that did not fit: bounds the time of a batch on a full fleet.
 MAX_REFUSALS: Final = 8
 
@@ -54,18 +55,22 @@ def _environment_work(draft: Draft, overlay: Overlay, record: EnvironmentRecord,
             return False
         if ending or instance.meta.deleting_s or instance.ordinal >= environment.spec.replicas:
             _end(draft, instance, ending)
-        elif _is_behind(record, instance):
+        elif instance.held and not rollout.is_behind(record, instance):
+            draft.put(rollout.held(draft, instance, ""))  # what it was held for is no longer asked for
+        elif rollout.is_behind(record, instance):
             _adopt(draft, overlay, record, instance, placer)
     if ending:
         if any(not draft.is_dropped("Instance", i.meta.uid) for i in state.instances_of(environment.meta.uid)):
             return True  # the hosts' confirmations wake it
         return _end_environment(draft, environment)
+    rollout.take_turns(draft, record)
     return _make_missing(draft, record)
 
 
 def _end(draft: Draft, instance: InstanceRecord, with_environment: bool) -> None:
     uid = instance.meta.uid
     if uid not in draft.state.instance_placements:
+        operations.forget(draft, instance)
         draft.drop("Instance", uid)
         draft.sightings += [ForgetInstance(uid), CapacityChanged()]
         draft.event(instance_ref(instance), "Deleted", "the instance is gone")
@@ -128,13 +133,6 @@ def _make_missing(draft: Draft, record: EnvironmentRecord) -> bool:
 # --- changes that wait for a stop -------------------------------------------------------------------------------------
 
 
-def _is_behind(record: EnvironmentRecord, instance: InstanceRecord) -> bool:
-    return (
-        instance.restart_generation < record.restart_generation
-        or instance.replace_generation < record.replace_generation
-    )
-
-
 def _adopt(draft: Draft, overlay: Overlay, record: EnvironmentRecord, instance: InstanceRecord, placer: Placer) -> None:
     """Give an instance the fields that changed: all of them before it is placed, those for a restart while it is off."""
     state = draft.state
@@ -153,14 +151,24 @@ def _adopt(draft: Draft, overlay: Overlay, record: EnvironmentRecord, instance: 
         and seen.state.phase is Phase.STOPPED
         and seen.state.generation == generation
     )
-    if (
-        instance.restart_generation >= record.restart_generation
-        or record.environment.spec.run != "stopped"
-        or not stopped
-        or not draft.observed.host(placement.host).connected
-    ):
+    spec = record.environment.spec
+    off = bool(instance.held) or spec.run == "stopped"
+    if not off or not stopped or not draft.observed.host(placement.host).connected:
         return
-    changed = replace(instance, restart_generation=generation, placements=instance.placements + 1)
+    # A new root disk takes away what is on the old one: only where somebody has said so, by a strategy.
+    new_disk = instance.replace_generation < record.replace_generation and (
+        bool(instance.held) or spec.update_strategy is not None
+    )
+    if instance.restart_generation >= record.restart_generation and not new_disk:
+        return
+    changed = replace(
+        instance,
+        restart_generation=generation,
+        replace_generation=generation if new_disk else instance.replace_generation,
+        disks=instance.disks + new_disk,
+        placements=instance.placements + 1,
+        held="",
+    )
     spec = state.spec_of(changed)
     stamp = stamp_for(state, instance)
     without = overlay.fork()
@@ -173,6 +181,8 @@ def _adopt(draft: Draft, overlay: Overlay, record: EnvironmentRecord, instance: 
             f"the changed size does not fit on its host {placement.host}: {found.message}",
             warning=True,
         )
+        if instance.held:
+            draft.put(rollout.held(draft, replace(instance, refused_generation=generation), ""))
         return
     overlay.remove(placement.host, instance.meta.uid)
     overlay.add(placement.host, found.claim)
@@ -180,7 +190,7 @@ def _adopt(draft: Draft, overlay: Overlay, record: EnvironmentRecord, instance: 
     _put_placement(draft, instance.meta.uid, found, stamp)
     _put_with_nics(draft, record, changed)
     draft.sightings.append(CapacityChanged())
-    draft.event(instance_ref(instance), "Changed", "fields that needed a restart are in force")
+    draft.event(instance_ref(instance), "Changed", "fields that have changed are in force")
 
 
 def _put_with_nics(draft: Draft, record: EnvironmentRecord, instance: InstanceRecord) -> None:

@@ -42,6 +42,21 @@ class DeleteResource:
 
 
 @dataclass(frozen=True, slots=True)
+class OperateInstances:
+    """Do something once to an instance, or to each instance of an environment, of this ``name``; only if it has this
+    ``uid``, where one is given. ``seed`` is random and gives operations their uids."""
+
+    request_key: str
+    tenant: str
+    name: str
+    verb: str
+    seed: str
+    grace_s: float | None = None
+    timeout_s: float = 600.0
+    uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class HostHello:
     """A host dialled."""
 
@@ -93,12 +108,27 @@ class Advance:
 
 
 @dataclass(frozen=True, slots=True)
+class Due:
+    """Do what has come due by the clock: lifetimes, deadlines."""
+
+
+@dataclass(frozen=True, slots=True)
 class Expire:
     """Forget answered requests of more than a day ago, and the oldest events beyond the limit."""
 
 
 Command = (
-    ApplyResources | DeleteResource | HostHello | HostInventory | HostFacts | HostNote | HostGone | Advance | Expire
+    ApplyResources
+    | DeleteResource
+    | OperateInstances
+    | HostHello
+    | HostInventory
+    | HostFacts
+    | HostNote
+    | HostGone
+    | Advance
+    | Due
+    | Expire
 )
 
 
@@ -135,6 +165,14 @@ class DeleteAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class OperateAnswer:
+    """The operations that were made, one an instance."""
+
+    operations: tuple[ObjectRef, ...]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
 class Welcomed:
     """The host's session is taken."""
 
@@ -158,7 +196,7 @@ class Advanced:
     again: bool
 
 
-Answer = ApplyAnswer | DeleteAnswer | Welcomed | Turned | Advanced | None
+Answer = ApplyAnswer | DeleteAnswer | OperateAnswer | Welcomed | Turned | Advanced | None
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------

@@ -16,11 +16,13 @@ from casemate_core.spec.instance import (
     Run,
     Virtualisation,
 )
+from casemate_manager.fleet import operations
 from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.records import (
     Drop,
     EnvironmentRecord,
     InstanceRecord,
+    OperationRecord,
     PlacementRecord,
     Put,
 )
@@ -47,7 +49,7 @@ def desired_instance(state: State, placement: PlacementRecord) -> DesiredInstanc
         name=instance.meta.name,
         ordinal=instance.ordinal,
         generation=environment.meta.generation,
-        run=Run(spec.run),
+        run=Run.STOPPED if instance.held else Run(spec.run),
         cpus=spec.cpu.count,
         memory_mib=spec.memory.size_mib,
         disk_mib=spec.disk_mib,
@@ -62,6 +64,11 @@ def desired_instance(state: State, placement: PlacementRecord) -> DesiredInstanc
         cpu_policy=spec.cpu.policy,
         page_kib=spec.memory.hugepages_kib,
         peers=peers,
+        order=operations.order_of(state, instance),
+        disk=instance.disks,
+        on_crash=spec.on_crash,
+        crash_limit=spec.crash_limit,
+        stop_grace_s=spec.stop_grace_s,
     )
 
 
@@ -97,6 +104,7 @@ def since(state: State, host: str, revision: int) -> tuple[tuple[DesiredInstance
             instance.meta.resource_version,
             environment.meta.resource_version,
             state.row_revisions.get(environment.meta.uid, 0),
+            state.operation_revisions.get(instance.meta.uid, 0),
         )
         if changed > revision or state.is_ending(instance):
             uids.add(placement.instance_uid)
@@ -131,6 +139,8 @@ def affected(state: State, batch: Batch) -> dict[str, set[str]]:
                 environments[record.environment.meta.uid] = None
             case Put(PlacementRecord() as placement):
                 hosts.setdefault(placement.host, set()).add(placement.instance_uid)
+            case Put(OperationRecord() as operation):
+                wake(operation.instance_uid)
             case Put(InstanceRecord() as instance):
                 old = state.instances.get(instance.meta.uid)
                 if old is not None:

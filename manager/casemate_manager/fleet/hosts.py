@@ -12,6 +12,7 @@ from casemate_core.spec.fleet import Host, HostSpec
 from casemate_core.spec.instance import Phase
 from casemate_core.spec.meta import Meta, check_name
 from casemate_core.spec.views import ObjectRef
+from casemate_manager.fleet import operations
 from casemate_manager.fleet.commands import (
     Batch,
     EndSession,
@@ -33,7 +34,7 @@ from casemate_manager.fleet.observed import (
     Observed,
 )
 from casemate_manager.fleet.placing import says_not_ready
-from casemate_manager.fleet.records import HostRecord, InventoryRecord
+from casemate_manager.fleet.records import HostRecord, InstanceRecord, InventoryRecord
 from casemate_manager.fleet.state import State
 from casemate_wire.session import Admission, admit, resumable
 from casemate_wire.stream import HostEvent, Outcome
@@ -159,8 +160,11 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
         draft.sightings.append(observed.see_instance(instance.uid, InstanceSeen(name, now_s, instance)))
         if instance.claim is not None:
             _compare_claims(draft, name, instance.uid, instance.claim)
-        if instance.phase is Phase.STOPPED:
-            wake.append(state.environment_keys[state.instances[instance.uid].environment_uid])
+        record = state.instances[instance.uid]
+        if instance.order is not None:
+            operations.told(draft, record, instance.order)
+        if instance.phase is Phase.STOPPED or _moves(state, record):
+            wake.append(state.environment_keys[record.environment_uid])
     if told.snapshot:
         for uid in here - told_of - set(told.gone):
             draft.sightings.append(observed.see_instance(uid, InstanceSeen(name, now_s, None)))
@@ -168,6 +172,11 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
         if uid in here:
             _gone(draft, name, uid)
     return replace(draft.batch(), wake=tuple(dict.fromkeys(wake)))
+
+
+def _moves(state: State, record: InstanceRecord) -> bool:
+    """Whether others of the instance's environment wait for it to come up."""
+    return state.environment_of(record).environment.spec.update_strategy is not None
 
 
 def _compare_claims(draft: Draft, host: str, uid: str, told: Claim) -> None:
@@ -195,6 +204,7 @@ def _gone(draft: Draft, host: str, uid: str) -> None:
         if placement.host == host:
             draft.drop("Placement", key)
     if all(p.host == host for p in state.instance_placements[uid].values()):
+        operations.forget(draft, record)
         draft.drop("Instance", uid)
         draft.sightings.append(ForgetInstance(uid))
         draft.event(instance_ref(record), "Deleted", f"host {host} let go of the instance", source=host)

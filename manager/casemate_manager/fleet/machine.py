@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, assert_never
 
 from casemate_manager.access import grants_of
-from casemate_manager.fleet import acts, advance, hosts, objects
+from casemate_manager.fleet import acts, advance, due, hosts, objects, operations
 from casemate_manager.fleet.acts import By
 from casemate_manager.fleet.commands import (
     Advance,
@@ -16,12 +16,14 @@ from casemate_manager.fleet.commands import (
     Batch,
     Command,
     DeleteResource,
+    Due,
     Expire,
     HostFacts,
     HostGone,
     HostHello,
     HostInventory,
     HostNote,
+    OperateInstances,
 )
 from casemate_manager.fleet.draft import MAX_RECORDS, Draft
 from casemate_manager.fleet.objects import ObjectRules
@@ -36,6 +38,9 @@ REQUEST_KEPT_S: Final = 86400.0
 REQUESTS_KEPT: Final = 100_000
 EVENTS_KEPT: Final = 10_000
 ONE_IN: Final = 20
+#: Operations that are over are kept so long, and so many.
+OPERATIONS_KEPT_S: Final = 7 * 86400.0
+OPERATIONS_KEPT: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ def apply(state: State, observed: Observed, command: Command | By, now_s: float,
             return objects.apply_resources(state, observed, command, now_s, rules.objects)
         case DeleteResource():
             return objects.delete_resource(state, observed, command, now_s)
+        case OperateInstances():
+            return operations.operate(state, observed, command, now_s)
         case HostHello():
             return hosts.hello(state, observed, command, now_s)
         case HostInventory():
@@ -75,6 +82,8 @@ def apply(state: State, observed: Observed, command: Command | By, now_s: float,
             return hosts.gone(state, observed, command, now_s)
         case Advance():
             return advance.advance(state, observed, now_s, rules.placer)
+        case Due():
+            return due.come_due(state, observed, now_s)
         case Expire():
             return _expire(state, observed, now_s)
         case _:
@@ -94,6 +103,13 @@ def _expire(state: State, observed: Observed, now_s: float) -> Batch:
         if number == MAX_RECORDS // 2 or (number >= surplus and now_s - request.at_s <= REQUEST_KEPT_S):
             break
         draft.drop("Request", key)
+    surplus = _surplus(len(state.operations), OPERATIONS_KEPT)
+    for number, (key, operation) in enumerate(state.operations.items()):
+        young = now_s - operation.meta.created_s <= OPERATIONS_KEPT_S
+        if number == MAX_RECORDS // 4 or (number >= surplus and young):
+            break
+        if operation.closed:
+            draft.drop("Operation", key)
     surplus = min(_surplus(len(state.events), EVENTS_KEPT), MAX_RECORDS - len(draft))
     if surplus > 0:
         for name in sorted(state.events)[:surplus]:

@@ -9,9 +9,9 @@ import ipaddress
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
-from casemate_core.errors import CallerError, Conflict, InvalidSpec, NotFound, Violation, shown
+from casemate_core.errors import Conflict, InvalidSpec, NotFound, Violation, shown
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.quantity import format_mib
 from casemate_core.spec.access import RoleBinding, Tenant, User
@@ -39,11 +39,11 @@ from casemate_manager.fleet.records import (
     RevisionRecord,
     tenant_key,
 )
+from casemate_manager.fleet.requests import answered, check_key
 from casemate_manager.fleet.state import State, named
 
 #: Objects of one request; with their records of change and the request's own they stay within one batch.
 MAX_OBJECTS: Final = 60
-MAX_KEY: Final = 128
 #: Kinds that can be deleted.
 DELETABLE: Final = ("Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding")
 
@@ -51,12 +51,6 @@ DELETABLE: Final = ("Environment", "Image", "Network", "Host", "Policy", "Tenant
 Diff = Callable[[Object | None, Object], tuple[Change, ...]]
 #: Violations that only the policy engine can see (expressions that do not compile).
 PolicyCheck = Callable[[Policy], Iterable[Violation]]
-
-
-class KeyReused(CallerError):
-    """The request key was used for another request."""
-
-    reason = "RequestKeyReused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +67,9 @@ def apply_resources(
     """Make or change objects. Raises InvalidSpec, Conflict, KeyReused."""
     digest = _digest(command)
     if not command.dry_run:
-        _check_key(command.request_key)
+        check_key(command.request_key)
         if (known := state.requests.get(command.request_key)) is not None:
-            return Batch(answer=from_plain(ApplyAnswer, _answered(known, digest)))
+            return Batch(answer=from_plain(ApplyAnswer, answered(known, digest)))
     _check_count(command.objects)
     draft = Draft(state, observed, now_s)
     given = _Given(state, command.objects)
@@ -97,17 +91,6 @@ def apply_resources(
             (Violation("resources", str(len(command.objects)), "change too much at once", "apply fewer"),)
         )
     return draft.batch(answer)
-
-
-def _check_key(key: str) -> None:
-    if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
-        raise InvalidSpec((Violation("requestKey", shown(key), "is not 1 to 128 printable characters", "send a UUID"),))
-
-
-def _answered(known: RequestRecord, digest: str) -> Any:
-    if known.digest != digest:
-        raise KeyReused(f"request key {shown(known.key)!r} was used for another request")
-    return known.answer
 
 
 def _check_count(objects: tuple[Object, ...]) -> None:
@@ -330,15 +313,15 @@ def _write_environment(draft: Draft, stored: Environment, changes: tuple[Change,
         placed = any(i.meta.uid in state.instance_placements for i in state.instances_of(old.meta.uid))
         for effect, how in (
             ("restart", "take effect when an instance is next stopped and started"),
-            ("replace", "take effect on new instances only"),
+            ("replace", "take effect on new instances, and on those that are rebuilt"),
         ):
             paths = [c.path for c in changes if c.effect == effect]
-            if paths and placed:
+            if paths and placed and stored.spec.update_strategy is None:
                 warnings.append(f"{', '.join(paths)}: {how}")
     if changes:
         # A changed environment may fit where it did not.
         draft.sightings.append(CapacityChanged())
-    draft.put(EnvironmentRecord(stored, restart, replaced))
+    draft.put(replace(known, environment=stored, restart_generation=restart, replace_generation=replaced))
     return tuple(warnings)
 
 
@@ -364,11 +347,11 @@ def _keep_spec(draft: Draft, known: EnvironmentRecord) -> None:
 
 def delete_resource(state: State, observed: Observed, command: DeleteResource, now_s: float) -> Batch:
     """End an object. Raises NotFound, Conflict, InvalidSpec."""
-    _check_key(command.request_key)
+    check_key(command.request_key)
     plain = [command.kind, command.tenant, command.name, command.uid]
     digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
     if (known := state.requests.get(command.request_key)) is not None:
-        return Batch(answer=from_plain(DeleteAnswer, _answered(known, digest)))
+        return Batch(answer=from_plain(DeleteAnswer, answered(known, digest)))
     draft = Draft(state, observed, now_s)
     ref, pending = _delete(draft, command)
     answer = DeleteAnswer(ref, pending, draft.revision)
@@ -384,6 +367,10 @@ def _delete(draft: Draft, command: DeleteResource) -> tuple[ObjectRef, bool]:
             record = state.environments.get(key)
             meta = _expected(command, record.environment.meta if record else None)
             assert record is not None
+            if record.environment.spec.protected:
+                raise Conflict(
+                    f"environment {name} is protected: set spec.protected to false first, for example with casemate edit"
+                )
             if not meta.deleting_s:
                 meta = replace(meta, deleting_s=draft.now_s, resource_version=draft.revision)
                 draft.put(replace(record, environment=replace(record.environment, meta=meta)))

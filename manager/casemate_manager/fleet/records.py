@@ -26,6 +26,8 @@ class EnvironmentRecord:
     environment: Environment
     restart_generation: int
     replace_generation: int
+    #: The end of its lifetime that was told ahead (seconds since the epoch); 0: none was.
+    notice_end_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class InstanceRecord:
 
     ``meta.deleting_s`` is set where the instance goes and its environment stays (scale down). ``restart_generation`` and
     ``replace_generation`` say of which generations of the environment it carries the fields that need a restart or
-    a new instance. ``placements`` counts its placements.
+    a new root disk. ``placements`` counts its placements, ``disks`` the root disks that it was rebuilt with. ``held``
+    keeps it off for a reason of ours; at ``refused_generation`` what changed did not fit on its host.
     """
 
     meta: Meta
@@ -54,6 +57,9 @@ class InstanceRecord:
     restart_generation: int
     replace_generation: int
     placements: int = 0
+    disks: int = 0
+    held: str = ""
+    refused_generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,31 @@ class PlacementRecord:
     role: str = "active"
     created_s: float = 0.0
     revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OperationRecord:
+    """Something asked to be done once to an instance. ``released``: its turn has come, and its deadline runs;
+    ``pid`` and ``guest_boot_id`` are what it was released for. ``closed``: nothing is to come of it any more."""
+
+    meta: Meta
+    verb: str
+    instance_uid: str
+    instance: str
+    environment_uid: str
+    host: str
+    timeout_s: float
+    grace_s: float | None = None
+    released: bool = False
+    deadline_s: float = 0.0
+    pid: int = 0
+    guest_boot_id: str = ""
+    phase: str = "Pending"
+    reason: str = ""
+    message: str = ""
+    started_s: float = 0.0
+    finished_s: float = 0.0
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +141,7 @@ Record = (
     | HostRecord
     | InventoryRecord
     | RequestRecord
+    | OperationRecord
     | Image
     | Network
     | Policy
@@ -128,6 +160,7 @@ KINDS: Final[dict[str, type[Any]]] = {
     "Host": HostRecord,
     "Inventory": InventoryRecord,
     "Request": RequestRecord,
+    "Operation": OperationRecord,
     "Image": Image,
     "Network": Network,
     "Policy": Policy,
@@ -166,6 +199,8 @@ def key_of(record: Record) -> str:
             return record.host
         case RequestRecord():
             return record.key
+        case OperationRecord():
+            return tenant_key(record.meta.tenant, record.meta.name)
         case EventView() | Image() | Network() | Policy() | Tenant() | User() | RoleBinding():
             return record.meta.name
 

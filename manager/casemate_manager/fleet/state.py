@@ -28,6 +28,7 @@ from casemate_manager.fleet.records import (
     HostRecord,
     InstanceRecord,
     InventoryRecord,
+    OperationRecord,
     PlacementRecord,
     Put,
     Record,
@@ -65,6 +66,7 @@ class State:
     tenants: dict[str, Tenant] = field(default_factory=dict)
     users: dict[str, User] = field(default_factory=dict)
     role_bindings: dict[str, RoleBinding] = field(default_factory=dict)
+    operations: dict[str, OperationRecord] = field(default_factory=dict)
     events: dict[str, EventView] = field(default_factory=dict)
     # --- derived ---
     #: User or ``group:NAME`` -> name of a role binding -> the binding.
@@ -86,6 +88,11 @@ class State:
     row_revisions: dict[str, int] = field(default_factory=dict)
     event_names: dict[EventIdentity, str] = field(default_factory=dict)
     work: dict[str, None] = field(default_factory=dict)
+    #: Instance's uid -> key of its open operation, and revision at which an operation of it last changed.
+    open_keys: dict[str, str] = field(default_factory=dict)
+    operation_revisions: dict[str, int] = field(default_factory=dict)
+    #: Keys of environments with a lifetime, or with a notice of its end.
+    lifetimes: dict[str, None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, epoch: int, revision: int, records: Iterable[Record]) -> "State":
@@ -134,6 +141,15 @@ class State:
         """Whether the instance is to end: by itself, or with its environment."""
         return bool(instance.meta.deleting_s or self.environment_of(instance).environment.meta.deleting_s)
 
+    def open_operation(self, uid: str) -> OperationRecord | None:
+        """The operation of an instance that has not come to its end."""
+        key = self.open_keys.get(uid)
+        return self.operations[key] if key is not None else None
+
+    def open_operations(self) -> Iterator[OperationRecord]:
+        """All operations that have not come to their end."""
+        return (self.operations[key] for key in list(self.open_keys.values()))
+
     def spec_of(self, instance: InstanceRecord) -> EnvironmentSpec:
         """The spec that is in force for an instance: live fields are today's, others those that it was made with."""
         record = self.environment_of(instance)
@@ -158,6 +174,12 @@ class State:
             priority=now.priority,
             virtualisation=restart.virtualisation,
             gang=now.gang,
+            on_crash=now.on_crash,
+            crash_limit=now.crash_limit,
+            stop_grace_s=now.stop_grace_s,
+            lifetime_s=now.lifetime_s,
+            protected=now.protected,
+            update_strategy=now.update_strategy,
         )
 
     def _spec_at(self, record: EnvironmentRecord, generation: int, current: int) -> EnvironmentSpec:
@@ -183,6 +205,12 @@ class State:
                 self.tenant_environments.setdefault(record.environment.meta.tenant, {})[key] = None
                 self.environment_keys[record.environment.meta.uid] = key
                 self.work[key] = None
+                if record.environment.spec.lifetime_s or record.notice_end_s:
+                    self.lifetimes[key] = None
+                else:
+                    self.lifetimes.pop(key, None)
+            case OperationRecord():
+                self._put_operation(key, record)
             case RevisionRecord():
                 self.specs[key] = record
             case InstanceRecord():
@@ -240,6 +268,18 @@ class State:
             self.pending[uid] = None
         self._wake(record)
 
+    def _put_operation(self, key: str, record: OperationRecord) -> None:
+        uid = record.instance_uid
+        self.operations[key] = record
+        if not record.closed:
+            self.open_keys[uid] = key
+        elif self.open_keys.get(uid) == key:
+            del self.open_keys[uid]
+        if uid in self.instances:
+            # one may be loaded that outlived its instance
+            self.operation_revisions[uid] = max(record.meta.resource_version, self.operation_revisions.get(uid, 0))
+            self._wake(self.instances[uid])
+
     def _free_addresses(self, record: InstanceRecord) -> None:
         for nic in record.nics:
             self.addresses[nic.network].pop(int(ipaddress.IPv4Address(nic.address)), None)
@@ -278,6 +318,7 @@ class State:
             self.environment_instances.pop(environment.meta.uid, None)
             self.row_revisions.pop(environment.meta.uid, None)
             self.work.pop(key, None)
+            self.lifetimes.pop(key, None)
         elif kind == "RoleBinding":
             self._unbind(key)
         elif kind == "Event":
@@ -298,6 +339,7 @@ class State:
         if self.instance_names.get(name) == uid:
             del self.instance_names[name]
         self.pending.pop(uid, None)
+        self.operation_revisions.pop(uid, None)
         self._wake(record)
 
     def _wake(self, record: InstanceRecord) -> None:
@@ -315,6 +357,7 @@ class State:
             "Policy": self.policies,
             "Tenant": self.tenants,
             "User": self.users,
+            "Operation": self.operations,
         }
         table: dict[str, Record] = tables[kind]
         return table
@@ -375,6 +418,12 @@ class State:
             inventory = self.inventories.get(host)
             if inventory is not None and len(claims):
                 yield from (f"host {host}: {violation}" for violation in claims.check(inventory.topology))
+        for uid, key in self.open_keys.items():
+            if self.operations[key].closed or uid not in self.instances:
+                yield f"operation {key} of instance {uid} counts as open and is not"
+        open_ = [r for r in self.operations.values() if not r.closed]
+        if len(open_) != len(self.open_keys):
+            yield f"{len(open_)} operations are open and {len(self.open_keys)} instances have one"
         waiting = {uid for uid in self.instances if uid not in self.instance_placements}
         if waiting != set(self.pending):
             yield "the index of waiting instances is wrong"
@@ -389,6 +438,8 @@ def _load_order(record: Record) -> tuple[int, float, str]:
             return 1, 0, key_of(record)
         case PlacementRecord():
             return 2, record.epoch, key_of(record)
+        case OperationRecord():
+            return 3, 0, key_of(record)
         case _:
             return 0, 0, key_of(record)
 

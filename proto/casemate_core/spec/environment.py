@@ -203,9 +203,7 @@ def _check_life(spec: EnvironmentSpec) -> Iterator[Violation]:
             f"write {format_seconds(MIN_LIFETIME_S)} or more, for example 72h",
         )
     if spec.update_strategy is not None:
-        yield from _between(
-            "spec.updateStrategy.maxUnavailable", spec.update_strategy.max_unavailable, 1, MAX_REPLICAS
-        )
+        yield from _between("spec.updateStrategy.maxUnavailable", spec.update_strategy.max_unavailable, 1, MAX_REPLICAS)
 
 
 def _check_cpu(cpu: Cpu) -> Iterator[Violation]:

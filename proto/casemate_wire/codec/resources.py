@@ -24,6 +24,7 @@ from casemate_core.spec.views import (
     ImageStatus,
     InstanceView,
     NetworkStatus,
+    OperationView,
     PlacementView,
     PodView,
     TenantStatus,
@@ -36,7 +37,7 @@ from casemate_wire.v1 import operators_pb2 as pb
 #: What users may apply in this release.
 Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding
 Status = EnvironmentStatus | ImageStatus | NetworkStatus | HostStatus | TenantStatus
-View = InstanceView | PodView | PlacementView | EventView
+View = InstanceView | PodView | PlacementView | OperationView | EventView
 
 _DECODERS: dict[str, tuple[Callable[[Any], Object], Callable[[Any], Any]]] = {
     "Environment": (environment.from_message, check_environment),
@@ -102,6 +103,8 @@ def to_message(value: Object | View, status: Status | None = None) -> pb.Resourc
             return pb.Resource(pod=views.pod_to_message(value))
         case PlacementView():
             return pb.Resource(placement=views.placement_to_message(value))
+        case OperationView():
+            return pb.Resource(operation=views.operation_to_message(value))
         case EventView():
             return pb.Resource(event=views.event_to_message(value))
         case _:

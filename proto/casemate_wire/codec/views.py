@@ -4,7 +4,7 @@ import json
 
 from casemate_core.quantity import format_mib
 from casemate_core.spec.instance import ContainerState, Nic
-from casemate_core.spec.views import Change, EventView, InstanceView, PlacementView, PodView
+from casemate_core.spec.views import Change, EventView, InstanceView, OperationView, PlacementView, PodView
 from casemate_wire.codec.basics import condition_to_message, meta_to_message, ref_to_message, struct, timestamp
 from casemate_wire.v1 import environment_pb2 as env_pb
 from casemate_wire.v1 import fleet_pb2 as pb
@@ -110,6 +110,29 @@ def placement_to_message(view: PlacementView) -> pb.Placement:
             generation=view.generation,
             role=view.role,
             claim=struct(view.claim),
+        ),
+    )
+
+
+def operation_to_message(view: OperationView) -> pb.Operation:
+    """An operation; times that have not come are unset."""
+    return pb.Operation(
+        api_version=API,
+        kind="Operation",
+        metadata=meta_to_message(view.meta),
+        spec=pb.OperationSpec(
+            verb=view.verb,
+            target=ref_to_message(view.target),
+            parameters=struct({} if view.grace_s is None else {"graceS": view.grace_s}),
+            deadline=timestamp(view.deadline_s),
+        ),
+        status=pb.OperationStatus(
+            phase=view.phase,
+            reason=view.reason,
+            message=view.message,
+            started=timestamp(view.started_s),
+            finished=timestamp(view.finished_s),
+            host=view.host,
         ),
     )
 
