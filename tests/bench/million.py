@@ -5,7 +5,7 @@ Usage: python tests/bench/million.py [--count N] [--hosts H] [--seed S] [--troub
 
 The real writer, fleet, scheduler, sessions and store on virtual time, and hosts played from core at the far end of each
 session. Every host checks every placement (``verify_claim``) against its own ledger before it takes it. Users make, scale,
-stop, resize and delete environments of sixteen shapes and cordon hosts; streams are cut, slowed and half-closed so that what
+stop, resize and delete environments of eighteen shapes and cordon hosts; streams are cut, slowed and half-closed so that what
 was said arrives late or twice, agents and machines restart, the manager dies around commits, commits fail. At the end all
 comes to rest, and each ledger must be what the manager believes. One core. The default is 100,000; ``N=1000000`` is the
 whole of it. The last line is JSON; exit code 1 where a host refused or an invariant was broken.
@@ -27,7 +27,7 @@ from casemate_manager.simulation.memory import MemoryStore
 from casemate_manager.store.ports import Store
 from casemate_manager.store.sqlite import SqliteStore
 
-LINE = "2s 16k/c 2t 256G 1G=64 2M=8192 hk=1 iso=4 gpu=8xH200:141G@fabric/10m vf=4x8@fronthaul+mgmt disk=8T"
+LINE = "2s 16k/c 2t 256G 1G=64 2M=8192 hk=1 iso=4 gpu=8xH200:141G@fabric/10m vf=4x8@fronthaul+mgmt dev=2xfec disk=8T"
 #: Seconds between two lines about how far it is.
 TELL_S = 60.0
 

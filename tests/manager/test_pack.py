@@ -16,9 +16,10 @@ from casemate_manager.scheduler.bins import Bins
 from casemate_manager.scheduler.mix import GPU_COUNT_EXPONENT, Mix, Shape, Weights
 from casemate_manager.scheduler.pack import PackScore
 from casemate_manager.scheduler.value import remainder_values, size_prices
-from casemate_manager.simulation.cli import simulate
+from casemate_manager.simulation.cli import NODES_NAME, PODS_NAME, simulate
 from casemate_manager.simulation.openb import TraceUnreadable, read_nodes, read_pods
 from casemate_manager.simulation.replay import STRATEGIES, arrivals, feasible, replay
+from casemate_manager.simulation.whole import WholeScheduler
 
 DATA = Path(__file__).parent / "data"
 NODES, PODS = DATA / "openb_nodes.csv.gz", DATA / "openb_pods.csv.gz"
@@ -195,6 +196,43 @@ def test_packing_leaves_less_than_best_fit_and_random() -> None:
         for name in STRATEGIES
     }
     assert left["pack"] < left["bestfit"] < left["random"]
+
+
+def test_the_whole_scheduler_packs_as_its_score_does_and_refuses_nothing_that_fits() -> None:
+    """With topologies, exact claims and fits behind it: the bins of the trace hold, and the result is that of the score."""
+    left = []
+    for seed in range(2):
+        nodes = read_nodes(NODES)
+        rng = np.random.default_rng(seed)
+        order = arrivals(read_pods(PODS, nodes.models), nodes.gpu_milli, 1.3, rng)
+        bins = nodes.bins()
+        strategy = WholeScheduler(nodes)
+        allocated = 0
+        for shape in order:
+            fits = bool(feasible(bins, shape).any())
+            found = strategy.place(shape)
+            assert (found is not None) == fits
+            if found is not None:
+                assert bins.gpu[list(found[1]), found[0]].min(initial=1000) >= shape.share_milli * bool(shape.gpus)
+                bins.take(found[0], shape, found[1])
+                allocated += shape.gpu_milli
+        assert bins.free.min() >= 0 and bins.gpu.min() >= 0
+        scored = excerpt("pack", seed)[2].unallocated_pct[130]  # type: ignore[attr-defined]
+        left.append((100 - 100 * allocated / nodes.gpu_milli, scored))
+    assert np.mean([a - b for a, b in left]) < 1.5
+
+
+def test_the_folder_of_all_traces_will_do(tmp_path: Path) -> None:
+    (tmp_path / "openb").mkdir()
+    (tmp_path / "openb" / NODES_NAME).write_bytes(NODES.read_bytes())
+    (tmp_path / "openb" / PODS_NAME.format("few")).write_bytes(PODS.read_bytes())
+    arguments = ["--trace", "openb", "--workload", "few", "-o", "json", "--strategy", "scheduler"]
+    outputs = [
+        json.loads(CliRunner().invoke(simulate, [*arguments, "--trace-dir", str(folder)]).output)
+        for folder in (tmp_path, tmp_path / "openb")
+    ]
+    assert outputs[0]["curve"] == outputs[1]["curve"]
+    assert outputs[0]["placed"] > 0
 
 
 def test_the_command_prints_the_documented_json() -> None:

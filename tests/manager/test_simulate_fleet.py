@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from casemate_core.claims import Claim, SharedCpu
+from casemate_core.plain import to_plain
 from casemate_core.topology import Topology
 from casemate_core.topology_loaders import from_line
 from casemate_manager.__main__ import main
@@ -25,10 +26,11 @@ from casemate_manager.store.ports import Fenced, StoreFailed, Transaction
 from casemate_manager.store.sqlite import SqliteStore
 from casemate_wire.session import ManagerEnd
 from casemate_wire.stream import FromHost, Outcome
-from support.hosts import FOLDER, names
+from support.hosts import FOLDER, host, names
+from support.rendered import capabilities_of, facts_of, files_of, with_real_addresses
 from support.small_fleet import SmallFleet, environment, image, network
 
-LINE = "2s 8k/c 2t 64G 1G=16 hk=1 iso=2 gpu=4xH200:141G@fabric/10m vf=2x8@fronthaul disk=4T"
+LINE = "2s 8k/c 2t 64G 1G=16 hk=1 iso=2 gpu=4xH200:141G@fabric/10m vf=2x8@fronthaul dev=2xfec disk=4T"
 
 
 def run(seed: int, *, hosts: int = 4, placements: int = 120, trouble: float = 6.0) -> Result:
@@ -180,6 +182,61 @@ def test_fleets_from_a_line_a_folder_and_a_trace(tmp_path: Path) -> None:
     assert (len(second.gpus), second.memory_mib) == (0, 32768)
 
 
+def put_recording(folder: Path, name: str) -> Topology:
+    """A machine as ``cp -a`` would have copied its files; returns it as it is."""
+    machine = with_real_addresses(host(name))
+    for path, text in files_of(machine).items():
+        place = folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.startswith("sys/bus/pci/devices/") and path.count("/") == 4:
+            # the link, and the folder that it leads to, in which the function's own files are
+            (place.parent / text).mkdir(parents=True, exist_ok=True)
+            place.symlink_to(text)
+        elif text.startswith(".."):
+            place.symlink_to(text)
+        else:
+            place.write_text(text)
+    (folder / "facts.json").write_text(json.dumps(to_plain(facts_of(machine))))
+    return machine
+
+
+def test_a_fleet_from_copies_of_the_files_of_its_machines(tmp_path: Path) -> None:
+    for name in ("hgx-h200", "offlined"):
+        put_recording(tmp_path / name, name)
+    (tmp_path / "offlined" / "capabilities.xml").write_text(capabilities_of(with_real_addresses(host("offlined"))))
+    (tmp_path / "vm.json").write_text((FOLDER / "recorded" / "small-vm.json").read_text())
+    machines = dict(read_fleet(str(tmp_path), 0))
+    assert list(machines) == ["hgx-h200-0", "offlined-1", "vm-2"]
+    hgx = machines["hgx-h200-0"]
+    assert [g.uuid for g in hgx.gpus] == [g.uuid for g in host("hgx-h200").gpus]
+    assert hgx.functions.shape == host("hgx-h200").functions.shape
+    assert sum(len(pf.vfs) for pf in hgx.pfs) == 128
+    assert machines["offlined-1"].offline == host("offlined").offline
+    assert len(machines["vm-2"].cores) == 2
+    ((name, alone),) = read_fleet(str(tmp_path / "hgx-h200"), 1)
+    assert (name, alone) == ("h-0", hgx)
+
+
+def test_what_is_wrong_with_a_recording_is_named(tmp_path: Path) -> None:
+    put_recording(tmp_path / "a", "offlined")
+    facts = tmp_path / "a" / "facts.json"
+    facts.write_text('{"colour": "red"}')
+    with pytest.raises(FleetUnreadable, match="colour"):
+        read_fleet(str(tmp_path), 0)
+    facts.unlink()
+    secret = tmp_path / "secret"
+    secret.write_text("0-7\n")
+    online = tmp_path / "a" / "sys/devices/system/cpu/online"
+    online.unlink()
+    online.symlink_to(secret)  # leads out of the recording
+    with pytest.raises(FleetUnreadable, match="cpu/online: is missing"):
+        read_fleet(str(tmp_path), 0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "b.json").write_text("{}")
+    with pytest.raises(FleetUnreadable, match="neither the key topology"):
+        read_fleet(str(tmp_path / "empty"), 0)
+
+
 @pytest.mark.parametrize("source", ["no such host", "missing.csv", ""])
 def test_what_is_no_fleet_is_said(source: str) -> None:
     with pytest.raises(FleetUnreadable):
@@ -187,7 +244,7 @@ def test_what_is_no_fleet_is_said(source: str) -> None:
 
 
 def test_every_shape_has_a_machine_and_small_machines_get_what_they_can() -> None:
-    rich = from_line("2s 16k/c 2t 512G 1G=64 2M=8192 hk=1 iso=4 gpu=8xH200:141G@fabric/10m vf=4x8@a disk=8T")
+    rich = from_line("2s 16k/c 2t 512G 1G=64 2M=8192 hk=1 iso=4 gpu=8xH200:141G@fabric/10m vf=4x8@a dev=2xfec disk=8T")
     assert shapes_for([rich], ("a",)) == SHAPES
     poor = shapes_for([from_line("1s 4k/c 1t 8G disk=100G")], ())
     assert {s.name for s in poor} >= {"small", "shared"} and not any(s.gpus for s in poor)

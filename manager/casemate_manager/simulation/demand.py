@@ -1,7 +1,7 @@
 """What is asked of a simulated fleet: shapes of environments, and how they reach the scheduler.
 
 May live here: the mix of shapes and the placer that reads them. An environment carries the name of its shape as a label.
-GPUs, virtual functions, real-time and shares that environments cannot ask for yet are added by `ShapePlacer` to the request
+GPUs, virtual functions, devices and shares that environments cannot ask for yet are added by `ShapePlacer` to the request
 that the production placer makes, so that everything behind it (scheduler, claims, records, commits, sessions) is the same.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from casemate_core.claims import HostClaims
-from casemate_core.fit import Fit, GpuLink, GpuRequest, NicRequest, Request, fit
+from casemate_core.fit import DeviceRequest, Fit, GpuLink, GpuRequest, Near, NicRequest, Request, fit
 from casemate_core.spec.environment import Cpu, Environment, EnvironmentSpec, Memory, PlacementRules
 from casemate_core.spec.meta import Meta
 from casemate_core.topology import Topology
@@ -34,13 +34,15 @@ class Shape:
     memory: Memory
     gpus: tuple[GpuRequest, ...] = ()
     nics: int = 0
+    near: Near = Near.ANY
+    devices: tuple[DeviceRequest, ...] = ()
     replicas: tuple[int, ...] = (1,)
     gang: bool = False
 
     def request(self, request: Request, networks: tuple[str, ...]) -> Request:
         """The request of the spec, with what the spec cannot say. ``networks``: those that VFs reach."""
-        nics = tuple(NicRequest(networks[i % len(networks)]) for i in range(self.nics)) if networks else ()
-        return replace(request, gpus=self.gpus, nics=nics)
+        nics = tuple(NicRequest(networks[i % len(networks)], self.near) for i in range(self.nics)) if networks else ()
+        return replace(request, gpus=self.gpus, nics=nics, devices=self.devices)
 
     def amounts(self, cpu: Cpu) -> dict[str, int]:
         """What one instance with these CPUs takes, roughly; see `amounts_of`. Amounts of zero are left out."""
@@ -51,6 +53,7 @@ class Shape:
             f"pages-{pages}" if pages else "memory": size,
             "gpus": sum(1000 * g.count for g in self.gpus),  # slices fragment: counted whole
             "vfs": self.nics,
+            "devices": sum(d.count for d in self.devices),
         }
         return {what: n for what, n in found.items() if n}
 
@@ -91,6 +94,15 @@ SHAPES = (
     Shape("gpu-2", 5, _dedicated(8), Memory(32768), (GpuRequest(2),), nics=1),
     Shape("gpu-4", 2, _dedicated(16), Memory(65536), (GpuRequest(4, link=GpuLink.NVLINK),)),
     Shape("gpu-8", 1, _dedicated(32), Memory(131072), (GpuRequest(8, link=GpuLink.NVLINK),)),
+    Shape("gpu-nic", 3, _dedicated(4), Memory(16384), (GpuRequest(1, local=True),), nics=1, near=Near.ROOT),
+    Shape(
+        "device",
+        3,
+        _dedicated(2, "require", emulator="isolate"),
+        Memory(2048, hugepages_kib=GIB_KIB, cells="one"),
+        nics=1,
+        devices=(DeviceRequest((("type", "fec"),), local=True),),
+    ),
     Shape("gpu-part", 6, Cpu(2), Memory(4096), (GpuRequest(1, share_milli=250),)),
 )
 
@@ -101,7 +113,10 @@ def networks_of(machines: Iterable[Topology]) -> tuple[str, ...]:
 
 
 def amounts_of(machines: Iterable[Topology]) -> Counter[str]:
-    """What a fleet has, by the names of `Shape.amounts`: threads, MiB plain and of each page size, thousandths of GPUs, VFs."""
+    """What a fleet has, by the names of `Shape.amounts`.
+
+    Threads, MiB plain and of each page size, thousandths of GPUs, VFs, devices.
+    """
     found: Counter[str] = Counter()
     for machine in machines:
         index = machine.index
@@ -109,6 +124,7 @@ def amounts_of(machines: Iterable[Topology]) -> Counter[str]:
         found["isolated"] += index.isolated.bit_count()
         found["gpus"] += 1000 * len(machine.gpus)
         found["vfs"] += sum(len(pf.vfs) for pf in machine.pfs)
+        found["devices"] += len(machine.devices)
         for cell in index.cells:
             found["memory"] += cell.plain_mib
             for page_kib, count in cell.pages.items():

@@ -1,7 +1,9 @@
 """What the hosts of a simulated fleet are made of: a line of text, a folder of machines, or the node list of a trace.
 
-May live here: reading these three. A folder holds one JSON file a machine, with the key ``topology``, as recorded by the
-loaders of :mod:`casemate_core.topology_loaders`; a node list is that of :mod:`casemate_manager.simulation.openb`.
+May live here: reading these three. A folder holds machines: JSON files with the key ``topology`` (a picture as
+:mod:`casemate_core.topology` writes it) or ``files`` (files of the kernel by path), and folders with copies of ``/sys``
+(:mod:`casemate_manager.simulation.recordings`), one of which may also be given alone. A node list is that of
+:mod:`casemate_manager.simulation.openb`.
 """
 
 import json
@@ -10,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from casemate_core.errors import CallerError, CasemateError
-from casemate_core.topology import Topology
-from casemate_core.topology_loaders import from_line
+from casemate_core.plain import from_plain
+from casemate_core.topology import Topology, check
+from casemate_core.topology_loaders import HostFacts, from_line, from_sysfs
 from casemate_manager.simulation.openb import read_nodes
+from casemate_manager.simulation.recordings import is_recording, read_recording
 
 #: Hosts are this many at most: a mistyped number must not fill the memory.
 MAX_HOSTS = 100_000
@@ -33,7 +37,7 @@ def read_fleet(source: str, hosts: int) -> list[tuple[str, Topology]]:
         raise FleetUnreadable(f"{hosts} hosts, at most {MAX_HOSTS} are simulated")
     path = Path(source)
     if path.is_dir():
-        machines = list(_folder(path))
+        machines = [("h", _recorded(path))] if is_recording(path) else list(_folder(path))
     elif path.is_file():
         machines = list(_nodes(path))
     elif source.endswith((".csv", ".csv.gz", "/")):
@@ -51,11 +55,37 @@ def read_fleet(source: str, hosts: int) -> list[tuple[str, Topology]]:
 
 
 def _folder(path: Path) -> Iterator[tuple[str, Topology]]:
-    for file in sorted(path.glob("*.json")):
-        try:
-            yield file.stem, Topology.from_dict(json.loads(file.read_text(encoding="utf-8"))["topology"])
-        except (OSError, ValueError, KeyError, TypeError, CasemateError) as error:
-            raise FleetUnreadable(f"{file}: {error}") from error
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and is_recording(entry):
+            yield entry.name, _recorded(entry)
+        elif entry.suffix == ".json" and entry.is_file():
+            yield entry.stem, _described(entry)
+
+
+def _recorded(folder: Path) -> Topology:
+    try:
+        return read_recording(folder)
+    except (OSError, ValueError, CasemateError) as error:
+        raise FleetUnreadable(f"{folder}: {error}") from error
+
+
+def _described(file: Path) -> Topology:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if "topology" in data:
+            topology = Topology.from_dict(data["topology"])
+        elif "files" in data:
+            facts = from_plain(HostFacts, data.get("facts", {}))
+            topology = from_sysfs(data["files"], facts)
+        else:
+            raise FleetUnreadable(f"{file}: has neither the key topology nor the key files")
+        if broken := check(topology):
+            raise FleetUnreadable(f"{file}: {broken[0]}")
+    except FleetUnreadable:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CasemateError) as error:
+        raise FleetUnreadable(f"{file}: {error}") from error
+    return topology
 
 
 def _nodes(path: Path) -> Iterator[tuple[str, Topology]]:

@@ -94,6 +94,10 @@ STRATEGIES: dict[str, Callable[[Bins, np.random.Generator], Strategy]] = {
 }
 
 
+#: Arrivals between two words about the progress.
+TELL_EVERY = 100
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """Outcome of a replay. ``unallocated_pct[k]``: per cent of all GPUs not allocated when k % demand had arrived."""
@@ -123,13 +127,25 @@ def arrivals(pods: Sequence[Shape], capacity_milli: int, demand: float, rng: np.
     return [order[i] for i in rng.permutation(len(order))]
 
 
-def replay(bins: Bins, order: Sequence[Shape], strategy: Strategy, clock: Callable[[], float], upto: int) -> Result:
-    """Place ``order`` one at a time; the curve has ``upto`` + 1 points. ``clock`` gives seconds, monotonic."""
+def replay(
+    bins: Bins,
+    order: Sequence[Shape],
+    strategy: Strategy,
+    clock: Callable[[], float],
+    upto: int,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Result:
+    """Place ``order`` one at a time; the curve has ``upto`` + 1 points. ``clock`` gives seconds, monotonic.
+
+    ``progress`` is told now and then how many arrivals are done, and of how many.
+    """
     capacity = int(bins.total.sum())
     curve = [100.0]
     arrived = allocated = placed = 0
     start = clock()
-    for shape in order:
+    for number, shape in enumerate(order):
+        if number % TELL_EVERY == 0:
+            progress(number, len(order))
         # The curve is read before the arrival that would pass a whole per cent.
         while len(curve) <= upto and (arrived + shape.gpu_milli) * 100 > len(curve) * capacity:
             curve.append(100.0 - 100.0 * allocated / capacity)
@@ -140,6 +156,7 @@ def replay(bins: Bins, order: Sequence[Shape], strategy: Strategy, clock: Callab
         bins.take(choice[0], shape, choice[1])
         allocated += shape.gpu_milli
         placed += 1
+    progress(len(order), len(order))
     seconds = clock() - start
     final = 100.0 * allocated / capacity
     curve.extend([100.0 - final] * (upto + 1 - len(curve)))
