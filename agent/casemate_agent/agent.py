@@ -45,6 +45,8 @@ class Pace:
     #: Least time between rounds, so that a talkative guest cannot keep the hypervisor busy.
     least_s: float = 0.05
     retry_s: float = 5.0
+    #: How exactly it is known when a guest wrote something to its console.
+    serial_s: float = 5.0
     #: Between looks at the machine's own facts: what is plugged in or goes offline is named within five seconds.
     machine_s: float = 4.0
 
@@ -179,11 +181,21 @@ class Agent:
                 self._watch("hypervisor", self.drivers.hypervisor.events, self._domain_event), name="domains"
             )
             group.create_task(self._watch_machine(), name="machine")
+            group.create_task(self._keep_serial_logs(), name="serial-logs")
             group.create_task(self._watch("guests", self.drivers.guests.events, self._guest_event), name="guests")
             while True:
                 self._wake.clear()
                 wake_s = await self._round(group)
                 await self._pause(wake_s)
+
+    async def _keep_serial_logs(self) -> None:
+        """Hold what guests write to their consoles within bounds, and mark when they wrote it."""
+        while True:
+            try:
+                await self.drivers.serials.keep(self._pace.resync_s)
+            except (CasemateError, OSError) as error:
+                log.warning("the logs of serial consoles are not kept: %s", error)
+            await asyncio.sleep(self._pace.serial_s)
 
     async def _identify(self) -> None:
         while True:
@@ -322,11 +334,11 @@ class Agent:
         uid = event.uid
         view = self._guests.get(uid, GuestView())
         match event:
-            case GuestHello(boot_id=boot_id, cloud_init=cloud_init):
+            case GuestHello(boot_id=boot_id, cloud_init=cloud_init, cloud_init_message=why):
                 if view.boot_id and view.boot_id != boot_id:
                     self.note(Note(uid, "GuestRebooted", "the guest was rebooted"))
                     view = GuestView()
-                view = replace(view, connected=True, boot_id=boot_id, cloud_init=cloud_init)
+                view = replace(view, connected=True, boot_id=boot_id, cloud_init=cloud_init, cloud_init_message=why)
             case GuestPods(pods=pods, revision=revision):
                 view = replace(view, connected=True, pods=pods, revision=revision)
             case GuestGone():

@@ -6,7 +6,7 @@ from another machine; that the instance is on this host, and the caller allowed,
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any
 
 from casemate_agent.drivers.ports import Drivers, ExecRequest, ExecSession, Guests
@@ -63,6 +63,9 @@ async def serve_channel(request: OpenChannel, stream: Stream[Frame, Frame], driv
             case "console":
                 console = await drivers.consoles.open(request.instance, EXEC_DEADLINE_S)
                 reader = await _serve_console(stream, console)
+            case "console-log":
+                since_s = _get(request.parameters, "since_s", float, 0.0)
+                reader = await _serve_serial(stream, drivers.serials.read(request.instance, since_s, EXEC_DEADLINE_S))
             case other:
                 raise BadParameters(f"no channels of kind {other!r}")
         if reader is not None:
@@ -186,6 +189,17 @@ async def _serve_authorize(request: OpenChannel, stream: Stream[Frame, Frame], g
     keys = await guests.authorize(request.instance, _get(request.parameters, "key", str, ""), EXEC_DEADLINE_S)
     await stream.send(Output("stdout", "\n".join(keys).encode()))
     await stream.send(ExitCode(0))
+
+
+async def _serve_serial(stream: Stream[Frame, Frame], parts: AsyncGenerator[bytes, None]) -> asyncio.Task[None] | None:
+    """What is kept of a serial console, to its end."""
+
+    async def pump() -> None:
+        async with contextlib.aclosing(parts):
+            async for data in parts:
+                await stream.send(Output("stdout", data))
+
+    return await _until_over(pump(), _drain(stream))
 
 
 async def _serve_console(stream: Stream[Frame, Frame], console: ConsoleSession) -> asyncio.Task[None] | None:

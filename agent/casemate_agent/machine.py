@@ -4,6 +4,7 @@ What may live here: the choice and the life of the real drivers. It imports libv
 imported only where a real host is driven.
 """
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
 from casemate_agent.drivers.ports import Drivers
+from casemate_agent.drivers.seriallog import SerialLogFiles
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
 from casemate_agent.metrics import LIBVIRT_FAILED, LIBVIRT_S
@@ -66,6 +68,8 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
         stack.push_async_callback(survey.aclose)
         consoles = PtyConsoles(hypervisor.console_path)
         stack.push_async_callback(consoles.aclose)
+        serials = SerialLogFiles(state_dir / "instances", time.time)
+        stack.callback(serials.close)
         yield Drivers(
             machine=machine,
             survey=survey,
@@ -74,4 +78,5 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             networks=networks,
             guests=guests,
             consoles=consoles,
+            serials=serials,
         )

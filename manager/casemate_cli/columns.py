@@ -124,6 +124,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("CPU", lambda o: _text(o.spec.cpus)),
         Column("MEMORY", lambda o: _text(o.spec.memory)),
         Column("VIRT", lambda o: _text(o.status.virtualisation), wide=True),
+        Column("BOOT", lambda o: _text(o.status.boot), wide=True),
         Column("STARTS", lambda o: str(o.status.starts), wide=True),
         Column("PID", lambda o: _text(o.status.pid), wide=True),
         Column("MAC", lambda o: ",".join(n.mac for n in o.spec.nics if n.mac) or NONE, wide=True),

@@ -124,6 +124,7 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.v1.Fleet/Top": Row(P.READ, Where.FLEET),
     "/casemate.v1.Fleet/Version": Row(P.SIGNED_IN),
     "/casemate.v1.Channels/Console": Row(P.EXEC, Where.NAMED),
+    "/casemate.v1.Channels/ConsoleLog": Row(P.LOGS, Where.NAMED),
     "/casemate.v1.Channels/Forward": Row(P.EXEC, Where.NAMED),
     "/casemate.v1.Channels/Copy": Row(P.EXEC, Where.NAMED),
     "/casemate.v1.Channels/Authorize": Row(P.EXEC, Where.NAMED),

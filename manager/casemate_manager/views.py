@@ -137,6 +137,9 @@ def _instance_conditions(
     running = said.phase.value in _RUNNING
     yield _condition("Running", running, said.reason or said.phase.value, said.message, said.since_s)
     yield _condition("GuestReady", said.guest_ready, "HelperConnected" if said.guest_ready else "HelperSilent")
+    if said.cloud_init and said.cloud_init != "none":
+        done = {"done": True, "error": False}.get(said.cloud_init)
+        yield _condition("CloudInit", done, said.cloud_init.title(), said.cloud_init_message)
     if (operation := state.open_operation(record.meta.uid)) is not None:
         message = f"{operation.verb}: {operation.phase}" + (f": {operation.message}" if operation.message else "")
         yield _condition("Operating", True, operation.meta.name, message, operation.started_s)

@@ -316,6 +316,22 @@ async def test_peers_are_named_in_the_guest(guest: Guest) -> None:
     assert "10.0.0.1" not in (guest.root / "etc/hosts").read_text()
 
 
+async def test_an_instance_knows_who_it_is_and_who_its_peers_are(guest: Guest) -> None:
+    (guest.root / "etc").mkdir()
+    (guest.root / "run/casemate/seed").mkdir(parents=True, exist_ok=True)
+    meta = {"local-hostname": "hello-1", "casemate-environment": "hello", "casemate-ordinal": 1}
+    (guest.root / "run/casemate/seed/meta-data").write_text(json.dumps(meta))
+    await guest.apply(**{"hello-0": "10.0.0.1", "hello-2": "10.0.0.3"})
+    told = (guest.root / "run/casemate/instance.env").read_text()
+    assert told.splitlines() == [
+        'CASEMATE_INSTANCE="hello-1"',
+        'CASEMATE_ENVIRONMENT="hello"',
+        'CASEMATE_ORDINAL="1"',
+        'CASEMATE_PEERS="hello-0=10.0.0.1 hello-2=10.0.0.3"',
+    ]
+    assert helper.instance_env({"local-hostname": 'x"; reboot; "'}, {}).startswith('CASEMATE_ENVIRONMENT=""\n')
+
+
 # --- restarts ---------------------------------------------------------------------------------------------------------
 
 
@@ -643,6 +659,7 @@ async def test_added_processors_are_brought_online_and_cloud_init_is_told(guest:
     (cloud / "result.new").write_text(json.dumps({"v1": {"errors": ["no such module"]}}))
     (cloud / "result.new").rename(cloud / "result.json")
     await guest.until(lambda: (hello := guest.last(GuestHello)) and hello.cloud_init == "error")
+    assert (hello := guest.last(GuestHello)) is not None and hello.cloud_init_message == "no such module"
     note = await guest.until(lambda: n if (n := guest.last(GuestNote)) and n.reason == "CloudInitError" else None)
     assert note is not None
     assert (note.message, note.severity) == ("no such module", "Warning")

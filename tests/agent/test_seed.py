@@ -42,7 +42,10 @@ def test_the_seed_holds_what_cloud_init_and_the_helper_read(extension: str) -> N
     assert files["user-data"].decode() == user_data
     assert files["casemate_guest.py"] == HELPER.read_bytes()
     meta = json.loads(files["meta-data"])
-    assert meta == {"instance-id": UID, "local-hostname": "web", "public-keys": ["ssh-ed25519 AAAA one"]}
+    assert meta == {"instance-id": UID, "local-hostname": "web", "public-keys": ["ssh-ed25519 AAAA one"]} | {
+        "casemate-environment": desired.environment,
+        "casemate-ordinal": desired.ordinal,
+    }
     # What is JSON for the helper is the same YAML for cloud-init.
     assert yaml.safe_load(files["network-config"]) == json.loads(files["network-config"]) == network_config(desired)
 

@@ -7,6 +7,7 @@ import pytest
 
 from casemate_core.spec.access import Scope
 from casemate_wire.v1 import channels_pb2 as pb
+from casemate_wire.v1 import seriallog_pb2
 from casemate_wire.v1.channels_pb2_grpc import ChannelsStub
 from support.gatekeeping import House, as_user, bind, house
 
@@ -58,3 +59,22 @@ async def test_who_may_run_commands_may_open_channels_and_nobody_else(method: st
         for user in ("console", "one"):
             assert await code(found, method, user, "own") not in refused, user
             assert await code(found, method, user, "foreign") in refused, user
+
+
+async def test_who_may_read_logs_may_read_that_of_a_console() -> None:
+    refused = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND)
+
+    async def ends(found: House, user: str, tenant: str) -> grpc.StatusCode:
+        request = seriallog_pb2.ConsoleLogRequest(tenant=tenant, instance="hello")
+        stream = ChannelsStub(found.channel).ConsoleLog(request, metadata=as_user(user), timeout=10)
+        try:
+            await stream.read()
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return grpc.StatusCode(await stream.code())
+
+    async with house() as found:
+        await found.put(bind("a", "viewer", Scope("own"), "viewer"))
+        assert await ends(found, "viewer", "own") not in refused
+        assert await ends(found, "viewer", "foreign") in refused
+        assert await ends(found, "nobody", "own") in refused

@@ -227,7 +227,7 @@ class GuestChannel:
                 self.hello = message
                 self.greeted.set()
                 self._write({"t": "notes"})
-                self._event(GuestHello(self.uid, message.boot_id, message.helper, message.cloud_init.status))
+                self._event(_greeting(self.uid, message, message.cloud_init))
             return
         if not self.greeted.is_set():
             return  # of an older session
@@ -236,7 +236,7 @@ class GuestChannel:
                 self._event(GuestPods(self.uid, pods, revision))
             case wire.CloudInit(status=status, errors=errors):
                 if self.hello is not None:
-                    self._event(GuestHello(self.uid, self.hello.boot_id, self.hello.helper, status))
+                    self._event(_greeting(self.uid, self.hello, message))
                 severity = "Warning" if status == "error" else "Normal"
                 text = "; ".join(errors) or f"cloud-init: {status}"
                 self._note(GuestNote(self.uid, "", "CloudInit" + status.title(), text, severity, time.time()))
@@ -505,6 +505,10 @@ class GuestChannels(GuestSides):
     async def reboot(self, uid: str, deadline_s: float) -> None:
         """Ask the guest's system to boot anew; a new boot id in its next hello proves it."""
         await self._channel(uid).call({"t": "power", "action": "reboot"}, b"", deadline_s)
+
+
+def _greeting(uid: str, hello: wire.Hello, cloud_init: wire.CloudInit) -> GuestHello:
+    return GuestHello(uid, hello.boot_id, hello.helper, cloud_init.status, "; ".join(cloud_init.errors)[:1000])
 
 
 async def _records(

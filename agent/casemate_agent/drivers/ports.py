@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from casemate_agent.doctor.facts import HostSurvey
-from casemate_agent.drivers.sideports import Consoles, GuestSides
+from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
 from casemate_core.topology import Topology
@@ -311,6 +311,8 @@ class GuestHello:
     boot_id: str
     version: str
     cloud_init: str = ""
+    #: What cloud-init complained about, where it failed.
+    cloud_init_message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,3 +481,4 @@ class Drivers:
     networks: Networks
     guests: Guests
     consoles: Consoles
+    serials: SerialLogs

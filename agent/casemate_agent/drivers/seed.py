@@ -69,6 +69,9 @@ def meta_data(desired: DesiredInstance) -> dict[str, Any]:
         "instance-id": desired.uid,
         "local-hostname": host_name(desired),
         "public-keys": list(desired.ssh_keys),
+        # for our helper; cloud-init leaves what it does not know
+        "casemate-environment": desired.environment,
+        "casemate-ordinal": desired.ordinal,
     }
 
 

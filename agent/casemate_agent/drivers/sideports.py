@@ -4,7 +4,7 @@ What may live here: Protocols and their types. A session is closed by whoever op
 its helper or its QEMU does.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -75,4 +75,17 @@ class Consoles(Protocol):
 
     async def open(self, uid: str, deadline_s: float) -> ConsoleSession:
         """Raises ConsoleRefused where the instance does not run."""
+        ...
+
+
+class SerialLogs(Protocol):
+    """What guests wrote to their serial consoles, kept within bounds of size and time."""
+
+    async def keep(self, deadline_s: float) -> None:
+        """Mark how far the logs have got, and hold them within their bounds; every few seconds."""
+        ...
+
+    def read(self, uid: str, since_s: float, deadline_s: float) -> AsyncGenerator[bytes, None]:
+        """What is kept of an instance, oldest first: all of it (``since_s`` 0), or from a time on. It may begin a little
+        earlier, never later. Nothing where nothing is kept."""
         ...

@@ -25,6 +25,10 @@ from casemate_core.topology import Topology
 __all__ = ["ACTIVE", "Faults", "SimulatedHost", "SimulatedPace", "tap_name"]
 
 
+#: Lines of a serial console that are kept.
+SERIAL_LINES = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class SimulatedPace:
     """How long things take on a simulated host, in seconds."""
@@ -76,6 +80,8 @@ class SimulatedHost:
         self.strays: set[str] = set()
         self.bridges: dict[str, HostNetwork] = {}
         self.guards: dict[str, tuple[str, str]] = {}
+        #: What each guest wrote to its serial console: (time, bytes).
+        self.serial: dict[str, list[tuple[float, bytes]]] = {}
         self._pids = 1000
         self._guest_boots = 0
         self._lease: Lease | None = None
@@ -164,8 +170,15 @@ class SimulatedHost:
         self._guest_boots += 1
         boot_id = uuid_of(f"{self.name}/guest/{uid}/{self._guest_boots}")
         guest = SimulatedGuest(uid, boot_id, self.now, later, self.push, self.pace.pod_start_s)
+        self.write_serial(uid, f"simulated kernel, boot {boot_id}\r\n")
         later(self.pace.boot_s, guest.up)
         return guest
+
+    def write_serial(self, uid: str, text: str) -> None:
+        """A guest writes to its serial console; the last lines of it are kept."""
+        kept = self.serial.setdefault(uid, [])
+        kept.append((self.now(), text.encode()))
+        del kept[:-SERIAL_LINES]
 
     def end(self, uid: str, phase: DomainPhase, reason: str) -> None:
         """A domain's QEMU ends; nothing happens where it does not run."""

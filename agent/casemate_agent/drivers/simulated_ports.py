@@ -7,7 +7,7 @@ it, makes it fail or hang as the machine's faults say, and lets nothing of a dea
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -331,6 +331,7 @@ class _Images:
             self._host.overlays.pop(uid, None)
             self._host.disks.pop(uid, None)
             self._host.seeds.pop(uid, None)
+            self._host.serial.pop(uid, None)
 
         await self._call("remove_instance", remove, deadline_s)
 
@@ -519,6 +520,20 @@ class _Consoles:
         return await self._lease.call("consoles", "open", opened, deadline_s)
 
 
+class _Serials:
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    async def keep(self, deadline_s: float) -> None:
+        await self._lease.call("serials", "keep", lambda: None, deadline_s)
+
+    async def read(self, uid: str, since_s: float, deadline_s: float) -> AsyncGenerator[bytes, None]:
+        kept = self._lease.host.serial.get(uid, [])
+        found = [data for time_s, data in kept if time_s >= since_s]
+        for data in await self._lease.call("serials", "read", lambda: found, deadline_s):
+            yield data
+
+
 def drivers_of(lease: Lease) -> Drivers:
     """All the doors of one machine, for the process that holds the lease."""
     return Drivers(
@@ -529,4 +544,5 @@ def drivers_of(lease: Lease) -> Drivers:
         networks=_Networks(lease),
         guests=_Guests(lease),
         consoles=_Consoles(lease),
+        serials=_Serials(lease),
     )

@@ -1216,6 +1216,7 @@ class Paths:
         self.podman, self.crun = podman, crun
         self.run = f"{root}/run/casemate"
         self.seed = f"{self.run}/seed"
+        self.instance = f"{self.run}/instance.env"
         self.state = f"{root}/var/lib/casemate/guest.json"
         self.exits = f"{root}/run/libpod/exits"
         self.cloud = f"{root}/run/cloud-init"
@@ -1917,6 +1918,23 @@ def hosts_file(text: str, hosts: Mapping[str, str]) -> str:
     return text + (begin + lines + end if lines else "")
 
 
+def instance_env(meta: Mapping[str, Any], peers: Mapping[str, str]) -> str:
+    """``/run/casemate/instance.env``: who this instance is and who its peers are, as lines that a shell can read."""
+    words = {
+        "CASEMATE_INSTANCE": meta.get("local-hostname", ""),
+        "CASEMATE_ENVIRONMENT": meta.get("casemate-environment", ""),
+        "CASEMATE_ORDINAL": meta.get("casemate-ordinal", ""),
+        "CASEMATE_PEERS": " ".join(f"{name}={address}" for name, address in sorted(peers.items())),
+    }
+    # names, numbers and addresses: none of them holds what a shell would obey, and what does is left out
+    good = {
+        key: str(word)
+        for key, word in words.items()
+        if all(c.isascii() and (c.isalnum() or c in " .:=_-") for c in str(word))
+    }
+    return "".join(f'{key}="{word}"\n' for key, word in good.items())
+
+
 class System:
     """Addresses at boot, processors that were added, and the state of cloud-init."""
 
@@ -2265,6 +2283,13 @@ class Helper:
         new = hosts_file(old, names)
         if new != old:
             write_text(self.paths.hosts, new)
+        try:
+            meta = json.loads(read_text(f"{self.paths.seed}/meta-data") or "{}")
+        except ValueError:
+            meta = {}
+        text = instance_env(meta if isinstance(meta, dict) else {}, names)
+        if read_text(self.paths.instance) != text:
+            write_text(self.paths.instance, text)
 
     def _new_stream(self, header: Message) -> int:
         number = header["s"]

@@ -21,9 +21,13 @@ LEAVE = b"\x1d"
 
 @click.command()
 @click.argument("name", metavar="ENVIRONMENT|INSTANCE", shell_complete=completing.names_of("Instance"))
+@click.option("--log", "kept", is_flag=True, help="Print what was written to it, as far as the host has kept it.")
+@click.option(
+    "--since", type=options.SPAN, metavar="SPAN", help="For --log: only what was written since, for example 10m."
+)
 @options.connection
 @click.pass_context
-def console(ctx: click.Context, name: str) -> int:
+def console(ctx: click.Context, name: str, kept: bool, since: float | None) -> int:
     """Sit at the serial console of an instance; Ctrl-] leaves.
 
     Several may sit there at once: all see the same, and what any of them types is typed. To a terminal the console is
@@ -33,6 +37,7 @@ def console(ctx: click.Context, name: str) -> int:
     Examples:
       casemate console hello-0
       casemate console hello > boot.txt
+      casemate console hello --log --since 10m
     """
     from casemate_cli.client import Client
     from casemate_wire.v1 import channels_pb2 as pb
@@ -40,7 +45,14 @@ def console(ctx: click.Context, name: str) -> int:
     instance, pod = parse_name(name)
     if pod:
         raise Failure(f"{name!r} is a pod, and pods have no console", remedy=f"write casemate console {instance}")
+    if since is not None and not kept:
+        raise Failure("--since speaks of the log", remedy="add --log, or leave --since out")
     settings = options.settings(ctx)
+    if kept:
+        from casemate_cli.seriallog import print_log
+
+        with Client(settings) as client:
+            return print_log(client, instance, since)
     start = pb.ChannelTarget(tenant=settings.tenant, instance=instance)
     with Client(settings) as client:
         return _sit(client, pb.ConsoleInput(start=start), instance)

@@ -24,7 +24,7 @@ from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import InstanceRecord
 from casemate_manager.fleet.state import State
 from casemate_wire.v1 import channels_pb2 as pb
-from casemate_wire.v1 import channels_pb2_grpc, hosts_pb2
+from casemate_wire.v1 import channels_pb2_grpc, hosts_pb2, seriallog_pb2
 
 MAX_PATH: Final = 4096
 MAX_KEY: Final = 16 * 1024
@@ -73,6 +73,19 @@ class ChannelsService(channels_pb2_grpc.ChannelsServicer):
                         yield pb.ConsoleOutput(lost=frame.lost)
                     case "eof":
                         yield pb.ConsoleOutput(closed=True)
+
+    @streaming
+    async def ConsoleLog(
+        self, request: seriallog_pb2.ConsoleLogRequest, context: Context
+    ) -> AsyncIterator[seriallog_pb2.ConsoleLogPart]:
+        """What an instance wrote to its serial console."""
+        instance, _ = self._target(pb.ChannelTarget(tenant=request.tenant, instance=request.instance))
+        since_s = request.since.seconds + request.since.nanos / 1e9
+        bridge = self._bridge("console-log", instance, {"since_s": since_s}, None, _nothing_in)
+        async with aclosing(bridge):
+            async for frame in bridge:
+                if frame.WhichOneof("frame") == "stdout":
+                    yield seriallog_pb2.ConsoleLogPart(data=frame.stdout)
 
     @streaming
     async def Forward(
@@ -169,7 +182,7 @@ class ChannelsService(channels_pb2_grpc.ChannelsServicer):
         try:
             last = False
             async for frame in channel.frames():
-                last = frame.WhichOneof("frame") in (("eof",) if kind == "console" else ("exit_code",))
+                last = frame.WhichOneof("frame") in (("eof",) if kind in ("console", "console-log") else ("exit_code",))
                 yield frame
                 if last:
                     return

@@ -3,7 +3,7 @@
 import json
 
 from casemate_core.quantity import format_mib
-from casemate_core.spec.instance import ContainerState, Nic
+from casemate_core.spec.instance import ContainerState, InstanceState, Nic, Phase
 from casemate_core.spec.views import Change, EventView, InstanceView, OperationView, PlacementView, PodView
 from casemate_wire.codec.basics import condition_to_message, meta_to_message, ref_to_message, struct, timestamp
 from casemate_wire.v1 import environment_pb2 as env_pb
@@ -41,11 +41,24 @@ def instance_to_message(view: InstanceView) -> env_pb.Instance:
         status.guest_boot_id = state.guest_boot_id
         status.pid = state.pid
         status.starts = state.starts
+        status.boot = boot_word(state)
+        status.cloud_init = state.cloud_init if state.cloud_init != "none" else ""
         if since := timestamp(state.since_s):
             status.since.CopyFrom(since)
         status.pods.extend(p.name for p in state.pods)
         status.pods_ready = sum(p.ready for p in state.pods)
     return message
+
+
+def boot_word(state: InstanceState) -> str:
+    """How far a guest has come, by what is seen of it: a process, its helper, cloud-init, its pods."""
+    if not state.pid or state.phase in (Phase.STOPPED, Phase.PREPARING):
+        return "off"
+    if state.phase is Phase.READY:
+        return "up"
+    if not state.guest_ready:
+        return "userland" if state.guest_boot_id else "firmware"
+    return "cloud-init" if state.cloud_init == "running" else "pods"
 
 
 def _nic(nic: Nic) -> env_pb.NicStatus:

@@ -22,37 +22,38 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from casemate_wire.v1 import seriallog_pb2 as casemate__wire_dot_v1_dot_seriallog__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63\x61semate_wire/v1/channels.proto\x12\x0b\x63\x61semate.v1\"Q\n\rChannelTarget\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0b\n\x03pod\x18\x03 \x01(\t\x12\x11\n\tcontainer\x18\x04 \x01(\t\"T\n\x0c\x43onsoleInput\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTargetH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05input\"]\n\rConsoleOutput\x12\x10\n\x06opened\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04lost\x18\x03 \x01(\x03H\x00\x12\x10\n\x06\x63losed\x18\x04 \x01(\x08H\x00\x42\x08\n\x06output\"b\n\x0c\x46orwardInput\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.casemate.v1.ForwardStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x42\x07\n\x05input\"H\n\x0c\x46orwardStart\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x0c\n\x04port\x18\x02 \x01(\x05\"\\\n\rForwardOutput\x12\x10\n\x06opened\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x12\x10\n\x06\x63losed\x18\x04 \x01(\x08H\x00\x42\x08\n\x06output\"\\\n\tCopyInput\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.casemate.v1.CopyStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x42\x07\n\x05input\"a\n\tCopyStart\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x0c\n\x04into\x18\x02 \x01(\x08\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"N\n\nCopyOutput\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07message\x18\x02 \x01(\x0cH\x00\x12\x13\n\texit_code\x18\x03 \x01(\x05H\x00\x42\x08\n\x06output\"R\n\x10\x41uthorizeRequest\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x12\n\npublic_key\x18\x02 \x01(\t\"<\n\x11\x41uthorizeResponse\x12\x11\n\thost_keys\x18\x01 \x03(\t\x12\x14\n\x0cinstance_uid\x18\x02 \x01(\t2\x9f\x02\n\x08\x43hannels\x12\x44\n\x07\x43onsole\x12\x19.casemate.v1.ConsoleInput\x1a\x1a.casemate.v1.ConsoleOutput(\x01\x30\x01\x12\x44\n\x07\x46orward\x12\x19.casemate.v1.ForwardInput\x1a\x1a.casemate.v1.ForwardOutput(\x01\x30\x01\x12;\n\x04\x43opy\x12\x16.casemate.v1.CopyInput\x1a\x17.casemate.v1.CopyOutput(\x01\x30\x01\x12J\n\tAuthorize\x12\x1d.casemate.v1.AuthorizeRequest\x1a\x1e.casemate.v1.AuthorizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63\x61semate_wire/v1/channels.proto\x12\x0b\x63\x61semate.v1\x1a casemate_wire/v1/seriallog.proto\"Q\n\rChannelTarget\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0b\n\x03pod\x18\x03 \x01(\t\x12\x11\n\tcontainer\x18\x04 \x01(\t\"T\n\x0c\x43onsoleInput\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTargetH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05input\"]\n\rConsoleOutput\x12\x10\n\x06opened\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04lost\x18\x03 \x01(\x03H\x00\x12\x10\n\x06\x63losed\x18\x04 \x01(\x08H\x00\x42\x08\n\x06output\"b\n\x0c\x46orwardInput\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.casemate.v1.ForwardStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x42\x07\n\x05input\"H\n\x0c\x46orwardStart\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x0c\n\x04port\x18\x02 \x01(\x05\"\\\n\rForwardOutput\x12\x10\n\x06opened\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x12\x10\n\x06\x63losed\x18\x04 \x01(\x08H\x00\x42\x08\n\x06output\"\\\n\tCopyInput\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.casemate.v1.CopyStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x42\x07\n\x05input\"a\n\tCopyStart\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x0c\n\x04into\x18\x02 \x01(\x08\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"N\n\nCopyOutput\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07message\x18\x02 \x01(\x0cH\x00\x12\x13\n\texit_code\x18\x03 \x01(\x05H\x00\x42\x08\n\x06output\"R\n\x10\x41uthorizeRequest\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x12\n\npublic_key\x18\x02 \x01(\t\"<\n\x11\x41uthorizeResponse\x12\x11\n\thost_keys\x18\x01 \x03(\t\x12\x14\n\x0cinstance_uid\x18\x02 \x01(\t2\xec\x02\n\x08\x43hannels\x12\x44\n\x07\x43onsole\x12\x19.casemate.v1.ConsoleInput\x1a\x1a.casemate.v1.ConsoleOutput(\x01\x30\x01\x12K\n\nConsoleLog\x12\x1e.casemate.v1.ConsoleLogRequest\x1a\x1b.casemate.v1.ConsoleLogPart0\x01\x12\x44\n\x07\x46orward\x12\x19.casemate.v1.ForwardInput\x1a\x1a.casemate.v1.ForwardOutput(\x01\x30\x01\x12;\n\x04\x43opy\x12\x16.casemate.v1.CopyInput\x1a\x17.casemate.v1.CopyOutput(\x01\x30\x01\x12J\n\tAuthorize\x12\x1d.casemate.v1.AuthorizeRequest\x1a\x1e.casemate.v1.AuthorizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'casemate_wire.v1.channels_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHANNELTARGET']._serialized_start=48
-  _globals['_CHANNELTARGET']._serialized_end=129
-  _globals['_CONSOLEINPUT']._serialized_start=131
-  _globals['_CONSOLEINPUT']._serialized_end=215
-  _globals['_CONSOLEOUTPUT']._serialized_start=217
-  _globals['_CONSOLEOUTPUT']._serialized_end=310
-  _globals['_FORWARDINPUT']._serialized_start=312
-  _globals['_FORWARDINPUT']._serialized_end=410
-  _globals['_FORWARDSTART']._serialized_start=412
-  _globals['_FORWARDSTART']._serialized_end=484
-  _globals['_FORWARDOUTPUT']._serialized_start=486
-  _globals['_FORWARDOUTPUT']._serialized_end=578
-  _globals['_COPYINPUT']._serialized_start=580
-  _globals['_COPYINPUT']._serialized_end=672
-  _globals['_COPYSTART']._serialized_start=674
-  _globals['_COPYSTART']._serialized_end=771
-  _globals['_COPYOUTPUT']._serialized_start=773
-  _globals['_COPYOUTPUT']._serialized_end=851
-  _globals['_AUTHORIZEREQUEST']._serialized_start=853
-  _globals['_AUTHORIZEREQUEST']._serialized_end=935
-  _globals['_AUTHORIZERESPONSE']._serialized_start=937
-  _globals['_AUTHORIZERESPONSE']._serialized_end=997
-  _globals['_CHANNELS']._serialized_start=1000
-  _globals['_CHANNELS']._serialized_end=1287
+  _globals['_CHANNELTARGET']._serialized_start=82
+  _globals['_CHANNELTARGET']._serialized_end=163
+  _globals['_CONSOLEINPUT']._serialized_start=165
+  _globals['_CONSOLEINPUT']._serialized_end=249
+  _globals['_CONSOLEOUTPUT']._serialized_start=251
+  _globals['_CONSOLEOUTPUT']._serialized_end=344
+  _globals['_FORWARDINPUT']._serialized_start=346
+  _globals['_FORWARDINPUT']._serialized_end=444
+  _globals['_FORWARDSTART']._serialized_start=446
+  _globals['_FORWARDSTART']._serialized_end=518
+  _globals['_FORWARDOUTPUT']._serialized_start=520
+  _globals['_FORWARDOUTPUT']._serialized_end=612
+  _globals['_COPYINPUT']._serialized_start=614
+  _globals['_COPYINPUT']._serialized_end=706
+  _globals['_COPYSTART']._serialized_start=708
+  _globals['_COPYSTART']._serialized_end=805
+  _globals['_COPYOUTPUT']._serialized_start=807
+  _globals['_COPYOUTPUT']._serialized_end=885
+  _globals['_AUTHORIZEREQUEST']._serialized_start=887
+  _globals['_AUTHORIZEREQUEST']._serialized_end=969
+  _globals['_AUTHORIZERESPONSE']._serialized_start=971
+  _globals['_AUTHORIZERESPONSE']._serialized_end=1031
+  _globals['_CHANNELS']._serialized_start=1034
+  _globals['_CHANNELS']._serialized_end=1398
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from casemate_wire.v1 import channels_pb2 as casemate__wire_dot_v1_dot_channels__pb2
+from casemate_wire.v1 import seriallog_pb2 as casemate__wire_dot_v1_dot_seriallog__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -40,6 +41,11 @@ class ChannelsStub:
                 request_serializer=casemate__wire_dot_v1_dot_channels__pb2.ConsoleInput.SerializeToString,
                 response_deserializer=casemate__wire_dot_v1_dot_channels__pb2.ConsoleOutput.FromString,
                 _registered_method=True)
+        self.ConsoleLog = channel.unary_stream(
+                '/casemate.v1.Channels/ConsoleLog',
+                request_serializer=casemate__wire_dot_v1_dot_seriallog__pb2.ConsoleLogRequest.SerializeToString,
+                response_deserializer=casemate__wire_dot_v1_dot_seriallog__pb2.ConsoleLogPart.FromString,
+                _registered_method=True)
         self.Forward = channel.stream_stream(
                 '/casemate.v1.Channels/Forward',
                 request_serializer=casemate__wire_dot_v1_dot_channels__pb2.ForwardInput.SerializeToString,
@@ -64,6 +70,13 @@ class ChannelsServicer:
     def Console(self, request_iterator, context):
         """The serial console of an instance, for as long as the caller stays. Several may be there at once: all see the same, and
         whatever one of them types is typed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConsoleLog(self, request, context):
+        """What an instance wrote to its serial console, oldest first, as far as its host has kept it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +110,11 @@ def add_ChannelsServicer_to_server(servicer, server):
                     servicer.Console,
                     request_deserializer=casemate__wire_dot_v1_dot_channels__pb2.ConsoleInput.FromString,
                     response_serializer=casemate__wire_dot_v1_dot_channels__pb2.ConsoleOutput.SerializeToString,
+            ),
+            'ConsoleLog': grpc.unary_stream_rpc_method_handler(
+                    servicer.ConsoleLog,
+                    request_deserializer=casemate__wire_dot_v1_dot_seriallog__pb2.ConsoleLogRequest.FromString,
+                    response_serializer=casemate__wire_dot_v1_dot_seriallog__pb2.ConsoleLogPart.SerializeToString,
             ),
             'Forward': grpc.stream_stream_rpc_method_handler(
                     servicer.Forward,
@@ -142,6 +160,33 @@ class Channels:
             '/casemate.v1.Channels/Console',
             casemate__wire_dot_v1_dot_channels__pb2.ConsoleInput.SerializeToString,
             casemate__wire_dot_v1_dot_channels__pb2.ConsoleOutput.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConsoleLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/casemate.v1.Channels/ConsoleLog',
+            casemate__wire_dot_v1_dot_seriallog__pb2.ConsoleLogRequest.SerializeToString,
+            casemate__wire_dot_v1_dot_seriallog__pb2.ConsoleLogPart.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,6 +6,7 @@ for SSH.
 """
 
 from casemate_wire.v1 import channels_pb2 as _channels_pb2
+from casemate_wire.v1 import seriallog_pb2 as _seriallog_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
@@ -39,6 +40,8 @@ class ChannelsStub:
     """The serial console of an instance, for as long as the caller stays. Several may be there at once: all see the same, and
     whatever one of them types is typed.
     """
+    ConsoleLog: _grpc.UnaryStreamMultiCallable[_seriallog_pb2.ConsoleLogRequest, _seriallog_pb2.ConsoleLogPart]
+    """What an instance wrote to its serial console, oldest first, as far as its host has kept it."""
     Forward: _grpc.StreamStreamMultiCallable[_channels_pb2.ForwardInput, _channels_pb2.ForwardOutput]
     """One connection to a TCP port within an instance, or within one of its pods."""
     Copy: _grpc.StreamStreamMultiCallable[_channels_pb2.CopyInput, _channels_pb2.CopyOutput]
@@ -55,6 +58,8 @@ class ChannelsAsyncStub(ChannelsStub):
     """The serial console of an instance, for as long as the caller stays. Several may be there at once: all see the same, and
     whatever one of them types is typed.
     """
+    ConsoleLog: _aio.UnaryStreamMultiCallable[_seriallog_pb2.ConsoleLogRequest, _seriallog_pb2.ConsoleLogPart]  # type: ignore[assignment]
+    """What an instance wrote to its serial console, oldest first, as far as its host has kept it."""
     Forward: _aio.StreamStreamMultiCallable[_channels_pb2.ForwardInput, _channels_pb2.ForwardOutput]  # type: ignore[assignment]
     """One connection to a TCP port within an instance, or within one of its pods."""
     Copy: _aio.StreamStreamMultiCallable[_channels_pb2.CopyInput, _channels_pb2.CopyOutput]  # type: ignore[assignment]
@@ -74,6 +79,14 @@ class ChannelsServicer(metaclass=_abc_1.ABCMeta):
         """The serial console of an instance, for as long as the caller stays. Several may be there at once: all see the same, and
         whatever one of them types is typed.
         """
+
+    @_abc_1.abstractmethod
+    def ConsoleLog(
+        self,
+        request: _seriallog_pb2.ConsoleLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_seriallog_pb2.ConsoleLogPart], _abc.AsyncIterator[_seriallog_pb2.ConsoleLogPart]]:
+        """What an instance wrote to its serial console, oldest first, as far as its host has kept it."""
 
     @_abc_1.abstractmethod
     def Forward(

@@ -883,11 +883,12 @@ class InstanceStatus(_message.Message):
     """Times that it was started by its host."""
     pods_ready: _builtins.int
     boot: _builtins.str
-    """How far the guest has come: `off`, `firmware` (its QEMU runs, its helper is not heard yet), `userland` (its helper
-    runs), `cloud-init`, `pods`, `up`.
+    """How far the guest has come, by what can be seen of it: `off`; `firmware`: its process runs, and firmware or kernel or
+    what starts after them has not let its helper be heard yet; `userland`: its helper was heard in this boot, and is not
+    connected; `cloud-init`: that is at work; `pods`: they are being started; `up`: all of it is ready.
     """
     cloud_init: _builtins.str
-    """What cloud-init says of itself in the guest: `running`, `done`, `degraded`, `error`, `disabled`."""
+    """What cloud-init says of itself in the guest: `running`, `done` or `error`; unset where the guest runs none."""
     @_builtins.property
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[_meta_pb2.Condition]: ...
     @_builtins.property
