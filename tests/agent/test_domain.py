@@ -200,3 +200,18 @@ def test_text_that_xml_cannot_hold_is_refused_or_shown_as_such() -> None:
         xml_text("a\0b")
     assert plain_words("a\0b\nc", 10) == "a\ufffdb\ufffdc"
     assert plain_words("x" * 50, 10) == "x" * 10
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "golden/domain").glob("*.xml")), ids=lambda p: p.stem
+)
+def test_a_domain_has_the_fewest_devices_that_its_record_needs(path: Path) -> None:
+    """No USB, floppy, CD-ROM, sound, graphics, video, input: each is a way into QEMU, and costs a guest's boot time."""
+    devices = fromstring(path.read_text()).find("devices")
+    assert devices is not None
+    kinds = {device.tag for device in devices} - {"emulator"}
+    assert kinds <= {"disk", "controller", "rng", "interface", "channel", "serial", "console", "memballoon"}
+    assert {disk.get("device") for disk in devices.iterfind("disk")} == {"disk"}
+    assert {target.get("bus") for target in devices.iterfind("disk/target")} == {"virtio"}
+    models = {(c.get("type"), c.get("model")) for c in devices.iterfind("controller")}
+    assert models == {("usb", "none"), ("virtio-serial", None)}

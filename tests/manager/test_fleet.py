@@ -8,20 +8,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from casemate_core.errors import Conflict, InvalidSpec, NotFound
-from casemate_core.spec.environment import Environment, NicSpec
+from casemate_core.spec.environment import Environment, NicSpec, UpdateStrategy
 from casemate_core.spec.fleet import Host, HostSpec, Taint
 from casemate_core.spec.instance import Phase, Run
 from casemate_core.spec.meta import Meta
+from casemate_core.spec.operation import OrderPhase, OrderState, Verb
 from casemate_core.spec.views import Condition
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.commands import (
     ApplyAnswer,
     ApplyResources,
+    Due,
     EndSession,
     Expire,
     HostFacts,
     HostGone,
     HostNote,
+    OperateInstances,
     Turned,
     Welcomed,
 )
@@ -491,12 +494,17 @@ class Fleet(RuleBasedStateMachine):
         name=st.sampled_from("abc"),
         replicas=st.integers(0, 4),
         cpus=st.integers(1, 3),
-        run=st.sampled_from(["started", "stopped"]),
+        run=st.sampled_from(["started", "stopped", "paused"]),
+        strategy=st.sampled_from([None, UpdateStrategy(), UpdateStrategy("all-at-once")]),
+        lifetime_s=st.sampled_from([0, 0, 100]),
         key=st.integers(0, 5),
     )
-    def apply(self, name: str, replicas: int, cpus: int, run: str, key: int) -> None:
+    def apply(
+        self, name: str, replicas: int, cpus: int, run: str, strategy: UpdateStrategy | None, lifetime_s: int, key: int
+    ) -> None:
+        one = environment(name, replicas=replicas, cpus=cpus, run=run, update_strategy=strategy, lifetime_s=lifetime_s)
         try:
-            answer = self.fleet.apply(environment(name, replicas=replicas, cpus=cpus, run=run), key=f"a{key}")
+            answer = self.fleet.apply(one, key=f"a{key}")
         except (Conflict, KeyReused):
             return
         assert self.answers.setdefault(f"a{key}", answer) == answer
@@ -521,6 +529,38 @@ class Fleet(RuleBasedStateMachine):
     @rule(host=st.sampled_from(["h1", "h2"]))
     def obey(self, host: str) -> None:
         self.fleet.obey(host, self.sessions[host])
+
+    @rule(
+        name=st.sampled_from(["a", "a-0", "b", "b-1", "c"]),
+        verb=st.sampled_from(list(Verb)),
+        key=st.integers(0, 9),
+    )
+    def operate(self, name: str, verb: Verb, key: int) -> None:
+        try:
+            self.fleet.do(OperateInstances(f"o{key}", "default", name, verb.value, f"seed-{self.fleet.next()}"))
+        except (Conflict, KeyReused, NotFound):
+            return
+        self.fleet.settle()
+
+    @rule(
+        host=st.sampled_from(["h1", "h2"]),
+        phase=st.sampled_from([OrderPhase.RUNNING, OrderPhase.DONE, OrderPhase.FAILED]),
+        seen=st.sampled_from([Phase.READY, Phase.STOPPED]),
+    )
+    def carry_out(self, host: str, phase: OrderPhase, seen: Phase) -> None:
+        """The host says how far its orders are, and what its instances do, of the present generation."""
+        keep, _ = desired.whole(self.fleet.state, host)
+        states = []
+        for one in keep:
+            order = OrderState(one.order.uid, phase, "", "", 1.0, 2.0) if one.order else None
+            states.append(replace(told(one.uid, seen, one.generation), order=order))
+        self.fleet.tell(host, self.sessions[host], *states)
+
+    @rule(passed_s=st.sampled_from([10.0, 100.0, 1000.0]))
+    def wait(self, passed_s: float) -> None:
+        self.fleet.now_s += passed_s
+        self.fleet.do(Due())
+        self.fleet.settle()
 
     @rule(host=st.sampled_from(["h1", "h2"]), phase=st.sampled_from(list(Phase)))
     def report(self, host: str, phase: Phase) -> None:
@@ -552,6 +592,8 @@ class Fleet(RuleBasedStateMachine):
             "host_placements",
             "macs",
             "pending",
+            "open_keys",
+            "lifetimes",
         ):
             ours = {k: v for k, v in getattr(state, name).items() if v != {}}
             assert ours == {k: v for k, v in getattr(fresh, name).items() if v != {}}, name

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from casemate_core.claims import Claim, HostClaims, verify_claim
 from casemate_core.spec.instance import DesiredInstance, InstanceState, Phase, Run
+from casemate_core.spec.operation import OrderPhase, OrderState
 from casemate_core.topology import Topology
 from casemate_wire.session import HostEnd, Outbox, ProtocolError, Refused
 from casemate_wire.stream import (
@@ -226,7 +227,8 @@ class PlayedHost:
         if wanted is None:
             return InstanceState(uid, 0, Phase.DELETING, claim=claim)
         if uid in self.running:
-            phase = Phase.RUNNING if wanted.run is Run.STARTED else Phase.STOPPING
+            phases = {Run.STARTED: Phase.RUNNING, Run.PAUSED: Phase.PAUSED}
+            phase = phases.get(wanted.run, Phase.STOPPING)
         else:
             phase = Phase.PREPARING if wanted.run is Run.STARTED else Phase.STOPPED
         placement = wanted.placement
@@ -237,6 +239,8 @@ class PlayedHost:
             placement_epoch=placement.epoch,
             placement_generation=placement.generation,
             claim=claim,
+            # a played host has no process and no guest that an order could tell apart: what it is asked is done
+            order=OrderState(wanted.order.uid, OrderPhase.DONE, "", "played") if wanted.order else None,
         )
 
     def _news(self, *uids: str) -> None:
