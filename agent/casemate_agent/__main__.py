@@ -1,7 +1,7 @@
 """The agent's process: the one place that picks real drivers.
 
 ``casemate-agent run`` is a plain foreground process. It ends cleanly on SIGTERM and SIGINT, and leaves every VM running.
-``casemate-agent doctor`` says what the machine lacks.
+``casemate-agent join`` makes this machine a host, once. ``casemate-agent doctor`` says what the machine lacks.
 """
 
 import argparse
@@ -16,8 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+from casemate_agent import enrol
+from casemate_agent import identity as identities
 from casemate_agent.agent import Agent
-from casemate_agent.config import Config, load
+from casemate_agent.config import BadConfig, Config, load
 from casemate_agent.converge import Settings
 from casemate_agent.doctor import command as doctor
 from casemate_agent.drivers.ports import Drivers
@@ -26,16 +28,22 @@ from casemate_agent.ledger import Ledger, Threaded
 from casemate_agent.link import Link
 from casemate_agent.logs import set_up
 from casemate_agent.metrics import FAMILIES, LEDGER_FAILED, LEDGER_S
+from casemate_agent.renewal import Renewal
 from casemate_agent.scrape import AgentMetrics
 from casemate_agent.transport import GrpcTransport, checked_address
-from casemate_core.errors import CallerError, CasemateError
+from casemate_core.errors import CallerError, CasemateError, MachineError
 from casemate_core.metrics import Meter, Rows, with_label
 from casemate_wire import exposition
+from casemate_wire.token import parse
 
 log = logging.getLogger("casemate.agent")
 
 #: File of the state folder that says where metrics are served.
 METRICS_NOTE = "metrics-url"
+#: Folder of the host's identity, inside the state folder.
+IDENTITY = "identity"
+#: Characters that are read of standard input, for tokens.
+MOST_TOKENS = 1 << 22
 
 
 def version() -> str:
@@ -80,17 +88,35 @@ async def run_host(config: Config, name: str, state_dir: Path, scraped: dict[str
 
     with contextlib.closing(Threaded()) as thread:
         ledger = await Ledger.load(MeasuredFiles(state_dir / "ledger", synced), thread)
-        await _run_agent(config, name, ledger, meter, scraped)
+        await _run_agent(config, name, ledger, state_dir / IDENTITY, meter, scraped)
 
 
-async def _run_agent(config: Config, name: str, ledger: Ledger, meter: Meter, scraped: dict[str, AgentMetrics]) -> None:
+def _way(config: Config, name: str, folder: Path, group: asyncio.TaskGroup) -> GrpcTransport | None:
+    """How the manager is dialled; None where there is none."""
+    identity = None if config.insecure_loopback else identities.load(folder)
+    if identity is None:
+        return GrpcTransport(config.manager) if config.manager else None
+    if identity.host != name:
+        raise BadConfig(f"name: this host joined its fleet as {identity.host}, not as {name}")
+
+    async def save(fresh: identities.Identity) -> None:
+        await asyncio.to_thread(identities.save, folder, fresh)
+
+    renewal = Renewal(identity, enrol.renew, save, time.time, Random())
+    group.create_task(renewal.run(), name=f"renewal-{identity.host}")
+    return GrpcTransport(identity.manager, renewal.current)
+
+
+async def _run_agent(
+    config: Config, name: str, ledger: Ledger, folder: Path, meter: Meter, scraped: dict[str, AgentMetrics]
+) -> None:
     async with drivers_of(config, name, meter) as drivers, asyncio.TaskGroup() as group:
         settings = Settings(stop_grace_s=config.stop_grace_s)
         agent = Agent(name, drivers, ledger, time.time, settings, concurrency=config.concurrency, meter=meter)
         group.create_task(agent.run(), name=f"agent-{name}")
         link = None
-        if config.manager:
-            link = Link(agent, GrpcTransport(config.manager), time.time, Random(), version())
+        if (transport := _way(config, name, folder, group)) is not None:
+            link = Link(agent, transport, time.time, Random(), version())
             group.create_task(link.run(), name=f"link-{name}")
         scraped[name] = AgentMetrics(agent, link, version())
 
@@ -109,7 +135,8 @@ async def run(config: Config) -> None:
     if config.manager:
         checked_address(config.manager)
     state_dir = Path(config.state_dir)
-    names = [config.name] if config.hosts == 1 else [f"{config.name}-{number}" for number in range(1, config.hosts + 1)]
+    name = config.name or _joined_name(state_dir / IDENTITY)
+    names = [name] if config.hosts == 1 else [f"{name}-{number}" for number in range(1, config.hosts + 1)]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -136,6 +163,26 @@ async def run(config: Config) -> None:
     log.info("stopped; instances go on")
 
 
+def _joined_name(folder: Path) -> str:
+    """The name under which this host joined. Raises BadConfig."""
+    identity = identities.load(folder)
+    if identity is None:
+        raise BadConfig("name: this host has not joined a fleet (casemate-agent join); say which host it is (--name)")
+    return identity.host
+
+
+async def join(address: str, state_dir: Path, words: list[str], *, each: bool) -> None:
+    """Join by tokens. Raises BadConfig, BadToken, and what `enrol.join` raises."""
+    if not words:
+        raise BadConfig("no token on standard input: pipe what casemate host token create has printed")
+    if len(words) > 1 and not each:
+        raise BadConfig("more than one token on standard input: one host joins once")
+    for token in map(parse, words):
+        where = state_dir / token.host if each else state_dir
+        identity = await enrol.join(token, address, where / IDENTITY)
+        print(f"joined as host {identity.host}; its manager is {identity.manager}", file=sys.stderr)  # noqa: T201
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="casemate-agent", description="Runs the instances of one host.")
@@ -144,7 +191,13 @@ def parser() -> argparse.ArgumentParser:
     run_verb = verbs.add_parser("run", help="run in the foreground")
     run_verb.add_argument("--config", default="", help="TOML file with the settings below; flags go before it")
     run_verb.add_argument("--name", help="name of this host")
-    run_verb.add_argument("--manager", help="host:port of the manager, on loopback")
+    run_verb.add_argument("--manager", help="host:port of a manager on loopback, with --insecure-loopback")
+    run_verb.add_argument(
+        "--insecure-loopback",
+        action="store_true",
+        default=None,
+        help="dial --manager in plain text, without an identity: for development",
+    )
     run_verb.add_argument("--state-dir", help="where the ledger, images and disks are (default /var/lib/casemate)")
     run_verb.add_argument("--run-dir", help="where sockets are (default /run/casemate)")
     run_verb.add_argument("--libvirt-uri", help="libvirt to use (default qemu:///system)")
@@ -164,6 +217,12 @@ def parser() -> argparse.ArgumentParser:
     run_verb.add_argument("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics there, on loopback")
     run_verb.add_argument("--log-format", choices=["console", "json"])
     run_verb.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    join_verb = verbs.add_parser("join", help="make this machine a host of a fleet, by the token on standard input")
+    join_verb.add_argument("--manager", required=True, metavar="HOST:PORT", help="where machines join the fleet")
+    join_verb.add_argument("--state-dir", default=Config().state_dir, help="as for run (default /var/lib/casemate)")
+    join_verb.add_argument(
+        "--each", action="store_true", help="several tokens, each host in a folder of its own: for simulated hosts"
+    )
     doctor.add_parser(verbs)
     return top
 
@@ -175,12 +234,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if verb == "doctor":
             return doctor.main(flags)
-        config = load(flags.pop("config"), flags)
+        if verb == "join":
+            words = sys.stdin.read(MOST_TOKENS).split()
+            asyncio.run(join(flags["manager"], Path(flags["state_dir"]), words, each=flags["each"]))
+            return 0
+        config = load(flags.pop("config"), flags, needs_name=False)
         set_up(config.log_format, config.log_level)
         asyncio.run(run(config))
     except CallerError as error:
         print(f"casemate-agent: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except (MachineError, OSError) as error:
+        print(f"casemate-agent: {error}", file=sys.stderr)  # noqa: T201
+        return 1
     except (CasemateError, ExceptionGroup) as error:
         log.error("%s", error, exc_info=error)
         return 1

@@ -23,12 +23,15 @@ class BadConfig(CallerError):
 class Config:
     """Settings of an agent's process.
 
-    ``name`` is the host's; simulated hosts are numbered after it. ``manager`` is ``host:port`` on loopback; empty: the
-    agent keeps what is on its disk running, and is told nothing new.
+    ``name`` is the host's; simulated hosts are numbered after it. A host that has joined knows its name and its manager.
+    ``manager`` is ``host:port`` on loopback, dialled in plain text, with ``insecure_loopback`` alone. With neither, the agent
+    keeps what is on its disk running, and is told nothing new.
     """
 
     name: str = ""
     manager: str = ""
+    #: Plain text, without an identity, to a manager on loopback: for development.
+    insecure_loopback: bool = False
     state_dir: str = "/var/lib/casemate"
     run_dir: str = "/run/casemate"
     libvirt_uri: str = "qemu:///system"
@@ -77,9 +80,14 @@ def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Con
         if name not in kinds:
             raise BadConfig(f"{name}: there is no such setting; there are {', '.join(sorted(kinds))}")
         right = isinstance(value, kinds[name]) or (kinds[name] is float and isinstance(value, int))
-        if not right or isinstance(value, bool):
+        if not right or (isinstance(value, bool) and kinds[name] is not bool):
             raise BadConfig(f"{name}: expected {kinds[name].__name__}, got {value!r}")
     config = replace(Config(), **given)
+    if config.manager and not config.insecure_loopback:
+        raise BadConfig(
+            "manager: a host that has joined (casemate-agent join) knows its manager; another is dialled in plain text, on"
+            " loopback, with insecure_loopback (--insecure-loopback)"
+        )
     if needs_name and not config.name:
         raise BadConfig("name: say which host this is (--name)")
     if not all(isinstance(folder, str) and folder.startswith("/") for folder in config.image_folders):

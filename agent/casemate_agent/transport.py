@@ -1,19 +1,23 @@
 """How an agent reaches its manager: a port, and its gRPC form.
 
 What may live here: streams of values. The protocol on them is :mod:`casemate_wire.session`; who dials and when is
-:mod:`casemate_agent.link`. Only loopback addresses are dialled as long as there is no TLS.
+:mod:`casemate_agent.link`. With an identity it is TLS 1.3 with the host's certificate; plain text is spoken on loopback
+alone.
 """
 
 import ipaddress
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from casemate_core.errors import CallerError, Unavailable
 from casemate_wire.channel import Frame
 from casemate_wire.stream import FromHost, ToHost
+from casemate_wire.tls import TARGET_NAME
 
 if TYPE_CHECKING:
     import grpc.aio
+
+    from casemate_agent.identity import Identity
 
 Out = TypeVar("Out", contravariant=True)
 In = TypeVar("In", covariant=True)
@@ -77,40 +81,62 @@ def checked_address(address: str) -> str:
 
 
 class GrpcTransport:
-    """Dials a manager by gRPC, plain text, loopback only."""
+    """Dials a manager by gRPC: as the host that ``identity`` gives, or in plain text, on loopback only.
 
-    def __init__(self, address: str) -> None:
+    A certificate that was renewed is shown from the next session on; channels beside a session go with its connection.
+    """
+
+    def __init__(self, address: str, identity: "Callable[[], Awaitable[Identity]] | None" = None) -> None:
+        self._address = address if identity else checked_address(address)
+        self._identity = identity
+        self._shown: Identity | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    async def _dialled(self) -> "grpc.aio.Channel":
+        """The connection for a new session."""
         import grpc.aio  # takes 200 ms: only for who dials
 
-        self._channel = grpc.aio.insecure_channel(
-            checked_address(address),
-            options=[
-                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                # we make our own jitter between sessions; gRPC's back-off must not add to it
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 500),
-                ("grpc.use_local_subchannel_pool", 1),
-            ],
-        )
+        options = [
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            # we make our own jitter between sessions; gRPC's back-off must not add to it
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 500),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        if self._identity is None:
+            if self._channel is None:
+                self._channel = grpc.aio.insecure_channel(self._address, options=options)
+            return self._channel
+        identity = await self._identity()
+        if self._channel is None or identity is not self._shown:
+            await self.close()
+            credentials = grpc.ssl_channel_credentials(
+                identity.roots.encode(), identity.key.encode(), identity.certificate.encode()
+            )
+            self._channel = grpc.aio.secure_channel(self._address, credentials, options=[*options, TARGET_NAME])
+            self._shown = identity
+        return self._channel
 
     async def session(self) -> Stream[FromHost, ToHost]:
         from casemate_wire.codec.hosts import from_host_to_wire, to_host_from_wire
         from casemate_wire.v1.hosts_pb2_grpc import HostLinkStub
 
-        call = HostLinkStub(self._channel).Session()
+        call = HostLinkStub(await self._dialled()).Session()
         return _GrpcStream(call, from_host_to_wire, to_host_from_wire)
 
     async def channel(self) -> Stream[Frame, Frame]:
         from casemate_wire.codec.channels import frame_from_wire, frame_to_wire
         from casemate_wire.v1.hosts_pb2_grpc import HostLinkStub
 
-        call = HostLinkStub(self._channel).Channel()
+        call = HostLinkStub(self._channel or await self._dialled()).Channel()
         return _GrpcStream(call, frame_to_wire, frame_from_wire)
 
     async def close(self) -> None:
-        await self._channel.close()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
 
 
 class _GrpcStream:

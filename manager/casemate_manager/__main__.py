@@ -26,6 +26,8 @@ log = logging.getLogger("casemate.manager")
 
 #: File of the state folder that says where metrics are served.
 METRICS_NOTE = "metrics-url"
+#: Folder of the authorities' keys, inside the state folder.
+AUTHORITIES = "authorities"
 #: Exit codes: what was asked has no meaning, or the machine does not do it.
 USAGE, FAILED = 2, 1
 
@@ -55,7 +57,19 @@ def main() -> None:
 @main.command()
 @click.option("--config", default="", metavar="FILE", help="Settings as TOML; flags go before them.")
 @click.option("--state-dir", metavar="DIR", help="Folder of the store.  [default: /var/lib/casemate-manager]")
-@click.option("--listen", metavar="HOST:PORT", help="Where to listen; loopback only.  [default: 127.0.0.1:7443]")
+@click.option("--listen", metavar="HOST:PORT", help="Where to listen.  [default: 127.0.0.1:7443]")
+@click.option(
+    "--listen-enrolment", metavar="HOST:PORT", help="Where machines join the fleet.  [default: the port after --listen]"
+)
+@click.option(
+    "--names", metavar="NAMES", help="Names and addresses for the certificate, beside the one that agents check."
+)
+@click.option(
+    "--insecure-loopback",
+    is_flag=True,
+    default=None,
+    help="Plain text, without identities, on loopback only: for development.",
+)
 @click.option(
     "--default-subnet",
     metavar="CIDR",
@@ -82,8 +96,36 @@ def serve(config: str, **flags: Any) -> None:
         sys.exit(FAILED)
 
 
+@main.command()
+@click.argument("name", default="admin")
+@click.option(
+    "--state-dir", metavar="DIR", default=Config().state_dir, show_default=True, help="Folder of the manager."
+)
+@click.option(
+    "--manager", metavar="HOST:PORT", default="127.0.0.1:7443", show_default=True, help="Address to write down."
+)
+@click.option("--out", metavar="FILE", required=True, help="File of contexts to write, for CASEMATE_CONFIG; mode 0600.")
+@click.option("--days", type=click.IntRange(1, 365), default=90, show_default=True, help="Life of the certificate.")
+def operator(name: str, state_dir: str, manager: str, out: str, days: int) -> None:
+    """Make a user's certificate with the keys in the manager's folder.
+
+    For the first operator of a fleet, and for one who has lost his: who reads that folder is the fleet's owner. NAME is the
+    user's (admin where none is given). The manager need not run.
+    """
+    from casemate_manager.operator import write_context
+
+    try:
+        write_context(Path(state_dir) / AUTHORITIES, name, manager, Path(out), days, time.time())
+    except CasemateError as error:
+        click.echo(f"casemate-manager: {error}", err=True)
+        sys.exit(FAILED)
+    click.echo(f"certificate of user {name} for {days} days in {out}", err=True)
+
+
 async def _serve(settings: Config) -> None:
+    from casemate_manager.api.tls import ServerTls
     from casemate_manager.app import running
+    from casemate_manager.authority import Authorities
     from casemate_manager.store.sqlite import SqliteStore
 
     state_dir = Path(settings.state_dir)
@@ -93,6 +135,10 @@ async def _serve(settings: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    tls = None
+    if not settings.insecure_loopback:
+        authorities = Authorities(state_dir / AUTHORITIES, time.time())
+        tls = ServerTls(authorities, filter(None, settings.names.split(",")), time.time)
     try:
         async with running(
             SqliteStore(state_dir / "fleet.db"),
@@ -103,13 +149,16 @@ async def _serve(settings: Config) -> None:
             default_subnet=settings.default_subnet,
             metrics_listen=settings.metrics_listen,
             metrics_note=state_dir / METRICS_NOTE,
+            tls=tls,
+            listen_enrolment=settings.listen_enrolment,
         ) as manager:
             gc.freeze()  # what was loaded lives as long as the process: no collector need look at it
             log.info(
                 "epoch %d, revision %d, listening on %s",
                 manager.writer.epoch,
                 manager.writer.state.revision,
-                f"{settings.listen.rpartition(':')[0]}:{manager.port}",
+                f"{settings.listen.rpartition(':')[0]}:{manager.port}"
+                + (f"; machines join on port {manager.enrolment_port}" if tls else ", in plain text"),
             )
             waits = [asyncio.create_task(stop.wait()), asyncio.create_task(manager.failed.wait())]
             try:

@@ -17,11 +17,13 @@ from casemate_core.spec.fleet import Network, NetworkSpec
 from casemate_core.spec.meta import Meta
 from casemate_manager.api import server
 from casemate_manager.api.channels import ChannelsService
+from casemate_manager.api.enrolment import Joining
 from casemate_manager.api.feed import Feed
 from casemate_manager.api.gate import Authenticate, Gate, actor, by_certificate
 from casemate_manager.api.hostlink import Channels, HostLink
 from casemate_manager.api.metrics import ManagerMetrics
 from casemate_manager.api.service import FleetService
+from casemate_manager.api.tls import ServerTls
 from casemate_manager.api.why import PlacerWhy
 from casemate_manager.fleet.acts import Actor, By
 from casemate_manager.fleet.commands import Answer, ApplyResources, Command
@@ -99,6 +101,7 @@ class Manager:
         sessions: Sessions,
         grpc_server: grpc.aio.Server,
         port: int,
+        enrolment_port: int,
         metrics: ManagerMetrics,
     ) -> None:
         self.writer = writer
@@ -110,6 +113,8 @@ class Manager:
         self.metrics = metrics
         #: Where metrics are served; empty: nowhere.
         self.metrics_url = ""
+        #: The port at which machines enrol; 0 without TLS.
+        self.enrolment_port = enrolment_port
         #: Set when it must end, for another manager leads or the writer failed.
         self.failed = asyncio.Event()
 
@@ -127,10 +132,16 @@ async def running(
     authenticate: Authenticate | None = None,
     metrics_listen: str = "",
     metrics_note: Path | None = None,
+    tls: ServerTls | None = None,
+    listen_enrolment: str = "127.0.0.1:0",
     trace: Callable[[str], None] = lambda step: None,
 ) -> AsyncIterator[Manager]:
-    """Run a manager while the context is open. Raises what opening the store and the port raise."""
-    server.check_loopback(listen)
+    """Run a manager while the context is open. Raises what opening the store and the port raise.
+
+    Without ``tls`` it speaks plain text, on loopback only.
+    """
+    if tls is None:
+        server.check_loopback(listen)
     rules = rules or make_rules()
     writer = Writer(store, rules, clock, seed, trace=trace)
     await writer.open()
@@ -145,10 +156,13 @@ async def running(
         service = FleetService(core, channels, why, version, seed)
         sides = ChannelsService(core, channels)
         gate = Gate(lambda: writer.state, authenticate or by_certificate, core.denied, clock, seed, rules.admins)
-        grpc_server, port = await server.serve(listen, service, sides, HostLink(sessions), gate)
+        joining = Joining(core.submit, lambda: writer.state, tls, clock, seed) if tls is not None else None
+        grpc_server, port = await server.serve(
+            listen, service, sides, HostLink(sessions), gate, joining, listen_enrolment
+        )
         warming = asyncio.create_task(why.keep_warm(lambda: (core.state, core.observed)), name="why-warm")
         metrics = ManagerMetrics(writer, sessions, core.feed, version)
-        manager = Manager(writer, core, sessions, grpc_server, port, metrics)
+        manager = Manager(writer, core, sessions, grpc_server, port, joining.enrolment_port if joining else 0, metrics)
         work.add_done_callback(lambda _: manager.failed.set())
         try:
             async with exposition.noted(metrics_listen, metrics.rows, metrics_note) as manager.metrics_url:

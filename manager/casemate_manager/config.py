@@ -21,6 +21,12 @@ class Config:
 
     state_dir: str = "/var/lib/casemate-manager"
     listen: str = "127.0.0.1:7443"
+    #: Where machines enrol; ``""``: the port after that of ``listen``.
+    listen_enrolment: str = ""
+    #: Names and addresses of this manager besides the one that agents check, with commas between them.
+    names: str = "localhost,127.0.0.1,::1"
+    #: Plain text instead of TLS, on loopback: for development.
+    insecure_loopback: bool = False
     default_subnet: str = "10.99.0.0/16"
     #: Where Prometheus finds metrics, HOST:PORT on loopback; empty: nowhere. Port 0 takes a free one.
     metrics_listen: str = ""
@@ -41,9 +47,17 @@ def load(path: str, flags: Mapping[str, Any]) -> Config:
     for name, value in given.items():
         if name not in names:
             raise BadConfig(f"{shown(name)}: there is no such setting; there are {', '.join(names)}")
-        if not isinstance(value, str):
+        if name == "insecure_loopback":
+            if not isinstance(value, bool):
+                raise BadConfig(f"{name}: expected true or false, got {shown(value)}")
+        elif not isinstance(value, str):
             raise BadConfig(f"{name}: expected text, got {shown(value)}")
     for name, words in (("log_format", ("console", "json")), ("log_level", ("debug", "info", "warning", "error"))):
         if given.get(name, words[0]) not in words:
             raise BadConfig(f"{name}: {shown(given[name])} is none of {', '.join(words)}")
-    return replace(Config(), **given)
+    config = replace(Config(), **given)
+    if not config.listen_enrolment:
+        host, _, port = config.listen.rpartition(":")
+        if port.isdecimal():
+            config = replace(config, listen_enrolment=f"{host}:{int(port) + 1 if int(port) else 0}")
+    return config

@@ -65,9 +65,19 @@ def pin_of(certificate: x509.Certificate) -> str:
     return hashlib.sha256(certificate.public_bytes(Encoding.DER)).hexdigest()
 
 
+def name_of(certificate: x509.Certificate) -> str:
+    """Common name of a certificate's subject."""
+    return str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+
+
 def pem(*certificates: x509.Certificate) -> bytes:
     """Certificates as PEM, one after the other."""
     return b"".join(c.public_bytes(Encoding.PEM) for c in certificates)
+
+
+def der(certificate: x509.Certificate) -> bytes:
+    """A certificate as DER."""
+    return certificate.public_bytes(Encoding.DER)
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -197,7 +207,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _as_authority(builder: x509.CertificateBuilder, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    return builder.add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True).add_extension(
+    return builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True).add_extension(
         _usage(signs=True), critical=True
     )
 

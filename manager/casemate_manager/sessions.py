@@ -77,11 +77,20 @@ class Stream(Protocol[In, Out]):
     async def send(self, message: Out) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a stream's certificate says that the host is, and SHA-256 of its key. None on plain text."""
+
+    host: str
+    key: str
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One stream of a host."""
 
     end: ManagerEnd
+    identity: Identity | None = None
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     measurement: Measurement | None = None
 
@@ -119,6 +128,8 @@ class Channel:
         self._stream: Stream[Frame, Frame] | None = None
         self._dialled = asyncio.Event()
         self.ended = asyncio.Event()
+        #: The host that was asked to dial.
+        self.host = ""
 
     def dialled(self, stream: Stream[Frame, Frame]) -> None:
         """The agent is there."""
@@ -190,9 +201,10 @@ class Sessions:
 
     # --- one stream ---------------------------------------------------------------------------------------------------
 
-    async def serve(self, stream: Stream[FromHost, ToHost]) -> None:
-        """Serve a host's stream until either end closes it."""
-        session = Session(ManagerEnd(self._writer.epoch, window=self._window, reconnect_window_s=RECONNECT_WINDOW_S))
+    async def serve(self, stream: Stream[FromHost, ToHost], identity: Identity | None = None) -> None:
+        """Serve a host's stream until either end closes it. ``identity`` is what its certificate says."""
+        end = ManagerEnd(self._writer.epoch, window=self._window, reconnect_window_s=RECONNECT_WINDOW_S)
+        session = Session(end, identity)
         self._streams[session] = None
         reader = asyncio.create_task(self._read(session, stream), name="host-session-reader")
         reason = "the stream was cut"
@@ -260,13 +272,19 @@ class Sessions:
             session.woken.set()
 
     async def _admit(self, session: Session, hello: Hello) -> None:
+        identity = session.identity
+        if identity is not None and identity.host != hello.host:
+            # Who it is says the certificate alone; a Hello that says otherwise is a defect or an attack.
+            log.warning("host %s says that it is %s", identity.host, hello.host)
+            session.end.reject("OtherHost", f"the certificate is that of host {identity.host}", -1.0)
+            return
         if self._queued >= QUEUED:
             session.end.reject("Busy", "too many hosts dial at once", RECONNECT_WINDOW_S)
             return
         self._queued += 1
         try:
             async with self._admission:
-                answer = await self._writer.submit(HostHello(hello, self._seed()))
+                answer = await self._writer.submit(HostHello(hello, self._seed(), identity.key if identity else None))
         finally:
             self._queued -= 1
         if session.end.closed:
@@ -321,6 +339,7 @@ class Sessions:
         channel = Channel()
         self._tickets[ticket] = channel
         try:
+            channel.host = host
             session.end.open_channel(OpenChannel(ticket, kind, instance_uid, parameters))
             session.woken.set()
             await channel.wait_dialled(TICKET_S)
@@ -329,13 +348,13 @@ class Sessions:
             self._tickets.pop(ticket, None)
             channel.ended.set()
 
-    async def serve_channel(self, stream: Stream[Frame, Frame]) -> None:
+    async def serve_channel(self, stream: Stream[Frame, Frame], identity: Identity | None = None) -> None:
         """Serve a stream that an agent dialled with a ticket, until the asker is done."""
         async with asyncio.timeout(TICKET_S):
             first = await stream.receive()
         # Popped: a ticket is good once.
         channel = self._tickets.pop(first.ticket, None) if isinstance(first, Ticket) else None
-        if channel is None:
+        if channel is None or (identity is not None and identity.host != channel.host):
             raise ProtocolError("no such ticket, or it was used, or its time is over")
         channel.dialled(stream)
         await channel.ended.wait()

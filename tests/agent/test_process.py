@@ -47,7 +47,17 @@ def agent(*arguments: str) -> list[str]:
 
 @pytest.mark.parametrize("manager", ["192.0.2.1:7443", "manager.example:7443"])
 def test_it_does_not_dial_beyond_loopback(tmp_path: Path, manager: str) -> None:
-    flags = ["--name", "h", "--simulated", LINE, "--state-dir", str(tmp_path), "--manager", manager]
+    flags = [
+        "--name",
+        "h",
+        "--simulated",
+        LINE,
+        "--state-dir",
+        str(tmp_path),
+        "--manager",
+        manager,
+        "--insecure-loopback",
+    ]
     ended = subprocess.run(agent("run", *flags), capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
     assert "only a loopback address" in ended.stderr
@@ -57,7 +67,9 @@ def test_it_does_not_dial_beyond_loopback(tmp_path: Path, manager: str) -> None:
 def test_it_ends_cleanly_when_it_is_asked_to(tmp_path: Path) -> None:
     flags = ["--name", "h", "--simulated", LINE, "--hosts", "3", "--state-dir", str(tmp_path), "--log-format", "json"]
     # a port on which nobody listens: the link is in its back-off
-    process = subprocess.Popen(agent("run", *flags, "--manager", "127.0.0.1:1"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        agent("run", *flags, "--manager", "127.0.0.1:1", "--insecure-loopback"), stderr=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     try:
         line = process.stderr.readline()

@@ -135,6 +135,8 @@ class SmallFleet:
             self.state.hosts,
             self.state.inventories,
             self.state.requests,
+            self.state.tokens,
+            self.state.enrolments,
             self.state.images,
             self.state.networks,
             self.state.policies,

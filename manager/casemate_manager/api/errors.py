@@ -34,6 +34,8 @@ _CODES: dict[str, int] = {
     "RateLimited": code_pb2.RESOURCE_EXHAUSTED,
     "PermissionDenied": code_pb2.PERMISSION_DENIED,
     "Unauthenticated": code_pb2.UNAUTHENTICATED,
+    "TokenRefused": code_pb2.PERMISSION_DENIED,
+    "NotEnrolled": code_pb2.PERMISSION_DENIED,
 }
 
 

@@ -7,7 +7,10 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from casemate_core.errors import CallerError
-from casemate_manager.sessions import Channel, Sessions
+from casemate_manager.api.peer import Host, Nobody, peer_of
+from casemate_manager.pki import key_id_of
+from casemate_manager.sessions import Channel, Identity, Sessions
+from casemate_wire.channel import Frame
 from casemate_wire.codec.channels import frame_from_wire, frame_to_wire
 from casemate_wire.codec.hosts import from_host_from_wire, to_host_to_wire
 from casemate_wire.v1 import hosts_pb2 as pb
@@ -35,6 +38,18 @@ class _Stream(Generic[In, Out]):
         await self._context.write(self._encode(message))
 
 
+async def _identity(context: Context) -> Identity | None:
+    """Whom the caller's certificate names; ends the call of who is no host. None on plain text."""
+    match peer_of(context):
+        case Host(name, certificate):
+            return Identity(name, key_id_of(certificate))
+        case Nobody(secure=False):
+            return None
+        case _:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this service is for hosts, by their certificate")
+            raise AssertionError("abort returned")
+
+
 class HostLink(hosts_pb2_grpc.HostLinkServicer):
     """casemate.host.v1.HostLink."""
 
@@ -46,14 +61,15 @@ class HostLink(hosts_pb2_grpc.HostLinkServicer):
         self, request_iterator: AsyncIterator[pb.FromHost], context: Context
     ) -> None:
         """The host's stream, for as long as the agent lives."""
-        await self._sessions.serve(_Stream(context, from_host_from_wire, to_host_to_wire))
+        await self._sessions.serve(_Stream(context, from_host_from_wire, to_host_to_wire), await _identity(context))
 
     async def Channel(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ChannelFrame], context: Context
     ) -> None:
         """A side stream, opened with a ticket."""
         try:
-            await self._sessions.serve_channel(_Stream(context, frame_from_wire, frame_to_wire))
+            stream: _Stream[Frame, Frame] = _Stream(context, frame_from_wire, frame_to_wire)
+            await self._sessions.serve_channel(stream, await _identity(context))
         except CallerError as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except TimeoutError:

@@ -1,4 +1,8 @@
-"""The gRPC server: services, health, reflection, limits. Loopback only, until there is mutual TLS."""
+"""The gRPC server: services, health, reflection, limits, ports.
+
+Two ports with TLS: one that asks for a certificate, for hosts' streams and operators, and one that does not, where machines
+that have none yet enrol. Without TLS there is one port, on loopback, and only where that was asked for in words.
+"""
 
 import ipaddress
 from collections.abc import Sequence
@@ -9,11 +13,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from casemate_core.errors import InvalidSpec, Unavailable, Violation, shown
+from casemate_manager.api.enrolment import EnrolmentService, HostAccess, Joining
 from casemate_wire.v1 import (
     channels_pb2,
     channels_pb2_grpc,
+    enrolment_pb2,
+    enrolment_pb2_grpc,
     hosts_pb2,
     hosts_pb2_grpc,
+    join_pb2,
+    join_pb2_grpc,
     operators_pb2,
     operators_pb2_grpc,
 )
@@ -34,7 +43,7 @@ OPTIONS: Final[Sequence[tuple[str, Any]]] = (
 
 
 def check_loopback(address: str) -> str:
-    """``address`` as HOST:PORT of loopback. Raises InvalidSpec: nothing else is listened on without mutual TLS."""
+    """``address`` as HOST:PORT of loopback. Raises InvalidSpec: nothing else is listened on in plain text."""
     host, separator, port = address.rpartition(":")
     try:
         good = bool(separator) and ipaddress.ip_address(host.strip("[]")).is_loopback and 0 <= int(port) <= 65535
@@ -47,9 +56,23 @@ def check_loopback(address: str) -> str:
                     "listen",
                     shown(address),
                     "is not a loopback address",
-                    "write 127.0.0.1:7443; other addresses need TLS",
+                    "write 127.0.0.1:7443; other addresses need TLS: leave out --insecure-loopback",
                 ),
             )
+        )
+    return address
+
+
+def check_address(name: str, address: str) -> str:
+    """``address`` as HOST:PORT. Raises InvalidSpec."""
+    host, separator, port = address.rpartition(":")
+    try:
+        good = bool(separator) and 0 <= int(port) <= 65535 and ipaddress.ip_address(host.strip("[]")) is not None
+    except ValueError:
+        good = host == "localhost" and port.isdecimal() and int(port) <= 65535
+    if not good:
+        raise InvalidSpec(
+            (Violation(name, shown(address), "is not ADDRESS:PORT", "write 0.0.0.0:7443, [::]:7443 or the like"),)
         )
     return address
 
@@ -60,8 +83,13 @@ async def serve(
     channels: channels_pb2_grpc.ChannelsServicer,
     hosts: hosts_pb2_grpc.HostLinkServicer,
     gate: grpc.aio.ServerInterceptor,
+    joining: Joining | None = None,
+    enrolment_address: str = "",
 ) -> tuple[grpc.aio.Server, int]:
-    """A started server, all services behind the gate, and the port it listens on. Raises Unavailable where the port is taken."""
+    """A started server, all services behind the gate, and the port it listens on. Raises Unavailable where a port is taken.
+
+    ``joining``: with TLS, and machines enrol at ``enrolment_address``. None: plain text, on loopback only.
+    """
     server = grpc.aio.server(options=OPTIONS, interceptors=[gate])
     operators_pb2_grpc.add_FleetServicer_to_server(fleet, server)
     channels_pb2_grpc.add_ChannelsServicer_to_server(channels, server)
@@ -71,14 +99,26 @@ async def serve(
         channels_pb2.DESCRIPTOR.services_by_name["Channels"].full_name,
         hosts_pb2.DESCRIPTOR.services_by_name["HostLink"].full_name,
     ]
+    if joining is not None:
+        enrolment_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentService(joining), server)
+        join_pb2_grpc.add_HostAccessServicer_to_server(HostAccess(joining), server)
+        names.append(enrolment_pb2.DESCRIPTOR.services_by_name["Enrolment"].full_name)
+        names.append(join_pb2.DESCRIPTOR.services_by_name["HostAccess"].full_name)
     checks = health.aio.HealthServicer()
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    listening = address
     try:
-        port = server.add_insecure_port(check_loopback(address))
+        if joining is None:
+            port = server.add_insecure_port(check_loopback(address))
+        else:
+            port = server.add_secure_port(check_address("listen", address), joining.tls.mutual())
+            listening = check_address("listen_enrolment", enrolment_address)
+            joining.enrolment_port = server.add_secure_port(listening, joining.tls.enrolment())
+            joining.session_port = port
     except RuntimeError as error:
-        raise Unavailable(f"cannot listen on {shown(address)}: is the port taken? ({shown(str(error))})") from None
+        raise Unavailable(f"cannot listen on {shown(listening)}: is the port taken? ({shown(str(error))})") from None
     await server.start()
     return server, port

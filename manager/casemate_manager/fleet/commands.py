@@ -4,14 +4,15 @@ Order of a batch's parts, kept by :mod:`casemate_manager.writer`: records are co
 watchers and sessions hear of it. Sightings are in memory and need no commit.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment
-from casemate_core.spec.fleet import Host, Image, Network, Policy
+from casemate_core.spec.fleet import Host, Image, Network, Policy, Taint
 from casemate_core.spec.views import Change, ObjectRef
 from casemate_manager.fleet.observed import Sighting
-from casemate_manager.fleet.records import RecordChange
+from casemate_manager.fleet.records import NO_LIMITS, HostLimits, RecordChange, TokenRecord
 from casemate_wire.stream import Facts, Hello, HostEvent, Inventory, Outcome
 
 Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding
@@ -58,10 +59,11 @@ class OperateInstances:
 
 @dataclass(frozen=True, slots=True)
 class HostHello:
-    """A host dialled."""
+    """A host dialled. ``key`` names the key of its certificate; None on plain text, where nobody has one."""
 
     hello: Hello
     seed: str
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,55 @@ class HostGone:
 
 
 @dataclass(frozen=True, slots=True)
+class CreateToken:
+    """Let a machine become ``host``. ``digest`` is SHA-256 of the secret that its holder is given."""
+
+    token: str
+    host: str
+    digest: str
+    life_s: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+    taints: tuple[Taint, ...] = ()
+    limits: HostLimits = NO_LIMITS
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeToken:
+    """Take a token back."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class UseToken:
+    """A machine with the key ``key`` wants to become the host that its token names; see `RenewEnrolment`."""
+
+    token: str
+    secret: str = field(repr=False)
+    key: str
+    authority: str
+    expires_s: float
+    seed: str
+
+
+@dataclass(frozen=True, slots=True)
+class RenewEnrolment:
+    """A host asks for a certificate for its key; ``authority`` would sign it, until ``expires_s``."""
+
+    host: str
+    key: str
+    authority: str
+    expires_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeHost:
+    """End a host's identity."""
+
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Advance:
     """Do a bounded part of the work that follows from the records: make, place, end instances."""
 
@@ -126,6 +177,11 @@ Command = (
     | HostFacts
     | HostNote
     | HostGone
+    | CreateToken
+    | RevokeToken
+    | UseToken
+    | RenewEnrolment
+    | RevokeHost
     | Advance
     | Due
     | Expire
@@ -190,13 +246,36 @@ class Turned:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenMade:
+    """The token as it is now."""
+
+    record: TokenRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """The machine is this host, and may have a certificate."""
+
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """The host's identity has ended."""
+
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Advanced:
     """``again``: there may be more to do now."""
 
     again: bool
 
 
-Answer = ApplyAnswer | DeleteAnswer | OperateAnswer | Welcomed | Turned | Advanced | None
+Answer = (
+    ApplyAnswer | DeleteAnswer | OperateAnswer | Welcomed | Turned | TokenMade | Enrolled | Revoked | Advanced | None
+)
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------

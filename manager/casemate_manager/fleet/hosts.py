@@ -25,6 +25,7 @@ from casemate_manager.fleet.commands import (
     Welcomed,
 )
 from casemate_manager.fleet.draft import Draft, instance_ref, make_uid
+from casemate_manager.fleet.enrolment import beyond, refused
 from casemate_manager.fleet.observed import (
     CapacityChanged,
     ForgetInstance,
@@ -54,6 +55,11 @@ def hello(state: State, observed: Observed, command: HostHello, now_s: float) ->
     known = state.hosts.get(message.host)
     seen = observed.host(message.host)
     ref = _host_ref(known, message.host)
+    if command.key is not None:
+        # On plain text (loopback, by an explicit flag) nobody has a key; there whoever dials is on this machine.
+        enrolment = state.enrolments.get(message.host)
+        if why := refused(enrolment, command.key):
+            return Batch(answer=Turned("NotEnrolled", why, -1.0))
     if known is not None and known.held:
         return Batch(answer=Turned("Held", f"the host is held: {known.held}", -1.0))
     verdict = admit(known.session if known else 0, seen.connected, message.session)
@@ -122,6 +128,12 @@ def inventory(state: State, observed: Observed, command: HostInventory, now_s: f
         return Batch()
     draft = Draft(state, observed, now_s)
     told = command.inventory
+    enrolment = state.enrolments.get(command.host)
+    if enrolment is not None and (more := beyond(enrolment.limits, told.topology)):
+        message = f"the host tells of {more}: its inventory is not taken"
+        draft.event(_host_ref(state.hosts[command.host], command.host), "BeyondEnrolment", message, warning=True)
+        draft.effects.append(EndSession(command.host, command.session, "BeyondEnrolment", message, -1.0))
+        return draft.batch()
     known = state.inventories.get(command.host)
     if known is None or known.digest != told.digest or known.topology != told.topology:
         draft.put(InventoryRecord(command.host, told.digest, told.topology))

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Final, assert_never
 
 from casemate_manager.access import grants_of
-from casemate_manager.fleet import acts, advance, due, hosts, objects, operations
+from casemate_manager.fleet import acts, advance, due, enrolment, hosts, objects, operations
 from casemate_manager.fleet.acts import By
 from casemate_manager.fleet.commands import (
     Advance,
     ApplyResources,
     Batch,
     Command,
+    CreateToken,
     DeleteResource,
     Due,
     Expire,
@@ -24,6 +25,10 @@ from casemate_manager.fleet.commands import (
     HostInventory,
     HostNote,
     OperateInstances,
+    RenewEnrolment,
+    RevokeHost,
+    RevokeToken,
+    UseToken,
 )
 from casemate_manager.fleet.draft import MAX_RECORDS, Draft
 from casemate_manager.fleet.objects import ObjectRules
@@ -80,6 +85,16 @@ def apply(state: State, observed: Observed, command: Command | By, now_s: float,
             return hosts.note(state, observed, command, now_s)
         case HostGone():
             return hosts.gone(state, observed, command, now_s)
+        case CreateToken():
+            return enrolment.create_token(state, observed, command, now_s)
+        case RevokeToken():
+            return enrolment.revoke_token(state, observed, command, now_s)
+        case UseToken():
+            return enrolment.use_token(state, observed, command, now_s)
+        case RenewEnrolment():
+            return enrolment.renew(state, observed, command, now_s)
+        case RevokeHost():
+            return enrolment.revoke_host(state, observed, command, now_s)
         case Advance():
             return advance.advance(state, observed, now_s, rules.placer)
         case Due():

@@ -455,4 +455,6 @@ def _refuse_host(draft: Draft, name: str) -> None:
         raise Conflict(f"host {name} is connected: stop its agent first")
     if name in draft.state.inventories:
         draft.drop("Inventory", name)
+    if name in draft.state.enrolments:
+        draft.drop("Enrolment", name)
     draft.sightings += [ForgetHost(name), CapacityChanged()]

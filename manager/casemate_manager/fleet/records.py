@@ -12,7 +12,7 @@ from typing import Any, Final
 from casemate_core.claims import Claim
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
-from casemate_core.spec.fleet import Host, Image, Network, Policy
+from casemate_core.spec.fleet import Host, Image, Network, Policy, Taint
 from casemate_core.spec.instance import Nic
 from casemate_core.spec.meta import Meta
 from casemate_core.spec.views import EventView
@@ -133,6 +133,52 @@ class RequestRecord:
     answer: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class HostLimits:
+    """The most that a host may have, as it was enrolled; 0: no limit."""
+
+    threads: int = 0
+    memory_mib: int = 0
+    gpus: int = 0
+
+
+NO_LIMITS: Final = HostLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """What lets one machine become the host ``host``, once. ``digest`` is SHA-256 of its secret, which is not kept.
+
+    ``key`` names the key that used it; ``used_s`` and ``revoked_s`` are 0 where it was not.
+    """
+
+    token: str
+    host: str
+    digest: str
+    created_s: float
+    expires_s: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+    taints: tuple[Taint, ...] = ()
+    limits: HostLimits = NO_LIMITS
+    used_s: float = 0.0
+    key: str = ""
+    revoked_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolmentRecord:
+    """The key (SHA-256 of it) that is a host. ``authority`` (its pin) signed the last certificate, good until ``expires_s``."""
+
+    host: str
+    key: str
+    since_s: float
+    renewed_s: float
+    expires_s: float
+    authority: str = ""
+    revoked_s: float = 0.0
+    limits: HostLimits = NO_LIMITS
+
+
 Record = (
     EnvironmentRecord
     | RevisionRecord
@@ -142,6 +188,8 @@ Record = (
     | InventoryRecord
     | RequestRecord
     | OperationRecord
+    | TokenRecord
+    | EnrolmentRecord
     | Image
     | Network
     | Policy
@@ -161,6 +209,8 @@ KINDS: Final[dict[str, type[Any]]] = {
     "Inventory": InventoryRecord,
     "Request": RequestRecord,
     "Operation": OperationRecord,
+    "Token": TokenRecord,
+    "Enrolment": EnrolmentRecord,
     "Image": Image,
     "Network": Network,
     "Policy": Policy,
@@ -195,8 +245,10 @@ def key_of(record: Record) -> str:
             return f"{record.instance_uid}/{record.generation}"
         case HostRecord():
             return record.host.meta.name
-        case InventoryRecord():
+        case InventoryRecord() | EnrolmentRecord():
             return record.host
+        case TokenRecord():
+            return record.token
         case RequestRecord():
             return record.key
         case OperationRecord():

@@ -24,6 +24,7 @@ from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import (
     Drop,
+    EnrolmentRecord,
     EnvironmentRecord,
     HostRecord,
     InstanceRecord,
@@ -34,6 +35,7 @@ from casemate_manager.fleet.records import (
     Record,
     RequestRecord,
     RevisionRecord,
+    TokenRecord,
     key_of,
     tenant_key,
 )
@@ -60,6 +62,8 @@ class State:
     hosts: dict[str, HostRecord] = field(default_factory=dict)
     inventories: dict[str, InventoryRecord] = field(default_factory=dict)
     requests: dict[str, RequestRecord] = field(default_factory=dict)
+    tokens: dict[str, TokenRecord] = field(default_factory=dict)
+    enrolments: dict[str, EnrolmentRecord] = field(default_factory=dict)
     images: dict[str, Image] = field(default_factory=dict)
     networks: dict[str, Network] = field(default_factory=dict)
     policies: dict[str, Policy] = field(default_factory=dict)
@@ -223,6 +227,10 @@ class State:
                 self.inventories[key] = record
             case RequestRecord():
                 self.requests[key] = record
+            case TokenRecord():
+                self.tokens[key] = record
+            case EnrolmentRecord():
+                self.enrolments[key] = record
             case Image():
                 self.images[key] = record
             case Network():
@@ -352,6 +360,8 @@ class State:
             "Host": self.hosts,
             "Inventory": self.inventories,
             "Request": self.requests,
+            "Token": self.tokens,
+            "Enrolment": self.enrolments,
             "Image": self.images,
             "Network": self.networks,
             "Policy": self.policies,
