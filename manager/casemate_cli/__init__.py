@@ -10,7 +10,3 @@ so `casemate --help` costs an interpreter and click. Standard output carries dat
 Every error becomes a `failure.Failure` at the border where it arises, and only `__main__` turns failures into text and an
 exit code.
 """
-
-from casemate_wire.tls import only_tls13
-
-only_tls13()  # before gRPC is loaded

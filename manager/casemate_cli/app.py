@@ -37,9 +37,10 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "why": ("why", "why", "Say why an instance is where it is, or is nowhere; exit 2 if nowhere."),
     },
     "Fleet": {
-        "host": ("hosts", "host", "See the hosts."),
+        "host": ("hosts", "host", "See the hosts, let machines join, and revoke them."),
         "top": ("top", "top", "Show capacity: what is used, free, and stranded, and why."),
         "cordon": ("hosts", "cordon", "Place nothing new on hosts."),
+        "ca": ("authorities", "ca", "See, follow and retire the authorities that sign certificates."),
         "uncordon": ("hosts", "uncordon", "Let hosts take instances again."),
     },
     "This program": {

@@ -42,20 +42,23 @@ class Client:
     """Calls of one invocation. A context manager that closes its channel."""
 
     def __init__(self, settings: Settings) -> None:
-        import grpc
+        from casemate_wire.tls import only_tls13
+
+        only_tls13()  # before gRPC is loaded
 
         from casemate_wire.v1 import operators_pb2_grpc
 
         self.settings = settings
-        self._channel = grpc.insecure_channel(settings.manager, options=OPTIONS)
-        self.stub = operators_pb2_grpc.FleetStub(self._channel)
+        self.channel = _dial(settings)
+        self.stub = operators_pb2_grpc.FleetStub(self.channel)
 
     @property
     def channels(self) -> "channels_pb2_grpc.ChannelsStub":
         """The service of side streams."""
         from casemate_wire.v1 import channels_pb2_grpc
 
-        return channels_pb2_grpc.ChannelsStub(self._channel)
+        stub: channels_pb2_grpc.ChannelsStub = channels_pb2_grpc.ChannelsStub(self.channel)
+        return stub
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +66,7 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._channel.close()
+        self.channel.close()
 
     def call(self, method: Callable[..., Any], request: Any, doing: str = "") -> Any:
         """The answer to one unary call. Raises Failure."""
@@ -169,6 +172,28 @@ class Client:
             self.stub.Apply, pb.ApplyRequest(request_key=key, resources=resources, dry_run=dry_run), doing
         )
         return answer
+
+
+def _dial(settings: Settings) -> Any:
+    """A channel by TLS, as whom the settings say; by plain text on loopback, where they say so in words. Raises Failure."""
+    import grpc
+
+    from casemate_wire.tls import TARGET_NAME
+
+    if settings.certificate:
+        credentials = grpc.ssl_channel_credentials(
+            settings.roots.encode(), settings.key.encode(), settings.certificate.encode()
+        )
+        return grpc.secure_channel(settings.manager, credentials, options=(*OPTIONS, TARGET_NAME))
+    host = settings.manager.rpartition(":")[0].strip("[]")
+    if settings.insecure_loopback and (host in ("localhost", "::1") or host.startswith("127.")):
+        return grpc.insecure_channel(settings.manager, options=OPTIONS)
+    raise failure.Failure(
+        f"there is no certificate for the manager at {settings.manager}",
+        code=failure.Exit.DENIED,
+        remedy="have one made (casemate-manager operator, or casemate dev up), and name its file by CASEMATE_CONFIG",
+        reason="NoCertificate",
+    )
 
 
 def _transient(error: Any) -> bool:

@@ -4,15 +4,23 @@ The file is ``$CASEMATE_CONFIG``, else ``${XDG_CONFIG_HOME:-~/.config}/casemate/
 
     current: lab
     contexts:
-      lab: {manager: 10.0.0.5:7443, tenant: ran}
+      lab:
+        manager: 10.0.0.5:7443
+        tenant: ran
+        roots: ...        # PEM: the authorities of that fleet,
+        certificate: ...  # who you are there,
+        key: ...          # and the key that proves it
 
-Without any of them: the manager on this machine's loopback, tenant ``default``.
+Without any of them: the manager on this machine's loopback, tenant ``default``. Whichever way the manager was named, the
+certificate is that of the context with its address. Without one nothing is sent, but to a plain-text manager on loopback
+where ``CASEMATE_INSECURE_LOOPBACK=1`` says so. The file holds keys, so it is written for its owner alone.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from casemate_cli.failure import Detail, Failure
 
@@ -24,10 +32,13 @@ MAX_FILE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One named manager and the tenant to speak for."""
+    """One named manager, the tenant to speak for, and as whom (PEM)."""
 
     manager: str = ""
     tenant: str = ""
+    roots: str = ""
+    certificate: str = ""
+    key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,14 @@ class Settings:
     tenant: str = DEFAULT_TENANT
     request_timeout_s: float = 30.0
     retry_s: float = 2.0
+    roots: str = ""
+    certificate: str = ""
+    key: str = field(default="", repr=False)
+    #: Plain text to a manager on loopback, where there is no certificate for it.
+    insecure_loopback: bool = False
+
+
+_CONTEXT = ("manager", "tenant", "roots", "certificate", "key")
 
 
 def config_path(environ: Mapping[str, str] | None = None) -> Path:
@@ -82,9 +101,9 @@ def load_contexts(path: Path) -> Contexts:
         raise _bad_file(path, "contexts", "is not a mapping")
     contexts: dict[str, Context] = {}
     for name, entry in named.items():
-        if not isinstance(entry, dict) or set(entry) - {"manager", "tenant"}:
-            raise _bad_file(path, f"contexts.{name}", "has only the keys manager and tenant")
-        contexts[str(name)] = Context(str(entry.get("manager") or ""), str(entry.get("tenant") or ""))
+        if not isinstance(entry, dict) or set(entry) - set(_CONTEXT):
+            raise _bad_file(path, f"contexts.{name}", f"has only the keys {', '.join(_CONTEXT)}")
+        contexts[str(name)] = Context(**{k: str(entry.get(k) or "") for k in _CONTEXT})
     current = str(data.get("current") or "")
     if current and current not in contexts:
         raise _bad_file(path, "current", f"names {current!r}, which is none of the contexts")
@@ -92,20 +111,35 @@ def load_contexts(path: Path) -> Contexts:
 
 
 def save_contexts(path: Path, contexts: Contexts) -> None:
-    """Write the file of contexts, whole or not at all."""
+    """Write the file of contexts, whole or not at all; for its owner alone, since it holds keys."""
     import yaml
 
     data = {
         "current": contexts.current,
         "contexts": {
-            name: {k: v for k, v in (("manager", c.manager), ("tenant", c.tenant)) if v}
-            for name, c in sorted(contexts.contexts.items())
+            name: {k: v for k in _CONTEXT if (v := getattr(c, k))} for name, c in sorted(contexts.contexts.items())
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
-    fresh.write_text(yaml.safe_dump(data, sort_keys=False))
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+        yaml.dump(data, file, _block_dumper(), sort_keys=False)
     fresh.replace(path)
+
+
+def _block_dumper() -> Any:
+    """YAML with certificates as people know them: one line below the other."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Dumper.add_representer(str, text)
+    return Dumper
 
 
 def resolve(
@@ -134,11 +168,26 @@ def resolve(
         chosen = contexts.contexts.get(contexts.current, Context())
     address = manager or chosen.manager or env.get("CASEMATE_MANAGER") or DEFAULT_MANAGER
     defaults = Settings()
+    identity = chosen if chosen.certificate else _identity_for(address, path)
     return Settings(
         manager=checked_address(address),
+        roots=identity.roots,
+        certificate=identity.certificate,
+        key=identity.key,
+        insecure_loopback=env.get("CASEMATE_INSECURE_LOOPBACK", "") == "1",
         tenant=tenant or chosen.tenant or env.get("CASEMATE_TENANT") or DEFAULT_TENANT,
         request_timeout_s=request_timeout_s or defaults.request_timeout_s,
     )
+
+
+def _identity_for(address: str, path: Path) -> Context:
+    """The context with a certificate for the manager at this address; the current one first."""
+    if not path.exists():
+        return Context()
+    found = load_contexts(path)
+    ordered = [found.contexts[found.current]] if found.current else []
+    ordered += found.contexts.values()
+    return next((c for c in ordered if c.manager == address and c.certificate), Context())
 
 
 def checked_address(address: str) -> str:

@@ -24,11 +24,11 @@ from support.fleet import casemate, clean_environment, free_port
 CHUNK = 60
 
 
-def fill(manager: str, environments: int) -> float:
+def fill(environ: dict[str, str], environments: int) -> float:
     """Apply that many small environments; the seconds it took."""
     from casemate_cli.client import Client, request_key
     from casemate_cli.manifests import parse
-    from casemate_cli.settings import Settings
+    from casemate_cli.settings import resolve
 
     def manifest(i: int) -> str:
         return (
@@ -37,7 +37,7 @@ def fill(manager: str, environments: int) -> float:
         )
 
     started_s = time.perf_counter()
-    with Client(Settings(manager=manager, request_timeout_s=300)) as client:
+    with Client(resolve(request_timeout_s=300, environ=environ)) as client:
         for first in range(0, environments, CHUNK):
             text = "---\n".join(manifest(i) for i in range(first, min(first + CHUNK, environments)))
             client.apply(parse(text.encode(), "bench", tenant="default"), key=request_key())
@@ -86,7 +86,7 @@ def main() -> int:
                 environ=environ,
                 timeout_s=100,
             ).ok()
-            took_s = fill(f"127.0.0.1:{port}", given.environments)
+            took_s = fill(environ, given.environments)
             print(f"applied {given.environments} environments in {took_s:.1f} s")
             table(environ, given.runs)
         finally:

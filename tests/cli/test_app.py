@@ -1,7 +1,9 @@
 """The verbs: found by name, documented, imported when they are called for, and wrong command lines told as every error."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -77,11 +79,27 @@ def test_an_unreachable_manager_is_told_fast(monkeypatch: pytest.MonkeyPatch) ->
         text=True,
         timeout=15,
         check=False,
+        env={**os.environ, "CASEMATE_INSECURE_LOOPBACK": "1"},
     )
     assert done.returncode == 8
     assert done.stdout == ""
     assert "no manager answers at 127.0.0.1:1" in done.stderr
     assert "remedy:" in done.stderr
+
+
+def test_without_a_certificate_nothing_is_sent(tmp_path: Path) -> None:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("CASEMATE_")}
+    for plain, manager in (("0", "127.0.0.1:1"), ("1", "192.0.2.1:7443"), ("1", "manager.example:7443")):
+        done = subprocess.run(
+            [sys.executable, "-m", "casemate_cli", "get", "env", "--manager", manager],
+            capture_output=True,
+            text=True,
+            timeout=15,
+            check=False,
+            env={**environ, "CASEMATE_CONFIG": str(tmp_path / "none"), "CASEMATE_INSECURE_LOOPBACK": plain},
+        )
+        assert done.returncode == 5
+        assert "there is no certificate" in done.stderr
 
 
 def test_help_reads_a_closed_pipe_quietly() -> None:

@@ -73,3 +73,23 @@ def test_what_is_saved_is_loaded_again(tmp_path: Path) -> None:
     path = tmp_path / "below" / "config.yaml"
     settings.save_contexts(path, wanted)
     assert settings.load_contexts(path) == wanted
+
+
+IDENTITY = {"roots": "R\n", "certificate": "C\n", "key": "K\n"}
+
+
+def test_the_certificate_goes_with_the_address_however_it_was_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    mine = settings.Context("m:1", **IDENTITY)
+    settings.save_contexts(path, settings.Contexts("a", {"a": settings.Context("n:2"), "b": mine}))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert settings.load_contexts(path).contexts["b"] == mine
+    environ = {"CASEMATE_CONFIG": str(path)}
+    for found in (
+        settings.resolve(manager="m:1", environ=environ),
+        settings.resolve(context="b", environ=environ),
+        settings.resolve(environ=environ | {"CASEMATE_MANAGER": "m:1"}),
+    ):
+        assert (found.roots, found.certificate, found.key) == ("R\n", "C\n", "K\n")
+        assert "K\\n" not in repr(found)
+    assert settings.resolve(environ=environ).certificate == ""

@@ -52,10 +52,12 @@ class World:
         return f"127.0.0.1:{self.manager.enrolment_port}"
 
     @asynccontextmanager
-    async def dialled(self, kind: str = "user", port: int = 0, roots: bytes = b"") -> AsyncIterator[grpc.aio.Channel]:
+    async def dialled(
+        self, kind: str = "user", port: int = 0, roots: bytes = b"", name: str = "admin"
+    ) -> AsyncIterator[grpc.aio.Channel]:
         """A channel of an operator (or a host) whose certificate this fleet's authority signed."""
         signing = self.authorities.signing
-        chain = pki.pem(pki.sign_client(signing, self.operator.public_key(), kind, "ann", time.time(), 3600.0))
+        chain = pki.pem(pki.sign_client(signing, self.operator.public_key(), kind, name, time.time(), 3600.0))
         credentials = grpc.ssl_channel_credentials(roots or self.authorities.roots, pki.key_pem(self.operator), chain)
         where = f"127.0.0.1:{port or self.manager.port}"
         async with grpc.aio.secure_channel(where, credentials, options=[TARGET_NAME]) as channel:
@@ -239,6 +241,21 @@ async def test_a_roll_over_drops_no_host(world: World) -> None:
         assert isinstance(await first(stream), Welcome)
     loaded = Authorities(world.folder / "authorities", time.time())
     assert (loaded.roots, loaded.chain) == (world.authorities.roots, world.authorities.chain)
+
+
+async def test_who_has_no_role_lets_nobody_in_and_hosts_are_no_operators(world: World) -> None:
+    """And neither is who shows nothing, at the port where nothing is asked for."""
+    await world.join()
+    for kind, name, port, code in (
+        ("user", "eve", 0, grpc.StatusCode.PERMISSION_DENIED),
+        ("host", "h7", 0, grpc.StatusCode.UNAUTHENTICATED),
+        ("user", "admin", world.manager.enrolment_port, grpc.StatusCode.UNAUTHENTICATED),
+    ):
+        async with world.dialled(kind, port, name=name) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await HostAccessStub(channel).CreateHostToken(pb.CreateHostTokenRequest(host="h9"), timeout=10)
+        assert refused.value.code() is code
+    assert [t.host for t in world.manager.writer.state.tokens.values()] == ["h7"]
 
 
 async def test_a_token_is_for_tokens_and_secrets_are_not_kept(world: World) -> None:

@@ -81,6 +81,8 @@ def clean_environment(folder: Path, manager: str = "") -> dict[str, str]:
     """The environment without a person's own settings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CASEMATE_", "XDG_")) or k == "CASEMATE_TEST_RUN"}
     kept |= {"CASEMATE_CONFIG": str(folder / "no-config.yaml"), "XDG_STATE_HOME": str(folder / "state")}
+    # Where a fleet speaks TLS its certificate is in the file of contexts and is used; others are in plain text.
+    kept |= {"CASEMATE_INSECURE_LOOPBACK": "1"}
     kept |= {"CASEMATE_MANAGER": manager} if manager else {}
     return kept
 

@@ -250,7 +250,7 @@ def fleet_in(folder: Path) -> Iterator[RealFleet]:
     environ = clean_environment(folder, f"127.0.0.1:{port}")
     sandbox = sandboxes.up(folder / "v")
     serve = [sys.executable, "-m", "casemate_manager", "serve", "--state-dir", str(folder / "manager")]
-    serve += ["--listen", f"127.0.0.1:{port}", "--default-subnet", free_subnet(port)]
+    serve += ["--listen", f"127.0.0.1:{port}", "--default-subnet", free_subnet(port), "--insecure-loopback"]
     manager = Daemon(serve, folder / "manager.log", environ)
     agent = Daemon(agent_argv(folder, sandbox, port), folder / "agent.log", environ)
     fleet = RealFleet(folder, sandbox, manager, agent, environ)
@@ -275,7 +275,7 @@ def agent_argv(folder: Path, sandbox: sandboxes.Sandbox, port: int, program: Seq
     argv = [sys.executable, *(program or ("-m", "casemate_agent")), "run", "--name", "box"]
     argv += ["--manager", f"127.0.0.1:{port}", "--state-dir", str(folder / "agent"), "--run-dir", str(folder / "r")]
     argv += ["--libvirt-uri", sandbox.uri, "--scope", sandbox.scope, "--image-folder", str(folder / "src")]
-    return [*argv, "--stop-grace-s", "2", "--log-level", "debug"]
+    return [*argv, "--insecure-loopback", "--stop-grace-s", "2", "--log-level", "debug"]
 
 
 @pytest.fixture

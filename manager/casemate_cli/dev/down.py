@@ -29,7 +29,7 @@ def down(folder: Folder, fleet: Fleet | None) -> None:
         and not fleet.simulated
         and all(processes.running(folder, n) for n in (steps.MANAGER, steps.AGENT))
     ):
-        _delete_environments(fleet)
+        _delete_environments(folder)
     for name in (steps.AGENT, steps.MANAGER):
         process = processes.running(folder, name)
         if process is not None:
@@ -44,16 +44,18 @@ def down(folder: Folder, fleet: Fleet | None) -> None:
             argv = [sys.executable, "-m", "casemate_agent.sandbox", "down", "--dir", str(folder.libvirt)]
             steps.run_program(folder, "libvirt", argv, progress)
             progress.done("private libvirtd, its VMs and networks ended")
+    if fleet is not None:
+        steps.forget_operator(fleet)
     _remove_folder(folder.root)
 
 
-def _delete_environments(fleet: Fleet) -> None:
+def _delete_environments(folder: Folder) -> None:
     """Ask the manager for the end of every environment, and wait until the hosts have let go."""
     from casemate_cli.client import request_key
     from casemate_wire.v1 import operators_pb2 as pb
 
     try:
-        with steps.connect(fleet) as client, Progress("deleting environments") as progress:
+        with steps.connect(folder) as client, Progress("deleting environments") as progress:
             for resource in client.listed("Environment", tenant=""):
                 metadata = resource.environment.metadata
                 client.call(

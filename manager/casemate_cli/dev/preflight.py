@@ -32,6 +32,20 @@ def check_port(port: int) -> None:
             ) from None
 
 
+def free_port(after: int) -> int:
+    """The port after this one, if it is free; else any that is."""
+    for wanted in (after + 1 if after < 65535 else 0, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", wanted))
+            except OSError:
+                continue
+            found: int = probe.getsockname()[1]
+            return found
+    raise Failure("no port of loopback is free")
+
+
 def check_subnet(subnet: str) -> None:
     """Raise Failure where the machine has a route into the subnet, or the subnet is none."""
     try:

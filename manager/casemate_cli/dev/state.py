@@ -24,11 +24,23 @@ class Fleet:
     shape: str = ""
     port: int = DEFAULT_PORT
     subnet: str = DEFAULT_SUBNET
+    #: Port at which hosts join.
+    enrolment_port: int = DEFAULT_PORT + 1
 
     @property
     def manager(self) -> str:
         """The manager's address."""
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def enrolment(self) -> str:
+        """Where hosts join."""
+        return f"127.0.0.1:{self.enrolment_port}"
+
+    @property
+    def context(self) -> str:
+        """Name of the fleet in a person's file of contexts."""
+        return "dev" if self.port == DEFAULT_PORT else f"dev-{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,11 @@ class Folder:
     def libvirt(self) -> Path:
         """The private libvirtd. A short name: its sockets' paths are bounded."""
         return self.root / "virt"
+
+    @property
+    def operator(self) -> Path:
+        """File of contexts with the operator's certificate."""
+        return self.root / "operator.yaml"
 
     @property
     def logs(self) -> Path:

@@ -1,5 +1,6 @@
 """The steps of `casemate dev up`, each of which adopts what is there already."""
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from casemate_cli.term import Progress
 
 if TYPE_CHECKING:
     from casemate_cli.client import Client
+    from casemate_cli.settings import Context
     from casemate_wire.v1 import operators_pb2 as pb
 
 #: Name of the host that a fleet on real VMs has.
@@ -29,23 +31,30 @@ ANY_PORT = "127.0.0.1:0"
 START_S = 60.0
 
 
-def run_program(folder: Folder, name: str, argv: Sequence[str], progress: Progress) -> str:
-    """Run a program to its end, its talk shown as progress and kept in the logs; its standard output. Raises Failure."""
+def run_program(folder: Folder, name: str, argv: Sequence[str], progress: Progress, given: str = "") -> str:
+    """Run a program to its end, its talk shown as progress and kept in the logs; its standard output. Raises Failure.
+
+    ``given`` is its standard input: what nobody may see in its arguments.
+    """
     folder.logs.mkdir(parents=True, exist_ok=True)
     log = folder.log(name)
     last: list[str] = []
     with log.open("a") as kept:
         child = subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd="/",
             env=processes.environment(folder),
         )
+        assert child.stdin is not None
         assert child.stdout is not None
         assert child.stderr is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended before it read; its own words say why
+            child.stdin.write(given)
+            child.stdin.close()
         for line in child.stderr:
             kept.write(line)
             kept.flush()
@@ -112,15 +121,80 @@ def manager(folder: Folder, fleet: Fleet) -> None:
     argv = [sys.executable, "-m", "casemate_manager", "serve"]
     argv += ["--state-dir", str(folder.manager), "--listen", fleet.manager, "--default-subnet", fleet.subnet]
     argv += ["--metrics-listen", ANY_PORT]
+    argv += ["--listen-enrolment", fleet.enrolment]
     with Progress("manager") as progress:
         _adopt_or_start(folder, MANAGER, argv, before=lambda: preflight.check_port(fleet.port))
-        _until(folder, MANAGER, lambda: _answers(fleet))
+        _until(folder, MANAGER, lambda: _answers(folder))
         progress.done(f"manager on {fleet.manager}")
+
+
+def operator(folder: Folder, fleet: Fleet) -> None:
+    """The operator's certificate: in the fleet's folder, and in this person's file of contexts."""
+    from casemate_cli import settings
+
+    with Progress("operator's certificate") as progress:
+        if not folder.operator.exists():
+            argv = [sys.executable, "-m", "casemate_manager", "operator", "--state-dir", str(folder.manager)]
+            argv += ["--manager", fleet.manager, "--days", "365", "--out", str(folder.operator)]
+            run_program(folder, "operator", argv, progress)
+        path = settings.config_path()
+        known = settings.load_contexts(path)
+        context = _context(folder)
+        if known.contexts.get(fleet.context) != context:
+            contexts = {**known.contexts, fleet.context: context}
+            settings.save_contexts(path, settings.Contexts(known.current or fleet.context, contexts))
+        progress.done(f"operator's certificate in context {fleet.context} of {path}")
+
+
+def forget_operator(fleet: Fleet) -> None:
+    """Take the fleet out of this person's file of contexts."""
+    from casemate_cli import settings
+
+    path = settings.config_path()
+    known = settings.load_contexts(path)
+    if known.contexts.get(fleet.context, settings.Context()).manager != fleet.manager:
+        return
+    left = {name: c for name, c in known.contexts.items() if name != fleet.context}
+    if not left:
+        path.unlink(missing_ok=True)
+        return
+    settings.save_contexts(path, settings.Contexts("" if known.current == fleet.context else known.current, left))
+
+
+def _context(folder: Folder) -> "Context":
+    from casemate_cli import settings
+
+    found = settings.load_contexts(folder.operator)
+    if not found.current:
+        raise Failure(f"{folder.operator} is missing", remedy="bring the fleet up again: casemate dev up")
+    return found.contexts[found.current]
+
+
+def join(folder: Folder, fleet: Fleet, names: Sequence[str], client: "Client") -> None:
+    """Each of these hosts joins by a token of its own; who has joined already is left alone."""
+    from casemate_cli.verbs.tokens import create
+
+    each = bool(fleet.simulated)
+    missing = [
+        n for n in names if not ((folder.agent / n if each else folder.agent) / "identity/identity.json").exists()
+    ]
+    if not missing:
+        return
+    with Progress("joining") as progress:
+        tokens = []
+        for number, name in enumerate(missing):
+            progress.update(f"a token for {name} ({number + 1} of {len(missing)})")
+            tokens.append(create(client, name).secret)
+        argv = [sys.executable, "-m", "casemate_agent", "join", "--manager", fleet.enrolment]
+        argv += ["--state-dir", str(folder.agent), *(["--each"] if each else [])]
+        run_program(folder, "join", argv, progress, "\n".join(tokens))
+        what = f"host {missing[0]}" if len(missing) == 1 else f"{len(missing)} hosts"
+        progress.done(f"{what} enrolled")
 
 
 def agent(folder: Folder, fleet: Fleet, extra: Sequence[str], hosts: int, client: "Client") -> None:
     """The agent (or the process with all simulated hosts), until the manager sees its hosts Ready."""
-    argv = [sys.executable, "-m", "casemate_agent", "run", "--manager", fleet.manager]
+    argv = [sys.executable, "-m", "casemate_agent", "run"]
     argv += ["--state-dir", str(folder.agent), "--run-dir", str(folder.run), "--metrics-listen", ANY_PORT, *extra]
     what = "agent" if not fleet.simulated else f"{fleet.simulated} simulated hosts"
     with Progress(what) as progress:
@@ -155,18 +229,19 @@ def _until(folder: Folder, name: str, met: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def connect(fleet: Fleet, retry_s: float = 2.0) -> "Client":
-    """A client of this fleet's manager."""
+def connect(folder: Folder, retry_s: float = 2.0) -> "Client":
+    """A client of this fleet's manager, as its operator."""
     from casemate_cli.client import Client
     from casemate_cli.settings import Settings
 
-    return Client(Settings(manager=fleet.manager, retry_s=retry_s))
+    me = _context(folder)
+    return Client(Settings(manager=me.manager, retry_s=retry_s, roots=me.roots, certificate=me.certificate, key=me.key))
 
 
-def _answers(fleet: Fleet) -> bool:
+def _answers(folder: Folder) -> bool:
     from casemate_wire.v1 import operators_pb2 as pb
 
-    with connect(fleet, retry_s=0.0) as client:
+    with connect(folder, retry_s=0.0) as client:
         try:
             client.call(client.stub.Version, pb.VersionRequest())
         except Failure:

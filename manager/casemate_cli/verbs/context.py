@@ -1,6 +1,7 @@
 """`casemate context`: managers by name, in the file of contexts."""
 
 import dataclasses
+from pathlib import Path
 
 import click
 
@@ -41,11 +42,32 @@ def set_(name: str, manager: str | None, tenant: str | None) -> None:
     old = found.contexts.get(name, settings.Context())
     if manager is not None:
         settings.checked_address(manager)
-    fresh = settings.Context(old.manager if manager is None else manager, old.tenant if tenant is None else tenant)
+    fresh = dataclasses.replace(
+        old, manager=old.manager if manager is None else manager, tenant=old.tenant if tenant is None else tenant
+    )
     if not fresh.manager:
         raise Failure(f"context {name} needs a manager", remedy="add --manager HOST:PORT")
     settings.save_contexts(path, settings.Contexts(found.current or name, {**found.contexts, name: fresh}))
     term.out(f"context {term.clean(name)} set")
+
+
+@context.command("import")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--name", metavar="NAME", help="Name to give it, where the file has one context.")
+def import_(file: Path, name: str | None) -> None:
+    """Take over contexts from a file, such as `casemate-manager operator` writes; the first becomes the current one."""
+    path = settings.config_path()
+    found = settings.load_contexts(path)
+    given = settings.load_contexts(file).contexts
+    if not given:
+        raise Failure(f"there are no contexts in {file}")
+    if name is not None:
+        if len(given) != 1:
+            raise Failure(f"{file} has {len(given)} contexts", remedy="leave out --name")
+        given = {name: next(iter(given.values()))}
+    settings.save_contexts(path, settings.Contexts(found.current or next(iter(given)), {**found.contexts, **given}))
+    for each in given:
+        term.out(f"context {term.clean(each)} set")
 
 
 @context.command()

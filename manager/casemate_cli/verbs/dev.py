@@ -89,10 +89,12 @@ def _decide(
                     remedy="end it first (casemate dev down), or name another --dir",
                 )
         return recorded
+    at = port or state.DEFAULT_PORT
     fleet = state.Fleet(
         simulated=simulated or 0,
         shape=shape or "",
-        port=port or state.DEFAULT_PORT,
+        port=at,
+        enrolment_port=preflight.free_port(at),
         subnet=subnet or state.DEFAULT_SUBNET,
     )
     if not fleet.simulated:
@@ -109,8 +111,10 @@ def _up_real(folder: "Folder", fleet: "Fleet", cache: Path, timeout_s: float, ex
 
     images = steps.guest_image(folder, cache)
     virt = steps.libvirt(folder, cache)
+    steps.operator(folder, fleet)
     steps.manager(folder, fleet)
-    with steps.connect(fleet) as client:
+    with steps.connect(folder) as client:
+        steps.join(folder, fleet, [steps.HOST], client)
         extra = ["--name", steps.HOST, "--libvirt-uri", str(virt["uri"]), "--scope", str(virt["scope"])]
         # A guest of this fleet is nobody's database: ten seconds to power off keep `dev down` short.
         extra += ["--image-folder", str(cache / "guest"), "--stop-grace-s", "10"]
@@ -135,8 +139,12 @@ def _up_real(folder: "Folder", fleet: "Fleet", cache: Path, timeout_s: float, ex
 def _up_simulated(folder: "Folder", fleet: "Fleet", timeout_s: float, example: bool) -> None:
     from casemate_cli.dev import steps
 
+    steps.operator(folder, fleet)
     steps.manager(folder, fleet)
-    with steps.connect(fleet) as client:
+    with steps.connect(folder) as client:
+        # One simulated host is named as it is asked for; several are numbered after it.
+        names = [f"sim-{n}" for n in range(1, fleet.simulated + 1)] if fleet.simulated > 1 else ["sim"]
+        steps.join(folder, fleet, names, client)
         extra = ["--name", "sim", "--hosts", str(fleet.simulated), "--simulated", fleet.shape or steps.SHAPE]
         steps.agent(folder, fleet, extra, fleet.simulated, client)
         steps.apply(client, steps.simulated_images(), "simulated images")
@@ -168,8 +176,8 @@ def _next_steps(folder: "Folder", fleet: "Fleet") -> None:
     from casemate_cli import settings
 
     term.say("everything stays up; next:")
-    if fleet.manager != settings.DEFAULT_MANAGER:
-        term.say(f"  export CASEMATE_MANAGER={fleet.manager}")
+    if settings.load_contexts(settings.config_path()).current != fleet.context:
+        term.say(f"  casemate context use {fleet.context}")
     for line in (
         "casemate get all                 what there is",
         "casemate describe env/hello      the story of the example",
@@ -224,7 +232,7 @@ def status(directory: Path | None, form: str) -> int:
         facts[f"{name}Metrics"] = folder.metrics(folder.root / name) if process is not None else None
     reached: Failure | None = None
     try:
-        with steps.connect(fleet) as client:
+        with steps.connect(folder) as client:
             facts["hostsReady"] = steps.ready_hosts(client)
             facts["environments"] = len(client.listed("Environment", tenant=""))
     except Failure as failure:

@@ -1,4 +1,4 @@
-"""`casemate host list`, `cordon` and `uncordon`."""
+"""`casemate host list`, `cordon` and `uncordon`; `casemate host token` and `revoke` are in :mod:`casemate_cli.verbs.tokens`."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ import click
 
 from casemate_cli import changes, completing, kinds, options, output, term
 from casemate_cli.failure import Failure
+from casemate_cli.verbs.tokens import revoke, token
 
 
 @click.group()
 def host() -> None:
-    """See the hosts."""
+    """See the hosts, let machines join, and revoke them."""
 
 
 @host.command("list")
@@ -26,6 +27,10 @@ def list_(ctx: click.Context, form: str, selector: str, watch: bool) -> Any:
     from casemate_cli.verbs.get import get
 
     return ctx.invoke(get, arguments=("hosts",), form=form, selector=selector, watch=watch)
+
+
+host.add_command(token)
+host.add_command(revoke)
 
 
 def _cordon(ctx: click.Context, arguments: tuple[str, ...], wanted: bool) -> None:

@@ -186,7 +186,8 @@ class HostAccess(join_pb2_grpc.HostAccessServicer):
     async def RetireAuthority(self, request: pb.RetireAuthorityRequest, context: Context) -> pb.Authority:
         """Trust an older authority no more."""
         _, good = self._signed(request.pin)
-        if good and not request.force:
+        signs = request.pin == self._joining.authorities.signing.pin  # refused by itself, with another remedy
+        if good and not signs and not request.force:
             raise Conflict(
                 f"{good} hosts have certificates of that authority that are still good:"
                 " wait until they have renewed (at most a day), or force it and they renew when they dial again"
@@ -231,7 +232,7 @@ class HostAccess(join_pb2_grpc.HostAccessServicer):
             pin=pin,
             name=pki.name_of(certificate),
             state=state,
-            since=timestamp(certificate.not_valid_before_utc.timestamp()),
+            since=timestamp(certificate.not_valid_before_utc.timestamp() + pki.SKEW_S),
             until=timestamp(certificate.not_valid_after_utc.timestamp()),
             hosts=hosts,
             good=good,

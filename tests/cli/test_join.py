@@ -1,0 +1,71 @@
+"""Tokens, hosts and authorities from the command line, on a fleet with TLS; a machine that joins it as its line says."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from support.fleet import Fleet
+
+LINE = re.compile(r"echo (cmt1\.\S+) \| casemate-agent join --manager (127\.0\.0\.1:\d+)\n")
+
+
+def join(line: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run the line that was printed, with the agent of this checkout and a folder of the test's own."""
+    program = f"{shlex.quote(sys.executable)} -m casemate_agent"
+    text = line.replace("casemate-agent", program).strip() + f" --state-dir {shlex.quote(str(folder))}"
+    return subprocess.run(["sh", "-c", text], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_printed_line_joins_once(fleet: Fleet, tmp_path: Path) -> None:
+    line = fleet.run("host", "token", "create", "box-1", "--print-command", "--label", "site=fra1").ok()
+    assert LINE.fullmatch(line)
+    done = join(line, tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    identity = json.loads((tmp_path / "one/identity/identity.json").read_text())
+    assert (identity["host"], identity["manager"]) == ("box-1", fleet.manager)
+    again = join(line, tmp_path / "two")
+    assert again.returncode == 2
+    assert "used before" in again.stderr
+    found = json.loads(fleet.run("get", "host", "box-1", "-o", "json").ok())
+    assert found["metadata"]["labels"] == {"site": "fra1"}
+    assert "box-1" in fleet.run("host", "token", "list").ok()
+    assert fleet.run("host", "revoke", "box-1").ok() == "host box-1 revoked\n"
+    fleet.run("delete", "host", "box-1").ok()
+
+
+def test_a_token_that_was_taken_back_joins_nobody(fleet: Fleet, tmp_path: Path) -> None:
+    line = fleet.run("host", "token", "create", "box-2", "--print-command").ok()
+    found = LINE.fullmatch(line)
+    assert found
+    name = found[1].split(".")[2]
+    assert "Revoked" in fleet.run("host", "token", "revoke", name).ok()
+    assert "revoked" in join(line, tmp_path).stderr
+    assert not (tmp_path / "identity/identity.json").exists()
+
+
+def test_what_is_asked_without_sense_is_told(fleet: Fleet, tmp_path: Path) -> None:
+    bad = fleet.run("host", "token", "create", "No_Name")
+    assert (bad.code, "host" in bad.err) == (1, True)
+    assert fleet.run("host", "token", "create", "box", "--for", "2h").code == 1
+    assert fleet.run("host", "token", "create", "box", "--label", "x").code == 1
+    assert fleet.run("host", "token", "revoke", "nothing").code == 4
+    assert fleet.run("host", "revoke", "nobody").code == 4
+    assert join("echo x | casemate-agent join --manager 127.0.0.1:1", tmp_path).returncode == 2
+
+
+def test_authorities_are_listed_and_the_one_that_signs_is_not_retired(fleet: Fleet) -> None:
+    row = fleet.run("ca", "list").ok().splitlines()[1].split()
+    assert "Signing" in row
+    refused = fleet.run("ca", "retire", row[0])
+    assert refused.code == 7
+    assert "casemate ca roll" in refused.err
+    assert fleet.run("ca", "retire", "00000000").code == 4
+
+
+def test_the_operators_key_is_for_its_owner_alone(fleet: Fleet) -> None:
+    assert Path(fleet.environ["CASEMATE_CONFIG"]).stat().st_mode & 0o777 == 0o600
+    other = Path(fleet.environ["CASEMATE_CONFIG"]).with_name("no-such-file.yaml")
+    assert fleet.run("get", "hosts", CASEMATE_CONFIG=str(other), CASEMATE_INSECURE_LOOPBACK="0").code == 5
