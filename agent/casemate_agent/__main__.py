@@ -34,6 +34,7 @@ from casemate_agent.transport import GrpcTransport, checked_address
 from casemate_core.errors import CallerError, CasemateError, MachineError
 from casemate_core.metrics import Meter, Rows, with_label
 from casemate_wire import exposition
+from casemate_wire.notify import Notifier
 from casemate_wire.token import parse
 
 log = logging.getLogger("casemate.agent")
@@ -72,8 +73,10 @@ async def drivers_of(config: Config, name: str, meter: Meter) -> AsyncIterator[D
     yield host.drivers()
 
 
-async def run_host(config: Config, name: str, state_dir: Path, scraped: dict[str, AgentMetrics]) -> None:
-    """One host's agent and its link, until cancelled. Its metrics are in ``scraped`` meanwhile."""
+async def run_host(
+    config: Config, name: str, state_dir: Path, scraped: dict[str, AgentMetrics], agents: dict[str, Agent]
+) -> None:
+    """One host's agent and its link, until cancelled. Its metrics are in ``scraped`` meanwhile, itself in ``agents``."""
     meter = Meter.of(FAMILIES)
 
     loop = asyncio.get_running_loop()
@@ -88,7 +91,7 @@ async def run_host(config: Config, name: str, state_dir: Path, scraped: dict[str
 
     with contextlib.closing(Threaded()) as thread:
         ledger = await Ledger.load(MeasuredFiles(state_dir / "ledger", synced), thread)
-        await _run_agent(config, name, ledger, state_dir / IDENTITY, meter, scraped)
+        await _run_agent(config, name, ledger, state_dir / IDENTITY, meter, scraped, agents)
 
 
 def _way(config: Config, name: str, folder: Path, group: asyncio.TaskGroup) -> GrpcTransport | None:
@@ -108,7 +111,13 @@ def _way(config: Config, name: str, folder: Path, group: asyncio.TaskGroup) -> G
 
 
 async def _run_agent(
-    config: Config, name: str, ledger: Ledger, folder: Path, meter: Meter, scraped: dict[str, AgentMetrics]
+    config: Config,
+    name: str,
+    ledger: Ledger,
+    folder: Path,
+    meter: Meter,
+    scraped: dict[str, AgentMetrics],
+    agents: dict[str, Agent],
 ) -> None:
     async with drivers_of(config, name, meter) as drivers, asyncio.TaskGroup() as group:
         settings = Settings(stop_grace_s=config.stop_grace_s)
@@ -119,6 +128,7 @@ async def _run_agent(
             link = Link(agent, transport, time.time, Random(), version())
             group.create_task(link.run(), name=f"link-{name}")
         scraped[name] = AgentMetrics(agent, link, version())
+        agents[name] = agent
 
 
 async def all_rows(scraped: Mapping[str, AgentMetrics]) -> list[Rows]:
@@ -142,25 +152,38 @@ async def run(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     scraped: dict[str, AgentMetrics] = {}
+    agents: dict[str, Agent] = {}
     state_dir.mkdir(parents=True, exist_ok=True)
     hosts = []
     for name in names:
         where = state_dir if config.hosts == 1 else state_dir / name
-        hosts.append(asyncio.create_task(run_host(config, name, where, scraped), name=f"host-{name}"))
+        hosts.append(asyncio.create_task(run_host(config, name, where, scraped, agents), name=f"host-{name}"))
     log.info("casemate-agent %s: %s", version(), ", ".join(names[:8]) + (" …" if len(names) > 8 else ""))
     stopping = asyncio.create_task(stop.wait(), name="stop")
+    telling = asyncio.create_task(_tell(agents, len(names)), name="notify")
     try:
         async with exposition.noted(config.metrics_listen, lambda: all_rows(scraped), state_dir / METRICS_NOTE):
             done, _ = await asyncio.wait({stopping, *hosts}, return_when=asyncio.FIRST_COMPLETED)
         for task in done - {stopping}:
             task.result()
     finally:
+        Notifier().stopping()
         stopping.cancel()
-        for task in hosts:
+        for task in (telling, *hosts):
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(stopping, *hosts, return_exceptions=True)
+            await asyncio.gather(stopping, telling, *hosts, return_exceptions=True)
     log.info("stopped; instances go on")
+
+
+async def _tell(agents: Mapping[str, Agent], count: int) -> None:
+    """Tell systemd that all hosts have looked around once, and from then on that their rounds go on."""
+    notifier = Notifier()
+    while len(agents) < count or not all(agent.rounds for agent in agents.values()):  # noqa: ASYNC110 - hosts have no event in common
+        await asyncio.sleep(0.2)
+    notifier.ready(f"{count} hosts" if count > 1 else next(iter(agents)))
+    # The slowest counts: one that hangs is not covered by the others.
+    await notifier.feed(lambda: min(agent.rounds for agent in agents.values()))
 
 
 def _joined_name(folder: Path) -> str:

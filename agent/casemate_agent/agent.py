@@ -131,6 +131,8 @@ class Agent:
         self._observer = Observer(drivers)
         self._executor = Executor(drivers, ledger, now, self._job_done, trace, concurrency)
         self._guests: dict[str, GuestView] = {}
+        #: Rounds that were done: whether the agent makes progress.
+        self.rounds = 0
         self._wake = asyncio.Event()
         self._events = 0
         self._refused: dict[str, tuple[int, int]] = {}
@@ -186,6 +188,7 @@ class Agent:
             while True:
                 self._wake.clear()
                 wake_s = await self._round(group)
+                self.rounds += 1
                 await self._pause(wake_s)
 
     async def _keep_serial_logs(self) -> None:

@@ -9,6 +9,7 @@ import gc
 import importlib
 import logging
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -127,9 +128,11 @@ async def _serve(settings: Config) -> None:
     from casemate_manager.app import running
     from casemate_manager.authority import Authorities
     from casemate_manager.store.sqlite import SqliteStore
+    from casemate_wire.notify import Notifier
 
     state_dir = Path(settings.state_dir)
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _allow_descriptors()
     lock = _lock(state_dir / "manager.lock")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -160,15 +163,29 @@ async def _serve(settings: Config) -> None:
                 f"{settings.listen.rpartition(':')[0]}:{manager.port}"
                 + (f"; machines join on port {manager.enrolment_port}" if tls else ", in plain text"),
             )
+            notifier = Notifier()
+            notifier.ready(f"epoch {manager.writer.epoch}")
             waits = [asyncio.create_task(stop.wait()), asyncio.create_task(manager.failed.wait())]
+            feeding = asyncio.create_task(notifier.feed(lambda: manager.writer.rounds), name="watchdog")
             try:
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             finally:
+                notifier.stopping()
+                feeding.cancel()
                 for wait in waits:
                     wait.cancel()
             log.info("stopping")
     finally:
         os.close(lock)
+
+
+def _allow_descriptors() -> None:
+    """As many descriptors as this process may have: each host's stream takes one."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError) as error:
+        log.warning("the limit of descriptors stays as it is: %s", error)
 
 
 def _lock(path: Path) -> int:

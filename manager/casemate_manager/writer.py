@@ -110,6 +110,8 @@ class Writer:
         self._expired_s = 0.0
         self._looked_s = 0.0
         self._more = True
+        #: Groups that were done, empty ones included: whether the writer makes progress.
+        self.rounds = 0
         #: The committed state: what is on disk, all that readers may see. Exchanged for another when the state is loaded anew.
         self.state = State(0)
         self.observed = Observed()
@@ -161,6 +163,7 @@ class Writer:
                 step = asyncio.ensure_future(self._group(group))
                 try:
                     await asyncio.shield(step)
+                    self.rounds += 1
                 except asyncio.CancelledError:
                     self._closed = True
                     await step

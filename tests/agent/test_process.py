@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,3 +96,28 @@ def test_what_a_simulated_agent_imports_is_little() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+def test_it_tells_its_supervisor_when_it_has_looked_around_and_when_it_stops(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(30)
+        environ = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "60000000"}
+        flags = [
+            "--name",
+            "h",
+            "--simulated",
+            LINE,
+            "--state-dir",
+            str(tmp_path / "s"),
+            "--run-dir",
+            str(tmp_path / "r"),
+        ]
+        with subprocess.Popen(agent("run", *flags), stderr=subprocess.DEVNULL, env=environ) as process:
+            try:
+                heard = [supervisor.recv(4096).decode() for _ in range(2)]
+                process.terminate()
+                heard.append(supervisor.recv(4096).decode())
+            finally:
+                process.kill()
+    assert heard == ["READY=1\nSTATUS=h", "WATCHDOG=1", "STOPPING=1"]

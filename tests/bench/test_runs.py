@@ -34,6 +34,18 @@ def measured(program: str, *options: str) -> dict[str, Any]:
             {"hosts", "placements_per_s", "durable_placements_per_s", "p50_ms", "p99_ms", "many_cells_ms"},
         ),
         ("million", ("--count", "200", "--hosts", "6", "--trouble", "2"), {"placements", "refused_by_hosts", "digest"}),
+        (
+            "joins",
+            ("--agents", "12", "--seconds", "1", "--rate", "50"),
+            {
+                "joins_per_s",
+                "kb_per_stream",
+                "delta_p99_ms",
+                "deltas_per_manager_cpu_s",
+                "all_back_s",
+                "operator_p99_ms",
+            },
+        ),
         ("why", ("--hosts", "40", "--rounds", "2"), {"hosts", "warming_s", "worst_s", "worst_stall_ms"}),
     ],
 )
