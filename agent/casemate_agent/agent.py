@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from casemate_agent import actions as act
 from casemate_agent import metrics
+from casemate_agent.causes import Causes, step_told
 from casemate_agent.changes import changes
 from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
@@ -140,12 +141,14 @@ class Agent:
         self._plan: Plan | None = None
         self.machine: MachineFacts | None = None
         self.virtualisation = ""
+        self._causes = Causes(now)
         #: Set when the ledger lost something while a session was up: the manager must tell the whole state again.
         self.resync = asyncio.Event()
 
     async def accept(self, desired: Desired) -> None:
         """Make desired state durable, then act on it. Raises StaleEpoch, LedgerFailed."""
         changed = await self.ledger.accept(desired)
+        self._causes.asked(desired.instances)
         for uid in desired.removed:
             if self.ledger.get(uid) is None:
                 self.feed.forget(uid)  # it never was here, or is gone already: say so again
@@ -172,6 +175,7 @@ class Agent:
                 message=note.message[:1000],
                 severity=note.severity,
                 time_s=now_s,
+                cause=self._causes.of(note.uid),
             )
         )
 
@@ -269,6 +273,11 @@ class Agent:
             for note in each.notes:
                 self.note(note)
             self._report_refusal(each.record.uid, each.record.refusal)
+            if (took_s := self._causes.seen(each.record.desired, state, idle=not each.actions)) is not None:
+                self.note(
+                    Note(uid, "AsAsked", f"{state.phase.value} as asked, {took_s:.1f} s after this host was told")
+                )
+                self._causes.settle(each.record.desired)
         self.feed.tell(decided.report)
         if not self.feed.whole and (observed.domains is not None or self.ledger.host.complete):
             self.feed.whole = True
@@ -301,7 +310,10 @@ class Agent:
                 message = f"{act.name(outcome.action)}: {outcome.message}"
                 self.note(Note(uid, outcome.reason, message, "Warning"))
             elif isinstance(outcome.action, act.Start):
+                self._causes.started(uid)
                 self.note(Note(uid, "Started", "the domain was started"))
+            elif (told := step_told(outcome)) is not None and self._causes.of(uid):
+                self.note(Note(uid, *told))
             elif isinstance(outcome.action, act.Destroy):
                 self.note(Note(uid, "Destroyed", outcome.action.reason, "Warning"))
             elif isinstance(outcome.action, act.Suspend):
@@ -313,6 +325,7 @@ class Agent:
             elif isinstance(outcome.action, act.ForgetClaim) and self.ledger.get(uid) is None:
                 self._guests.pop(uid, None)
                 self._refused.pop(uid, None)
+                self._causes.forget(uid)
                 self.feed.forget(uid)
             elif isinstance(outcome.action, act.DetachGuest):
                 self._guests.pop(uid, None)
@@ -341,6 +354,8 @@ class Agent:
                 if view.boot_id and view.boot_id != boot_id:
                     self.note(Note(uid, "GuestRebooted", "the guest was rebooted"))
                     view = GuestView()
+                if view.boot_id != boot_id and (took_s := self._causes.booted(uid)) is not None:
+                    self.note(Note(uid, "GuestUp", f"the guest answered {took_s:.1f} s after its start"))
                 view = replace(view, connected=True, boot_id=boot_id, cloud_init=cloud_init, cloud_init_message=why)
             case GuestPods(pods=pods, revision=revision):
                 view = replace(view, connected=True, pods=pods, revision=revision)

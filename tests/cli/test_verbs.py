@@ -171,7 +171,7 @@ def test_stop_and_start(fleet: Fleet, ready: str) -> None:
 
 def test_describe_tells_the_story(fleet: Fleet, ready: str) -> None:
     story = fleet.run("describe", "env", ready).ok()
-    for text in (ready, "Spec:", "Status:", "Instances:", f"{ready}-0", "Pods:", "Events:"):
+    for text in (ready, "Spec:", "Status:", "Instances:", f"{ready}-0", "Pods:", "Events:", "asked for it", "GuestUp"):
         assert text in story
     assert f"{ready}-0" in fleet.run("describe", "inst", f"{ready}-0").ok()
     host = fleet.run("get", "inst", f"{ready}-0", "-o", "jsonpath={.spec.host}").ok().strip()

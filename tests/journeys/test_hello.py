@@ -88,6 +88,16 @@ def _states(dev: DevFleet) -> dict[str, Any]:
     assert dev.run("get", "env", "nobody").code == 4
     assert dev.run("diff", "-f", str(HELLO)).code == 0
     assert dev.run("wait", "env/hello", "--for", "phase=Stopped", "--timeout", "1s").code == 6
+    story = dev.run("describe", "env/hello").ok().partition("Events:")[2]
+    head = next(line for line in story.splitlines() if "request r-" in line)
+    cause = head.split()[1].rstrip(":")
+    told = json.loads("[" + ",".join(dev.run("events", "--cause", cause, "-o", "json").ok().splitlines()) + "]")
+    assert {event["source"] for event in told} == {"manager", "dev"}
+    steps = [event["reason"] for event in told]
+    for reason in ("Created", "Placed", "ImageFetched", "Started", "GuestUp", "PodsApplied", "AsAsked"):
+        assert reason in steps, steps
+        assert reason in story
+    assert "s after its start" in story and "debian-13 in " in story
     return instance
 
 

@@ -123,16 +123,36 @@ def _events(client: "Client", target: Target, tenant: str) -> None:
 
     request = pb.EventsRequest(tenant=tenant, kind=target.kind.name, name=target.name)
     events = list(client.stream(client.stub.Events, request, timeout_s=client.settings.request_timeout_s))
+    events.sort(key=_seconds)
     term.out(term.paint("Events:", "bold") + ("" if events else " none"))
     if len(events) > MAX_EVENTS:
         term.out(f"  ({len(events) - MAX_EVENTS} earlier ones: casemate events {target})")
-    for row in _event_rows(events[-MAX_EVENTS:]):
+    for row in story(events[-MAX_EVENTS:]):
         term.out("  " + row)
 
 
-def _event_rows(events: list[Any]) -> Iterator[str]:
+def _seconds(event: Any) -> float:
+    when = event.last if event.last.seconds else event.time
+    return float(when.seconds + when.nanos / 1e9)
+
+
+def story(events: list[Any]) -> Iterator[str]:
+    """Events in their order as lines: a heading for each request that some of them follow from, with the time since its
+    first one; what happened by itself stands between them with its age."""
+    began: dict[str, float] = {}
+    told = ""
     for event in events:
-        when = age(event.last if event.last.seconds else event.time)
+        at_s = _seconds(event)
+        if event.cause and event.cause not in began:
+            began[event.cause] = at_s
+        if event.cause != told:
+            told = event.cause
+            yield term.paint(f"request {term.clean(told)}:" if told else "by itself:", "dim")
+        since = f"+{at_s - began[told]:.1f}s" if told else age(event.last if event.last.seconds else event.time)
         times = f" (x{event.count})" if event.count > 1 else ""
         severity = term.paint(f"{event.severity or NONE:<8}", WORD_COLOURS.get(event.severity, ""))
-        yield f"{when:<8}{severity}{term.clean(event.reason):<20} {term.clean(event.message)}{times}"
+        what = f"{event.regarding.name}: " if event.regarding.kind in ("Instance", "Pod") else ""
+        yield (
+            f"  {since:<9}{severity}{term.clean(event.reason):<20} "
+            f"{term.clean(what + event.message)}{times} ({term.clean(event.source) or NONE})"
+        )

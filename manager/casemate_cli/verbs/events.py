@@ -17,26 +17,37 @@ _HEADINGS = ("AGE", "SEVERITY", "OBJECT", "REASON", "SOURCE", "MESSAGE")
 @click.command()
 @click.argument("arguments", nargs=-1, metavar="[KIND NAME]", shell_complete=completing.kind_or_name)
 @click.option("-f", "--follow", is_flag=True, help="Go on, until interrupted.")
+@click.option(
+    "--cause", metavar="ID", default="", help="Only what follows from this request: r-..., or its request key."
+)
 @click.option("-A", "--all-tenants", is_flag=True, help="Events of all tenants.")
 @click.option(
-    "-o", "--output", "form", type=click.Choice(["table", "json"]), default="table", help="Form; json is a line each."
+    "-o",
+    "--output",
+    "form",
+    type=click.Choice(["table", "wide", "json"]),
+    default="table",
+    help="Form; wide adds the cause, json is a line each.",
 )
 @options.connection
 @click.pass_context
-def events(ctx: click.Context, arguments: tuple[str, ...], follow: bool, all_tenants: bool, form: str) -> int:
+def events(
+    ctx: click.Context, arguments: tuple[str, ...], follow: bool, cause: str, all_tenants: bool, form: str
+) -> int:
     """Show what happened, oldest first.
 
     \b
     Examples:
       casemate events
       casemate events env/hello -f
+      casemate events --cause r-0123456789ab
     """
     from casemate_cli.client import Client
     from casemate_wire import manifest
     from casemate_wire.v1 import operators_pb2 as pb
 
     settings = options.settings(ctx)
-    request = pb.EventsRequest(tenant="" if all_tenants else settings.tenant, follow=follow)
+    request = pb.EventsRequest(tenant="" if all_tenants else settings.tenant, follow=follow, cause=cause)
     if arguments:
         wanted = kinds.targets(arguments)
         if len(wanted) != 1:
@@ -44,7 +55,8 @@ def events(ctx: click.Context, arguments: tuple[str, ...], follow: bool, all_ten
         request.kind, request.name = wanted[0].kind.name, wanted[0].name
         if not wanted[0].kind.of_tenant:
             request.tenant = ""
-    table = Table(_HEADINGS)
+    wide = form == "wide"
+    table = Table((*_HEADINGS, "CAUSE") if wide else _HEADINGS)
     timeout_s = None if follow else settings.request_timeout_s
     rows: list[tuple[str, ...]] = []
     with Client(settings) as client:
@@ -54,7 +66,7 @@ def events(ctx: click.Context, arguments: tuple[str, ...], follow: bool, all_ten
                     term.out(output.to_json(manifest.message_to_plain(event), indent=None))
                     term.flush()
                     continue
-                row = _row(event)
+                row = (*_row(event), event.cause or NONE) if wide else _row(event)
                 if follow:
                     table.write([row])
                     term.flush()
@@ -63,7 +75,7 @@ def events(ctx: click.Context, arguments: tuple[str, ...], follow: bool, all_ten
         except KeyboardInterrupt:
             return Exit.OK if follow else Exit.INTERRUPTED
     table.write(rows)
-    if not rows and form == "table" and not follow:
+    if not rows and form != "json" and not follow:
         term.say("nothing has happened")
     return Exit.OK
 

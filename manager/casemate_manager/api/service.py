@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 import grpc
 
 from casemate_core import selector as selectors
+from casemate_core.cause import cause_of
 from casemate_core.errors import (
     CallerError,
     InternalError,
@@ -201,7 +202,11 @@ class FleetService(operators_pb2_grpc.FleetServicer):
 
         sees = caller().sees
 
+        causes = (request.cause, cause_of(request.cause)) if request.cause else ()
+
         def wanted(event: EventView) -> bool:
+            if causes and event.cause not in causes:
+                return False
             return sees("Event", event.meta) and is_event_of(event, request.kind, request.name, request.tenant)
 
         feed = self._core.feed

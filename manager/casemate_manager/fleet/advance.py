@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from casemate_core.claims import Claim
 from casemate_core.spec.environment import Environment
 from casemate_core.spec.instance import Nic, Phase
 from casemate_core.spec.meta import Meta
@@ -298,8 +299,19 @@ def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer, 
         meta = replace(instance.meta, resource_version=draft.revision)
         draft.put(replace(instance, meta=meta, placements=stamp.generation))
         draft.sightings.append(Tried(instance.meta.uid, None))
-        draft.event(instance_ref(instance), "Placed", f"placed on host {found.host}")
+        draft.event(instance_ref(instance), "Placed", f"placed on host {found.host}: {_held(found.claim)}")
     return True
+
+
+def _held(claim: Claim) -> str:
+    """What was given, in words."""
+    words = []
+    if owned := claim.owned:
+        words.append(f"threads {owned}")
+    if milli := sum(shared.milli for shared in claim.shared):
+        words.append(f"{milli / 1000:g} shared CPUs")
+    words.append(f"{claim.memory_mib} MiB")
+    return ", ".join(words)
 
 
 def _refused(draft: Draft, group: _Group, found: Unplaced) -> None:

@@ -29,6 +29,8 @@ class ApplyResources:
     objects: tuple[Object, ...]
     seed: str
     dry_run: bool = False
+    #: Who asks, for the story of the objects.
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class DeleteResource:
     tenant: str
     name: str
     uid: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class OperateInstances:
     grace_s: float | None = None
     timeout_s: float = 600.0
     uid: str = ""
+    by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,15 @@ MAX_PEERS = 256
 def desired_instance(state: State, placement: PlacementRecord) -> DesiredInstance:
     """One instance, as its host should have it."""
     instance = state.instances[placement.instance_uid]
-    environment = state.environment_of(instance).environment
+    record = state.environment_of(instance)
+    environment = record.environment
     spec = state.spec_of(instance)
     row = state.environment_instances[environment.meta.uid]
     peers: tuple[Peer, ...] = ()
     if len(row) <= MAX_PEERS:
         others = (state.instances[row[o]] for o in sorted(row) if row[o] != instance.meta.uid)
         peers = tuple(Peer(o.meta.name, o.nics[0].address if o.nics else "") for o in others)
+    order, operation = operations.order_of(state, instance), state.open_operation(instance.meta.uid)
     return DesiredInstance(
         uid=instance.meta.uid,
         tenant=instance.meta.tenant,
@@ -64,11 +66,13 @@ def desired_instance(state: State, placement: PlacementRecord) -> DesiredInstanc
         cpu_policy=spec.cpu.policy,
         page_kib=spec.memory.hugepages_kib,
         peers=peers,
-        order=operations.order_of(state, instance),
+        order=order,
         disk=instance.disks,
         on_crash=spec.on_crash,
         crash_limit=spec.crash_limit,
         stop_grace_s=spec.stop_grace_s,
+        # While something is done once, what happens follows from that.
+        cause=operation.meta.name if operation is not None and order is not None else record.cause,
     )
 
 

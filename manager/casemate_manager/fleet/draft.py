@@ -16,7 +16,17 @@ from casemate_core.spec.meta import Meta
 from casemate_core.spec.views import EventView, ObjectRef
 from casemate_manager.fleet.commands import Answer, Batch, Effect
 from casemate_manager.fleet.observed import Observed, Sighting
-from casemate_manager.fleet.records import Drop, InstanceRecord, Put, Record, RecordChange, key_of, kind_of
+from casemate_manager.fleet.records import (
+    Drop,
+    EnvironmentRecord,
+    InstanceRecord,
+    Put,
+    Record,
+    RecordChange,
+    key_of,
+    kind_of,
+    tenant_key,
+)
 from casemate_manager.fleet.state import State, event_identity
 
 #: Records of one batch; etcd takes 128 operations in a transaction by default.
@@ -110,6 +120,8 @@ class Draft:
     ) -> None:
         """Record that something happened. The same again raises the count of the event that is there."""
         time_s = time_s or self.now_s
+        if not cause and source == "manager":
+            cause = self.cause_of(regarding)
         message = message[:MAX_MESSAGE]
         # Sorts by time; the digest tells events of one millisecond apart and makes a repeat the same record.
         digest = hashlib.sha256(f"{source}/{name or (self.revision, len(self))}".encode()).hexdigest()[:12]
@@ -147,6 +159,20 @@ class Draft:
             )
             return
         self.put(event)
+
+    def cause_of(self, ref: ObjectRef) -> str:
+        """What the present state of an environment, or of an instance of one, follows from; empty for anything else."""
+        key = tenant_key(ref.tenant, ref.name)
+        if ref.kind == "Instance":
+            instance = self.state.instances.get(self.state.instance_names.get(key, ""))
+            if instance is None:
+                return ""
+            key = self.state.environment_keys.get(instance.environment_uid, "")
+        elif ref.kind != "Environment":
+            return ""
+        change = self._changes.get(("Environment", key))
+        record = change.record if isinstance(change, Put) else self.state.environments.get(key)
+        return record.cause if isinstance(record, EnvironmentRecord) else ""
 
     # --- addresses ----------------------------------------------------------------------------------------------------
 

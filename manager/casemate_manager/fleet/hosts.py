@@ -219,7 +219,13 @@ def _gone(draft: Draft, host: str, uid: str) -> None:
         operations.forget(draft, record)
         draft.drop("Instance", uid)
         draft.sightings.append(ForgetInstance(uid))
-        draft.event(instance_ref(record), "Deleted", f"host {host} let go of the instance", source=host)
+        draft.event(
+            instance_ref(record),
+            "Deleted",
+            f"host {host} let go of the instance",
+            source=host,
+            cause=draft.cause_of(instance_ref(record)),
+        )
     draft.sightings.append(CapacityChanged())
 
 

@@ -4,7 +4,7 @@ Everything that happens to the fleet is a command: what users ask, what hosts sa
 A command that cannot be carried out raises and changes nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from casemate_manager.access import grants_of
@@ -68,7 +68,10 @@ def apply(state: State, observed: Observed, command: Command | By, now_s: float,
         case By():
             grants = grants_of(command.actor.principal, state.bindings_of, state.users, rules.admins)
             acts.check(state, grants, command.command)
-            return apply(state, observed, command.command, now_s, rules)
+            inner = command.command
+            if isinstance(inner, ApplyResources | DeleteResource | OperateInstances):
+                inner = replace(inner, by=command.actor.principal.name)
+            return apply(state, observed, inner, now_s, rules)
         case ApplyResources():
             return objects.apply_resources(state, observed, command, now_s, rules.objects)
         case DeleteResource():

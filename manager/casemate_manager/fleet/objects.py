@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from casemate_core.cause import cause_of
 from casemate_core.errors import Conflict, InvalidSpec, NotFound, Violation, shown
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.quantity import format_mib
@@ -44,6 +45,8 @@ from casemate_manager.fleet.state import State, named
 
 #: Objects of one request; with their records of change and the request's own they stay within one batch.
 MAX_OBJECTS: Final = 60
+#: Changed paths that an event names.
+MOST_PATHS: Final = 8
 #: Kinds that can be deleted.
 DELETABLE: Final = ("Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding")
 
@@ -80,7 +83,7 @@ def apply_resources(
         old = _stored(state, one)
         _check_preconditions(one, old)
         _check_references(state, given, one, old, rules)
-        results.append(_apply_one(draft, one, old, command.seed, rules))
+        results.append(_apply_one(draft, one, old, command.seed, rules, cause_of(command.request_key)))
     if command.dry_run:
         return Batch(answer=ApplyAnswer(tuple(results), 0))
     told = tuple(replace(r, object=None) for r in results)
@@ -90,7 +93,24 @@ def apply_resources(
         raise InvalidSpec(
             (Violation("resources", str(len(command.objects)), "change too much at once", "apply fewer"),)
         )
+    _tell(draft, told, command)
     return draft.batch(answer)
+
+
+def _tell(draft: Draft, results: tuple[Applied, ...], command: ApplyResources) -> None:
+    """The first line of the story of each environment: who asked for what. As many as there is room for in the batch."""
+    who = command.by or "the manager"
+    for result in results:
+        if result.ref.kind != "Environment" or result.action == "unchanged" or len(draft) >= MAX_RECORDS:
+            continue
+        if result.action == "created":
+            message = f"{who} asked for it"
+        else:
+            # Paths alone: a value may be a secret.
+            paths = sorted({change.path for change in result.changes})
+            more = f" and {len(paths) - MOST_PATHS} more" if len(paths) > MOST_PATHS else ""
+            message = f"{who} changed {', '.join(paths[:MOST_PATHS])}{more}"
+        draft.event(result.ref, result.action.capitalize(), message, cause=cause_of(command.request_key))
 
 
 def _check_count(objects: tuple[Object, ...]) -> None:
@@ -241,7 +261,7 @@ def _check_network(given: _Given, one: Network) -> Iterator[Violation]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _apply_one(draft: Draft, one: Object, old: Object | None, seed: str, rules: ObjectRules) -> Applied:
+def _apply_one(draft: Draft, one: Object, old: Object | None, seed: str, rules: ObjectRules, cause: str) -> Applied:
     kind = type(one).__name__
     changes = rules.diff(old, one)
     if old is not None:
@@ -271,7 +291,7 @@ def _apply_one(draft: Draft, one: Object, old: Object | None, seed: str, rules: 
         old.meta.created_s if old else draft.now_s,
     )
     stored = replace(one, meta=meta)
-    warnings = _write(draft, stored, old, changes)
+    warnings = _write(draft, stored, old, changes, cause)
     return Applied(_ref(kind, meta), "changed" if old else "created", changes if old else (), warnings, stored)
 
 
@@ -279,11 +299,13 @@ def _ref(kind: str, meta: Meta) -> ObjectRef:
     return ObjectRef(kind, meta.name, meta.tenant, meta.uid)
 
 
-def _write(draft: Draft, stored: Object, old: Object | None, changes: tuple[Change, ...]) -> tuple[str, ...]:
+def _write(
+    draft: Draft, stored: Object, old: Object | None, changes: tuple[Change, ...], cause: str
+) -> tuple[str, ...]:
     record: Record
     match stored:
         case Environment():
-            return _write_environment(draft, stored, changes if old else ())
+            return _write_environment(draft, stored, changes if old else (), cause)
         case Host():
             known = draft.state.hosts.get(stored.meta.name)
             record = replace(known, host=stored) if known else HostRecord(stored)
@@ -297,11 +319,11 @@ def _write(draft: Draft, stored: Object, old: Object | None, changes: tuple[Chan
     return ()
 
 
-def _write_environment(draft: Draft, stored: Environment, changes: tuple[Change, ...]) -> tuple[str, ...]:
+def _write_environment(draft: Draft, stored: Environment, changes: tuple[Change, ...], cause: str) -> tuple[str, ...]:
     state, generation = draft.state, stored.meta.generation
     known = state.environments.get(tenant_key(stored.meta.tenant, stored.meta.name))
     if known is None:
-        draft.put(EnvironmentRecord(stored, generation, generation))
+        draft.put(EnvironmentRecord(stored, generation, generation, cause=cause))
         return ()
     effects = {c.effect for c in changes}
     restart = generation if "restart" in effects else known.restart_generation
@@ -321,7 +343,7 @@ def _write_environment(draft: Draft, stored: Environment, changes: tuple[Change,
     if changes:
         # A changed environment may fit where it did not.
         draft.sightings.append(CapacityChanged())
-    draft.put(replace(known, environment=stored, restart_generation=restart, replace_generation=replaced))
+    draft.put(replace(known, environment=stored, restart_generation=restart, replace_generation=replaced, cause=cause))
     return tuple(warnings)
 
 
@@ -373,8 +395,10 @@ def _delete(draft: Draft, command: DeleteResource) -> tuple[ObjectRef, bool]:
                 )
             if not meta.deleting_s:
                 meta = replace(meta, deleting_s=draft.now_s, resource_version=draft.revision)
-                draft.put(replace(record, environment=replace(record.environment, meta=meta)))
-                draft.event(_ref(kind, meta), "Deleting", "deletion was asked for")
+                cause = cause_of(command.request_key)
+                draft.put(replace(record, environment=replace(record.environment, meta=meta), cause=cause))
+                asked = f"{command.by} asked for its deletion" if command.by else "deletion was asked for"
+                draft.event(_ref(kind, meta), "Deleting", asked, cause=cause)
             placed = any(i.meta.uid in state.instance_placements for i in state.instances_of(meta.uid))
             return _ref(kind, meta), placed
         case "Image":
@@ -411,7 +435,8 @@ def _delete(draft: Draft, command: DeleteResource) -> tuple[ObjectRef, bool]:
                 (Violation("kind", shown(kind), "cannot be deleted", f"name one of {', '.join(DELETABLE)}"),)
             )
     draft.drop(kind, name)
-    draft.event(_ref(kind, meta), "Deleted", f"the {kind.lower()} was deleted")
+    by = f" by {command.by}" if command.by else ""
+    draft.event(_ref(kind, meta), "Deleted", f"the {kind.lower()} was deleted{by}", cause=cause_of(command.request_key))
     return _ref(kind, meta), False
 
 

@@ -147,7 +147,8 @@ def _ask(draft: Draft, instance: InstanceRecord, verb: Verb, command: OperateIns
     if verb is Verb.REBUILD:
         draft.put(rebuilt(draft, instance))
     draft.put(_released(draft, record) if released else record)
-    draft.event(instance_ref(instance), f"{verb.value.title()}Asked", f"{verb.value} was asked for", cause=meta.name)
+    asked = f"{command.by} asked for {verb.value}" if command.by else f"{verb.value} was asked for"
+    draft.event(instance_ref(instance), f"{verb.value.title()}Asked", asked, cause=meta.name)
     return ObjectRef("Operation", meta.name, meta.tenant, uid)
 
 

@@ -28,6 +28,8 @@ class EnvironmentRecord:
     replace_generation: int
     #: The end of its lifetime that was told ahead (seconds since the epoch); 0: none was.
     notice_end_s: float = 0.0
+    #: What its last change follows from (casemate_core.cause).
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,13 +40,13 @@ from casemate_manager.fleet.records import (
     tenant_key,
 )
 
-EventIdentity = tuple[str, str, str, str, str]
+EventIdentity = tuple[str, str, str, str, str, str]
 
 
 def event_identity(event: EventView) -> EventIdentity:
     """What makes two events the same one, seen again."""
     ref = event.regarding
-    return (ref.kind, ref.tenant, ref.name, event.reason, event.message)
+    return (ref.kind, ref.tenant, ref.name, event.reason, event.message, event.cause)
 
 
 @dataclass(slots=True)

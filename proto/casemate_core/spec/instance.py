@@ -153,6 +153,8 @@ class DesiredInstance:
     crash_limit: int = 0
     #: How long the guest has to power off; None: the agent's own.
     stop_grace_s: float | None = None
+    #: What this state of it follows from (casemate_core.cause); its events carry it until it is as asked.
+    cause: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -341,6 +341,7 @@ class DesiredInstance(_message.Message):
     ON_CRASH_FIELD_NUMBER: _builtins.int
     CRASH_LIMIT_FIELD_NUMBER: _builtins.int
     STOP_GRACE_S_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     tenant: _builtins.str
     environment: _builtins.str
@@ -365,6 +366,8 @@ class DesiredInstance(_message.Message):
     crash_limit: _builtins.int
     stop_grace_s: _builtins.float
     """The agent's own where it is not set."""
+    cause: _builtins.str
+    """What this state follows from; events that follow carry it."""
     @_builtins.property
     def image(self) -> Global___HostImage: ...
     @_builtins.property
@@ -417,10 +420,11 @@ class DesiredInstance(_message.Message):
         on_crash: _builtins.str = ...,
         crash_limit: _builtins.int = ...,
         stop_grace_s: _builtins.float | None = ...,
+        cause: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "claim", b"claim", "image", b"image", "order", b"order", "stop_grace_s", b"stop_grace_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "archives", b"archives", "claim", b"claim", "cpu_policy", b"cpu_policy", "cpus", b"cpus", "crash_limit", b"crash_limit", "disk", b"disk", "disk_mib", b"disk_mib", "environment", b"environment", "generation", b"generation", "image", b"image", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_crash", b"on_crash", "order", b"order", "ordinal", b"ordinal", "page_kib", b"page_kib", "peers", b"peers", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "role", b"role", "run", b"run", "ssh_keys", b"ssh_keys", "stop_grace_s", b"stop_grace_s", "tenant", b"tenant", "uid", b"uid", "user_data", b"user_data", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "archives", b"archives", "cause", b"cause", "claim", b"claim", "cpu_policy", b"cpu_policy", "cpus", b"cpus", "crash_limit", b"crash_limit", "disk", b"disk", "disk_mib", b"disk_mib", "environment", b"environment", "generation", b"generation", "image", b"image", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_crash", b"on_crash", "order", b"order", "ordinal", b"ordinal", "page_kib", b"page_kib", "peers", b"peers", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "role", b"role", "run", b"run", "ssh_keys", b"ssh_keys", "stop_grace_s", b"stop_grace_s", "tenant", b"tenant", "uid", b"uid", "user_data", b"user_data", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_grace_s: _TypeAlias = _typing.Literal["stop_grace_s"]  # noqa: Y015
     _WhichOneofArgType__stop_grace_s: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s"]  # noqa: Y015

@@ -727,11 +727,14 @@ class EventsRequest(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     kind: _builtins.str
     """What the events are about; everything where it is not set."""
     name: _builtins.str
     follow: _builtins.bool
+    cause: _builtins.str
+    """Those alone that follow from this request: its cause (`r-...`), or its request key."""
     def __init__(
         self,
         *,
@@ -739,10 +742,11 @@ class EventsRequest(_message.Message):
         kind: _builtins.str = ...,
         name: _builtins.str = ...,
         follow: _builtins.bool = ...,
+        cause: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "kind", b"kind", "name", b"name", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "follow", b"follow", "kind", b"kind", "name", b"name", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
