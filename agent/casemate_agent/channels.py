@@ -12,7 +12,7 @@ from typing import Any
 from casemate_agent.drivers.ports import Drivers, ExecRequest, ExecSession, Guests
 from casemate_agent.drivers.sideports import EOF, ConsoleSession, CopyRequest
 from casemate_agent.transport import BrokenOff, Stream, frames
-from casemate_core.errors import CallerError, CasemateError
+from casemate_core.errors import CallerError, CasemateError, Unavailable
 from casemate_wire.channel import (
     Eof,
     ExitCode,
@@ -37,10 +37,21 @@ EXEC_DEADLINE_S = 30.0
 COPY_DEADLINE_S = 60.0
 
 
+TOO_MANY = "too-many"
+"""Kind of a channel that is opened only to say that it is not served."""
+
+
 class BadParameters(CallerError):
     """The request of a channel does not have its shape."""
 
     reason = "BadParameters"
+
+
+class _Broke(Exception):
+    """What was to be sent ended with an error, while the listener still listens."""
+
+    def __init__(self, error: CasemateError, listener: asyncio.Task[None]) -> None:
+        self.error, self.listener = error, listener
 
 
 async def serve_channel(request: OpenChannel, stream: Stream[Frame, Frame], drivers: Drivers) -> None:
@@ -66,12 +77,17 @@ async def serve_channel(request: OpenChannel, stream: Stream[Frame, Frame], driv
             case "console-log":
                 since_s = _get(request.parameters, "since_s", float, 0.0)
                 reader = await _serve_serial(stream, drivers.serials.read(request.instance, since_s, EXEC_DEADLINE_S))
+            case "too-many":
+                raise Unavailable("this host serves no more channels at the moment: end some, or try again later")
             case other:
                 raise BadParameters(f"no channels of kind {other!r}")
         if reader is not None:
             await stream.send(Eof())
     except BrokenOff:
         raise
+    except _Broke as broke:
+        reader = broke.listener
+        await stream.send(Failed(f"{broke.error.reason}: {broke.error}"))
     except CasemateError as error:
         await stream.send(Failed(f"{error.reason}: {error}"))
     # The other end closes when it has read the last frame; closing first could cut it off.
@@ -105,13 +121,17 @@ async def _serve_logs(request: OpenChannel, stream: Stream[Frame, Frame], guests
         follow=_get(p, "follow", bool, False),
         tail=tail if tail > 0 else -1,  # to a guest, 0 would be none of them
         since_s=_get(p, "since_s", float, 0.0),
+        after_sequence=_get(p, "after", int, 0),
+        log=_get(p, "log", str, ""),
+        previous=_get(p, "previous", bool, False),
     )
 
     async def pump() -> None:
         async for line in lines:
-            await stream.send(
-                LogLine(line.time_s, line.pod, line.container, line.sequence, line.text, line.stream, line.lost)
+            sent = LogLine(
+                line.time_s, line.pod, line.container, line.sequence, line.text, line.stream, line.lost, line.log
             )
+            await stream.send(sent)
 
     return await _until_over(pump(), _drain(stream))
 
@@ -239,10 +259,10 @@ async def _feed(stream: Stream[Frame, Frame], session: ExecSession) -> None:
 
 
 async def _until_over(pump: Coroutine[Any, Any, None], listen: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-    """Run both until one is over. What the pump raises is raised; the caller's hanging up ends the pump.
+    """Run both until one is over. The caller's hanging up ends the pump.
 
-    Returns the listener where the pump was over first: it goes on, since in gRPC to cancel a pending read is to cancel the
-    call, and with it the frames that the other end has not read yet.
+    Returns the listener where the pump was over first, raises `_Broke` with it where the pump failed: it goes on, since in
+    gRPC to cancel a pending read is to cancel the call, and with it the frames that the other end has not read yet.
     """
     pumping = asyncio.create_task(pump, name="channel-pump")
     listening = asyncio.create_task(listen, name="channel-listen")
@@ -252,7 +272,13 @@ async def _until_over(pump: Coroutine[Any, Any, None], listen: Coroutine[Any, An
         if not pumping.done():
             listening.result()
             return None
-        pumping.result()
+        try:
+            pumping.result()
+        except BrokenOff:
+            raise
+        except CasemateError as error:
+            kept = True
+            raise _Broke(error, listening) from error
         kept = True
         return listening
     finally:

@@ -16,10 +16,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from casemate_agent.agent import Agent
-from casemate_agent.channels import serve_channel
+from casemate_agent.channels import TOO_MANY, serve_channel
 from casemate_agent.drivers.ports import MachineFacts
 from casemate_agent.transport import BrokenOff, Stream, Transport
 from casemate_core.errors import CallerError, CasemateError
@@ -230,8 +231,8 @@ class Link:
 
     def _open_channel(self, request: OpenChannel) -> None:
         if len(self._channels) >= MOST_CHANNELS:
-            log.warning("a channel of kind %s is not opened: %d are open", request.kind, len(self._channels))
-            return
+            log.warning("a channel of kind %s is not served: %d are open", request.kind, len(self._channels))
+            request = replace(request, kind=TOO_MANY)  # dialled all the same, so that the caller is told
         task = asyncio.create_task(self._channel(request), name=f"channel-{request.kind}")
         self._channels.add(task)
         task.add_done_callback(self._channels.discard)

@@ -5,6 +5,7 @@ What may live here: streams of values. The protocol on them is :mod:`casemate_wi
 alone.
 """
 
+import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -152,7 +153,7 @@ class _GrpcStream:
 
         try:
             await self._call.write(self._encode(message))
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise BrokenOff(f"stream to the manager broke off: {await self._why(error)}") from error
 
     async def receive(self):  # type: ignore[no-untyped-def]
@@ -160,7 +161,7 @@ class _GrpcStream:
 
         try:
             message = await self._call.read()
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
             raise BrokenOff(f"stream to the manager broke off: {await self._why(error)}") from error
         return None if message is grpc.aio.EOF else self._decode(message)
 

@@ -7,6 +7,7 @@ that a guest's bytes take where they do not go to a terminal.
 import codecs
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -103,6 +104,7 @@ class Escaped:
     def feed(self, data: bytes, *, final: bool = False) -> str:
         """The text of some more bytes; a character, or the end of a line, may be cut between two calls."""
         text = ("\r" if self._return else "") + self._decoder.decode(data, final)
+        text = re.sub("\r+", "\r", text)  # a terminal that is given \\r\\n by a program adds one more
         self._return = text.endswith("\r") and not final
         text = text.removesuffix("\r") if self._return else text
         return term.clean(text.replace("\r\n", "\n"), keep="\n\t")

@@ -93,6 +93,8 @@ class Session:
     identity: Identity | None = None
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     measurement: Measurement | None = None
+    #: Set when the stream has ended: what was asked over it and is not there yet will not come.
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def host(self) -> str:
@@ -136,13 +138,19 @@ class Channel:
         self._stream = stream
         self._dialled.set()
 
-    async def wait_dialled(self, seconds: float) -> None:
-        """Wait for the agent. Raises Unavailable."""
+    async def wait_dialled(self, seconds: float, over: asyncio.Event) -> None:
+        """Wait for the agent, or until the session over which it was asked is ``over``. Raises Unavailable."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._dialled, over)]
         try:
-            async with asyncio.timeout(seconds):
-                await self._dialled.wait()
-        except TimeoutError:
-            raise Unavailable(f"the host did not open the channel within {seconds:g} s") from None
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._dialled.is_set():
+            return
+        if over.is_set():
+            raise Unavailable("the host's session ended before it opened the channel")
+        raise Unavailable(f"the host did not open the channel within {seconds:g} s")
 
     async def send(self, frame: Frame) -> None:
         """Send one frame; waits while the host does not read."""
@@ -218,6 +226,7 @@ class Sessions:
                 session.woken.clear()
             reason = "the stream ended"
         finally:
+            session.over.set()
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
             self._streams.pop(session, None)
@@ -342,7 +351,7 @@ class Sessions:
             channel.host = host
             session.end.open_channel(OpenChannel(ticket, kind, instance_uid, parameters))
             session.woken.set()
-            await channel.wait_dialled(TICKET_S)
+            await channel.wait_dialled(TICKET_S, session.over)
             yield channel
         finally:
             self._tickets.pop(ticket, None)

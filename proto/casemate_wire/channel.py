@@ -12,9 +12,9 @@ slow, ``Lost``; ``Eof`` ends it. A ``forward`` channel carries ``Stdin`` and ``O
 answers with ``Output`` and ``ExitCode``.
 
 Parameters of ``OpenChannel``: for ``logs`` ``pod``, ``container`` (may be empty), ``follow``, ``tail`` (lines; 0: all that
-are kept), ``since_s``; for ``exec`` ``argv``, ``pod`` (empty: the guest itself), ``container``, ``tty``, ``rows``,
-``columns``, ``environment``; for ``forward`` ``pod``, ``container``, ``port``; for ``copy`` ``pod``, ``container``,
-``into``, ``path``, ``name``; for ``authorize`` ``key``.
+are kept), ``since_s``, ``previous``, ``after`` and ``log`` (go on behind this line of this log); for ``exec`` ``argv``,
+``pod`` (empty: the guest itself), ``container``, ``tty``, ``rows``, ``columns``, ``environment``; for ``forward`` ``pod``,
+``container``, ``port``; for ``copy`` ``pod``, ``container``, ``into``, ``path``, ``name``; for ``authorize`` ``key``.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,8 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line of a container's log. ``lost`` lines are missing before it."""
+    """A line of a container's log. ``lost`` lines are missing before it; -1: nobody knows how many. ``log`` names the log
+    that ``sequence`` counts in."""
 
     time_s: float
     pod: str
@@ -38,6 +39,7 @@ class LogLine:
     text: str
     stream: str = "stdout"
     lost: int = 0
+    log: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from casemate_agent.drivers.ports import ExecRequest, GuestGone, GuestHello, GuestPods, GuestRefused
+from casemate_agent.drivers.ports import UNKNOWN, ExecRequest, GuestGone, GuestHello, GuestPods, GuestRefused
 from casemate_core.errors import Unavailable
 from support.guest_bench import WITHIN_S, GuestBench, guest_bench, pod
 
@@ -205,6 +205,46 @@ async def test_following_a_log_that_is_over_ends(guest: GuestBench) -> None:
     await guest.apply("a", pod("job", "echo", "done", policy="Never"))
     await guest.until(lambda: (p := guest.pod("job")) and p.phase == "Succeeded")
     assert [line.text for line in await guest.lines("job", follow=True)] == ["done"]
+
+
+async def test_the_log_of_the_run_before_the_last_start(guest: GuestBench) -> None:
+    await guest.apply("a", pod("say", "echo", "hello", policy="Always"), pod("web", *SLEEP))
+    await guest.ready("web")
+    await guest.until(lambda: guest.pod("say") and guest.container("say").reason == "CrashLoopBackOff")
+    both = await guest.lines("say")
+    assert len(both) == 2
+    assert await guest.lines("say", previous=True) == both[:1]
+    assert await guest.lines("say", previous=True, tail=0) == []
+    assert await guest.lines("say", previous=True, since_s=both[0].time_s + 1) == []
+    with pytest.raises(GuestRefused, match="started once: there is no earlier run"):
+        await guest.lines("web", previous=True)
+
+
+async def test_a_log_goes_on_behind_a_line_and_tells_where_it_cannot(guest: GuestBench) -> None:
+    await guest.apply("a", pod("say", "echo", "hello", policy="Always"))
+    await guest.until(lambda: guest.pod("say") and guest.container("say").reason == "CrashLoopBackOff")
+    first, second = await guest.lines("say")
+    assert first.log == second.log != ""
+    assert await guest.lines("say", after_sequence=first.sequence, log=first.log) == [second]
+    await guest.start_agent()
+    assert await guest.lines("say", after_sequence=first.sequence, log=first.log) == [second]
+    await guest.apply("b", pod("say", "echo", "anew", policy="Never"))
+    await guest.until(lambda: (p := guest.pod("say")) and p.phase == "Succeeded")
+    (anew,) = await guest.lines("say", after_sequence=second.sequence, log=second.log)
+    assert (anew.text, anew.lost) == ("anew", UNKNOWN)
+    assert anew.log != first.log
+
+
+async def test_following_ends_when_the_guest_is_let_go(guest: GuestBench) -> None:
+    await guest.apply("a", pod("web", *SLEEP))
+    await guest.ready("web")
+    following = asyncio.create_task(guest.lines("web", follow=True))
+    await asyncio.sleep(0.1)
+    await guest.guests.shutdown(guest.uid, WITHIN_S)
+    await guest.off()
+    await guest.guests.detach(guest.uid)
+    async with asyncio.timeout(WITHIN_S):
+        await asyncio.gather(following, return_exceptions=True)
 
 
 async def test_logs_of_what_is_not_there_are_refused(guest: GuestBench) -> None:

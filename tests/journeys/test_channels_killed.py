@@ -137,3 +137,51 @@ def test_streams_are_cut_and_begin_anew(mortal: Mortal, victim: str) -> None:
             for stream in (child.stdin, child.stdout, child.stderr):
                 if stream:
                     stream.close()
+
+
+PINGS = MANIFEST.replace("name: cut}", "name: pings}").replace(
+    "ports: [{containerPort: 8080}]", "command: [ping, -i, '0.02', nowhere]"
+)
+
+
+@pytest.mark.timeout(240)
+def test_a_followed_log_misses_no_line_when_the_manager_is_killed(mortal: Mortal) -> None:
+    mortal.run("apply", "-f", "-", stdin=PINGS).ok()
+    mortal.run("wait", "env/pings", "--for", "ready", "--timeout", "60s").ok()
+    follower = opened(mortal, "logs", "pings", "-f")
+    assert follower.stdout
+    seen = [follower.stdout.readline() for _ in range(50)]
+    for _ in range(2):
+        mortal.kill("manager")
+        mortal.up()
+        # Far beyond what was in flight.
+        last = int(seen[-1].partition(b"=")[2])
+        while int(seen[-1].partition(b"=")[2]) < last + 300:
+            seen.append(follower.stdout.readline())
+    follower.send_signal(signal.SIGINT)
+    code, told = closed(follower)
+    assert code == 0
+    assert "lost" not in told
+    assert seen[0] == b"app started\n"
+    assert seen[1:] == [b"seq=%d\n" % number for number in range(1, len(seen))]
+
+
+@pytest.mark.timeout(240)
+def test_a_followed_log_says_where_lines_may_be_missing(mortal: Mortal) -> None:
+    """A simulated host ends with its agent, and its containers are made anew: what they wrote last is nobody's to tell."""
+    mortal.run("apply", "-f", "-", stdin=PINGS).ok()
+    mortal.run("wait", "env/pings", "--for", "ready", "--timeout", "60s").ok()
+    follower = opened(mortal, "logs", "pings", "-f")
+    assert follower.stdout
+    seen = [follower.stdout.readline() for _ in range(20)]
+    mortal.kill("agent")
+    time.sleep(1.5)
+    mortal.up()
+    while seen[-1] != b"app started\n":
+        seen.append(follower.stdout.readline())
+    follower.send_signal(signal.SIGINT)
+    code, told = closed(follower)
+    assert code == 0
+    assert "(the log is interrupted: " in told and "(the log goes on)" in told
+    assert told.count("(app was made anew here; what it had written last may be missing)") == 1
+    assert seen[1:-1] == [b"seq=%d\n" % number for number in range(1, len(seen) - 1)]

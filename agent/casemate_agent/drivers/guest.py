@@ -20,11 +20,13 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from casemate_agent.drivers import guestwire as wire
 from casemate_agent.drivers.guestside import GuestExec, GuestSides
 from casemate_agent.drivers.ports import (
+    UNKNOWN,
     ExecRequest,
     ExecSession,
     GuestEvent,
@@ -133,6 +135,8 @@ class GuestChannel:
         self._notes = Bucket(NOTES_PER_S, NOTES_BURST)
         self._suppressed = 0
         self.rejected = 0
+        #: Set when nobody keeps this connection any more.
+        self.let_go = asyncio.Event()
 
     # The connection.
 
@@ -162,7 +166,20 @@ class GuestChannel:
                 pause_s = DIAL_FIRST_S if time.monotonic() - began > 1.0 else min(pause_s * 2, DIAL_MAX_S)
                 await asyncio.sleep(pause_s)
         finally:
+            self.let_go.set()
             self._drop()
+
+    async def greeted_again(self) -> None:
+        """Wait for the next session, however long it takes. Raises Unavailable where the guest was let go."""
+        greeted = asyncio.ensure_future(self.greeted.wait())
+        let_go = asyncio.ensure_future(self.let_go.wait())
+        try:
+            await asyncio.wait({greeted, let_go}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            greeted.cancel()
+            let_go.cancel()
+        if self.let_go.is_set():
+            raise Unavailable(f"the guest {self.uid} is off, or no longer on this host")
 
     def _drop(self) -> None:
         if self._writer is not None:
@@ -447,40 +464,80 @@ class GuestChannels(GuestSides):
         await channel.call({"t": "apply", "revision": revision, "hosts": dict(peers)}, payload, left_s)
 
     async def logs(
-        self, uid: str, pod: str, container: str, *, follow: bool, tail: int, since_s: float, after_sequence: int = 0
+        self,
+        uid: str,
+        pod: str,
+        container: str,
+        *,
+        follow: bool,
+        tail: int,
+        since_s: float,
+        after_sequence: int = 0,
+        log: str = "",
+        previous: bool = False,
     ) -> AsyncIterator[LogRecord]:
         """Lines of a container. A record's sequence is the position after it in the container's log, from which
-        ``after_sequence`` goes on. ``tail`` below 0: all that are kept. A log that is followed goes on over restarts of
-        the container, the helper and the agent's connection, until the container is gone or has ended for good."""
-        position, container_id = after_sequence, ""
-        request: dict[str, Any] = {"t": "logs", "pod": pod, "container": container, "follow": follow, "tail": tail}
+        ``after_sequence`` goes on. A log that is followed goes on over restarts of the container, the helper and the agent's
+        connection, until the container is gone or has ended for good."""
         channel = self._channel(uid)
+        if previous:
+            async for record in self._previous(channel, pod, container, tail, since_s):
+                yield record
+            return
+        position, container_id, anew = after_sequence, log, False
+        request: dict[str, Any] = {"t": "logs", "pod": pod, "container": container, "follow": follow, "tail": tail}
+        began = False
         while True:
             try:
                 number, stream, opened = await channel.open({**request, "from": position}, LOG_CREDIT, 30.0)
             except Unavailable:
-                if not follow or not container_id or self._channels.get(uid) is not channel:
+                if not follow or not began:
                     raise
-                await channel.greeted.wait()
+                await channel.greeted_again()
                 continue
+            began = True
             if container_id and opened.container_id != container_id:
                 channel.close(number)  # another container of the same name: its log begins anew
-                position, container_id = 0, opened.container_id
+                position, container_id, anew = 0, opened.container_id, True
                 continue
             container_id = opened.container_id
             request["tail"] = -1  # a resumed log goes on where it was
             try:
                 async for record in _records(channel, number, stream, pod, container or opened.container):
                     position = record.sequence
-                    if record.time_s >= since_s or record.lost:
-                        yield record
+                    if record.time_s >= since_s or record.lost or anew:
+                        yield replace(record, log=container_id, lost=UNKNOWN if anew else record.lost)
+                        anew = False
                 return
             except Unavailable:
-                if not follow or self._channels.get(uid) is not channel:
+                if not follow:
                     raise
-                await channel.greeted.wait()
+                await channel.greeted_again()
             finally:
                 channel.close(number)
+
+    async def _previous(
+        self, channel: GuestChannel, pod: str, container: str, tail: int, since_s: float
+    ) -> AsyncIterator[LogRecord]:
+        """Lines between the last start but one and the last."""
+        request = {"t": "logs", "pod": pod, "container": container, "follow": False, "tail": -1}
+        number, _, opened = await channel.open({**request, "tail": 0, "from": 0}, LOG_CREDIT, 30.0)
+        channel.close(number)
+        if len(opened.starts) < 2:
+            raise GuestRefused(f"container {opened.container} was started once: there is no earlier run")
+        begin, end = opened.starts[-2:]
+        number, stream, opened = await channel.open({**request, "from": begin}, LOG_CREDIT, 30.0)
+        last: deque[LogRecord] = deque(maxlen=tail if tail >= 0 else None)
+        try:
+            async for record in _records(channel, number, stream, pod, container or opened.container):
+                if record.sequence > end:
+                    break
+                if record.time_s >= since_s or record.lost:
+                    last.append(replace(record, log=opened.container_id))
+        finally:
+            channel.close(number)
+        for record in last:
+            yield record
 
     async def exec(self, uid: str, request: ExecRequest, deadline_s: float) -> ExecSession:
         """Run a command in a container, or in the guest where no pod is named."""

@@ -346,10 +346,15 @@ class GuestNote:
 GuestEvent = GuestHello | GuestPods | GuestGone | GuestNote
 
 
+#: Of a record: lines are missing before it, and nobody knows how many.
+UNKNOWN = -1
+
+
 @dataclass(frozen=True, slots=True)
 class LogRecord:
     """A line of a container's log. ``sequence`` is a position that grows along the log (not by one), from which
-    ``after_sequence`` goes on; ``lost`` lines are missing before it."""
+    ``after_sequence`` goes on; ``lost`` lines are missing before it, `UNKNOWN` where nobody can tell how many. ``log`` names
+    the log that the sequence counts in: a container that is made anew begins another."""
 
     time_s: float
     pod: str
@@ -358,6 +363,7 @@ class LogRecord:
     text: str
     stream: str = "stdout"
     lost: int = 0
+    log: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,8 +433,22 @@ class Guests(GuestSides, Protocol):
         ...
 
     def logs(
-        self, uid: str, pod: str, container: str, *, follow: bool, tail: int, since_s: float, after_sequence: int = 0
-    ) -> AsyncIterator[LogRecord]: ...
+        self,
+        uid: str,
+        pod: str,
+        container: str,
+        *,
+        follow: bool,
+        tail: int,
+        since_s: float,
+        after_sequence: int = 0,
+        log: str = "",
+        previous: bool = False,
+    ) -> AsyncIterator[LogRecord]:
+        """Lines of a container. ``tail`` below 0: all that are kept. ``after_sequence`` goes on behind a record of ``log``;
+        where that log is no more, all of the present one comes, its first record with ``lost`` UNKNOWN. ``previous``: the
+        lines of the run before the last start; GuestRefused where there was none."""
+        ...
 
     async def exec(self, uid: str, request: ExecRequest, deadline_s: float) -> ExecSession: ...
 

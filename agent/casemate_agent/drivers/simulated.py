@@ -168,7 +168,7 @@ class SimulatedHost:
     def boot_guest(self, uid: str) -> SimulatedGuest:
         """The guest of a domain begins to boot."""
         self._guest_boots += 1
-        boot_id = uuid_of(f"{self.name}/guest/{uid}/{self._guest_boots}")
+        boot_id = uuid_of(f"{self.boot_id}/guest/{uid}/{self._guest_boots}")
         guest = SimulatedGuest(uid, boot_id, self.now, later, self.push, self.pace.pod_start_s)
         self.write_serial(uid, f"simulated kernel, boot {boot_id}\r\n")
         later(self.pace.boot_s, guest.up)

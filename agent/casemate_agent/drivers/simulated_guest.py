@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from casemate_agent.drivers.ports import (
+    UNKNOWN,
     ExecRequest,
     GuestEvent,
     GuestHello,
@@ -40,7 +41,10 @@ PROGRAMS = ("echo", "cat", "true", "false", "sleep")
 
 @dataclass(slots=True)
 class SimulatedLog:
-    """The log of one container: the last lines, and who follows it."""
+    """The log of one container: the last lines, and who follows it. ``starts`` are the counts at which it was started."""
+
+    name: str = ""
+    starts: list[int] = field(default_factory=list)
 
     lines: deque[LogRecord] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     count: int = 0
@@ -49,7 +53,7 @@ class SimulatedLog:
 
     def add(self, time_s: float, pod: str, container: str, text: str, stream: str = "stdout") -> None:
         self.count += 1
-        self.lines.append(LogRecord(time_s, pod, container, self.count, text, stream))
+        self.lines.append(LogRecord(time_s, pod, container, self.count, text, stream, log=self.name))
         self._wake()
 
     def end(self) -> None:
@@ -86,12 +90,20 @@ def _program(container: Mapping[str, Any]) -> tuple[list[str], float | None, int
     return [f"{container['name']} started"], None, 0
 
 
+def _pinging(container: Mapping[str, Any]) -> float | None:
+    """Seconds between the lines of ``ping -i SECONDS HOST``; None for another program."""
+    match [str(word) for word in (*container.get("command", ()), *container.get("args", ()))]:
+        case [program, "-i", seconds, _] if program.rsplit("/", 1)[-1] == "ping":
+            return max(0.001, float(seconds))
+    return None
+
+
 class SimulatedGuest:
     """One boot of a guest. ``later(seconds, call)`` is the machine's timer, ``push`` takes what the helper says.
 
     Containers run the few programs that a simulation needs, named by their manifest's ``command``: ``true``, ``false``,
-    ``echo`` and ``sleep`` do what they say and end; all others run until they are stopped. Their ends, restarts and
-    back-off follow the rules of the real helper, which are called here.
+    ``echo`` and ``sleep`` do what they say and end; ``ping -i SECONDS HOST`` writes a numbered line that often; all others
+    run until they are stopped. Their ends, restarts and back-off follow the rules of the real helper, which are called here.
     """
 
     def __init__(
@@ -109,6 +121,7 @@ class SimulatedGuest:
         self.revision = ""
         self.pods: tuple[PodState, ...] = ()
         self.logs: dict[tuple[str, str], SimulatedLog] = {}
+        self._logs_made = 0
         self._now = now
         self._later = later
         self._push = push
@@ -221,11 +234,22 @@ class SimulatedGuest:
         if restart:
             self._note(pod, name, "ContainerRestarted", f"restart {restarts}")
         lines, lasts_s, code = _program(container)
+        self.log(pod, name).starts.append(self.log(pod, name).count)
+        if (every_s := _pinging(container)) is not None:
+            self._later(every_s, partial(self._ping, pod, name, play, self._runs[key], every_s, 1))
         for line in lines:
             self.log(pod, name).add(now_s, pod, name, line)
         if lasts_s is not None:
             run = self._runs[key]
             self._later(lasts_s, lambda: self._exit(pod, name, play, run, code))
+
+    def _ping(self, pod: str, name: str, play: int, run: int, every_s: float, number: int) -> None:
+        """A line now, and the next one later, for as long as this run of the container lasts."""
+        if self._ended or self._plays.get(pod) != play or self._runs[(pod, name)] != run:
+            return
+        if self._container(pod, name).state == "running":
+            self.log(pod, name).add(self._now(), pod, name, f"seq={number}")
+            self._later(every_s, partial(self._ping, pod, name, play, run, every_s, number + 1))
 
     def kill(self, pod: str, container: str, code: int = 137) -> None:
         """The container's process is killed within the guest."""
@@ -295,14 +319,35 @@ class SimulatedGuest:
         return found[container]
 
     def log(self, pod: str, container: str) -> SimulatedLog:
-        return self.logs.setdefault((pod, container), SimulatedLog())
+        if (pod, container) not in self.logs:
+            self._logs_made += 1
+            self.logs[(pod, container)] = SimulatedLog(f"{self.boot_id[:8]}-{self._logs_made}")
+        return self.logs[(pod, container)]
 
     async def follow(
-        self, pod: str, container: str, *, follow: bool, tail: int, since_s: float, after_sequence: int
+        self,
+        pod: str,
+        container: str,
+        *,
+        follow: bool,
+        tail: int,
+        since_s: float,
+        after_sequence: int,
+        of: str = "",
+        previous: bool = False,
     ) -> AsyncIterator[LogRecord]:
-        """Lines of a container, then the new ones while it is followed. ``tail`` below 0: all that are kept."""
+        """Lines of a container, then the new ones while it is followed. See `ports.Guests.logs`; ``of`` is its ``log``."""
         log = self.log(pod, container)
-        last = after_sequence
+        if previous:
+            if len(log.starts) < 2:
+                raise GuestRefused(f"container {container} was started once: there is no earlier run")
+            begin, end = log.starts[-2:]
+            chosen = [line for line in log.lines if begin < line.sequence <= end and line.time_s >= since_s]
+            for line in chosen[len(chosen) - min(tail, len(chosen)) :] if tail >= 0 else chosen:
+                yield line
+            return
+        anew = bool(of) and of != log.name
+        last = 0 if anew else after_sequence
         first = True
         while True:
             grown = log.grown
@@ -312,7 +357,8 @@ class SimulatedGuest:
             for line in lines:
                 lost = line.sequence - last - 1 if last and line.sequence > last + 1 else 0
                 last = line.sequence
-                yield replace(line, lost=lost)
+                yield replace(line, lost=UNKNOWN if anew else lost)
+                anew = False
             first = False
             if not follow or log.ended:
                 return

@@ -453,14 +453,31 @@ class _Guests:
         await self._lease.call("guests", "apply", lambda: self._guest(uid).apply(pods, revision), deadline_s)
 
     async def logs(
-        self, uid: str, pod: str, container: str, *, follow: bool, tail: int, since_s: float, after_sequence: int = 0
+        self,
+        uid: str,
+        pod: str,
+        container: str,
+        *,
+        follow: bool,
+        tail: int,
+        since_s: float,
+        after_sequence: int = 0,
+        log: str = "",
+        previous: bool = False,
     ) -> AsyncIterator[LogRecord]:
         guest = self._guest(uid)
         found = guest.find(pod, container)
         if not found.started_s:
             raise GuestRefused("the container has not been started yet")
         async for line in guest.follow(
-            pod, found.name, follow=follow, tail=tail, since_s=since_s, after_sequence=after_sequence
+            pod,
+            found.name,
+            follow=follow,
+            tail=tail,
+            since_s=since_s,
+            after_sequence=after_sequence,
+            of=log,
+            previous=previous,
         ):
             yield line
 

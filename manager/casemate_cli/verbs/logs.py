@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from casemate_cli import completing, failure, kinds, options, term
+from casemate_cli import completing, kinds, options, term
 from casemate_cli.failure import Exit, Failure
 
 if TYPE_CHECKING:
     from casemate_cli.client import Client
     from casemate_wire.v1 import operators_pb2 as pb
+
+#: A log that was seen is waited for so long before it is given up.
+PATIENCE_S = 600.0
+#: What lasts longer is told.
+TELL_S = 1.0
 
 
 @click.command()
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("-f", "--follow", is_flag=True, help="Go on, until interrupted.")
 @click.option("--tail", type=click.IntRange(min=1), metavar="LINES", help="Only the last lines.")
 @click.option("--since", type=options.SPAN, metavar="SPAN", help="Only lines of the last 90s, 15m, 2h.")
+@click.option("--previous", is_flag=True, help="Only lines of the run before the container's last start.")
 @click.option("--timestamps", is_flag=True, help="Begin each line with its time.")
 @click.option("--prefix", is_flag=True, help="Begin each line with its pod and container.")
 @options.connection
@@ -34,21 +40,26 @@ def logs(
     follow: bool,
     tail: int | None,
     since: float | None,
+    previous: bool,
     timestamps: bool,
     prefix: bool,
 ) -> int:
     """Show what a container wrote.
 
-    Lines that were lost on the way are counted on standard error, never passed over in silence.
+    Lines that were lost on the way are counted on standard error, never passed over in silence. A log that is followed goes on
+    behind its last line when the container, the guest's helper, the agent or the manager were restarted.
 
     \b
     Examples:
       casemate logs hello
-      casemate logs hello-0.web -c httpd -f --tail 20
+      casemate logs hello-0.web -f --tail 20
+      casemate logs hello --previous --since 2h
     """
     from casemate_cli.client import Client
     from casemate_wire.v1 import operators_pb2 as pb
 
+    if previous and follow:
+        raise Failure("--previous and --follow exclude one another", remedy="an earlier run is over: leave -f out")
     instance, named_pod = parse_name(name)
     settings = options.settings(ctx)
     request = pb.LogsRequest(
@@ -58,6 +69,7 @@ def logs(
         container=container,
         follow=follow,
         tail=tail or 0,
+        previous=previous,
     )
     if since is not None:
         request.since.FromNanoseconds(time.time_ns() - int(since * 1e9))
@@ -66,7 +78,7 @@ def logs(
         try:
             for line in _lines(client, request):
                 if line.lost:
-                    term.say(f"({line.lost} lines of {line.container} were lost here)", "yellow")
+                    term.say(f"({_lost(line.lost, line.container)})", "yellow")
                 lead = f"{line.time.ToJsonString()} " if timestamps else ""
                 lead += f"[{line.pod}/{line.container}] " if prefix else ""
                 text = term.clean(line.text, keep="\t") if hostile_to else line.text
@@ -89,29 +101,38 @@ def parse_name(name: str) -> tuple[str, str]:
     return instance, pod
 
 
+def _lost(count: int, container: str) -> str:
+    if count < 0:
+        return f"{container} was made anew here; what it had written last may be missing"
+    return f"{count} lines of {container} were lost here"
+
+
 def _lines(client: "Client", request: "pb.LogsRequest") -> "Iterator[pb.LogLine]":
-    """Lines; where one follows, a broken stream is dialled again and goes on behind the last line that was seen."""
-    last: dict[tuple[str, str], int] = {}
+    """Lines; where they are followed, a stream that broke is dialled again and goes on behind the last line that was seen.
+
+    A manager or a host that is away is waited for, and so is a container that is being started, once a line was seen.
+    """
     broken_since_s: float | None = None
+    told = False
     while True:
         try:
             for line in client.stream(client.stub.Logs, request):
-                broken_since_s = None
-                key = line.pod, line.container
-                if line.sequence and line.sequence <= last.get(key, 0):
+                if told:
+                    term.say("(the log goes on)")
+                broken_since_s, told = None, False
+                if line.log and line.log == request.log and line.sequence <= request.after:
                     continue
-                last[key] = line.sequence
-                request.since.CopyFrom(line.time)
-                request.tail = 0
+                request.log, request.after, request.tail = line.log, line.sequence, 0
                 yield line
             return
         except Failure as broken:
             now_s = time.monotonic()
             broken_since_s = broken_since_s if broken_since_s is not None else now_s
-            if (
-                not request.follow
-                or broken.code is not failure.Exit.UNREACHABLE
-                or now_s - broken_since_s > client.settings.retry_s
-            ):
+            away = broken.code is Exit.UNREACHABLE or (broken.code is Exit.CONFLICT and request.log)
+            patience_s = PATIENCE_S if request.log else client.settings.retry_s
+            if not request.follow or not away or now_s - broken_since_s > patience_s:
                 raise
+            if not told and now_s - broken_since_s > TELL_S:
+                term.say(f"(the log is interrupted: {broken.what}; waiting for it to go on)", "yellow")
+                told = True
             time.sleep(0.2)

@@ -18,6 +18,7 @@ from casemate_wire.v1 import hosts_pb2
 from casemate_wire.v1 import operators_pb2 as pb
 
 MAX_TAIL: Final = 100_000
+MAX_LOG_NAME: Final = 256
 MAX_WORDS: Final = 1024
 MAX_COMMAND_BYTES: Final = 128 * 1024
 MAX_TERMINAL: Final = 4096
@@ -88,6 +89,10 @@ async def logs(state: State, reader: Reader, channels: Channels, request: pb.Log
     """Log lines of a container, from the guest that runs it."""
     if not 0 <= request.tail <= MAX_TAIL:
         raise InvalidSpec((Violation("tail", str(request.tail), "is out of range", f"write 0 to {MAX_TAIL}"),))
+    if request.previous and request.follow:
+        raise InvalidSpec((Violation("previous", "true", "is over, and cannot be followed", "leave follow out"),))
+    if request.after < 0 or len(request.log) > MAX_LOG_NAME:
+        raise InvalidSpec((Violation("after", str(request.after), "is no place in a log", "take it from a line"),))
     instance, pod, container = container_of(
         state, reader, request.tenant, request.instance, request.pod, request.container
     )
@@ -97,6 +102,9 @@ async def logs(state: State, reader: Reader, channels: Channels, request: pb.Log
         "follow": request.follow,
         "tail": request.tail,
         "since_s": request.since.seconds + request.since.nanos / 1e9,
+        "previous": request.previous,
+        "after": request.after,
+        "log": request.log,
     }
     channel = await channels.open(host_of(state, instance), "logs", instance.meta.uid, parameters)
     try:
@@ -124,6 +132,7 @@ def _log_line(log: hosts_pb2.ChannelLog) -> pb.LogLine:
         text=log.text,
         stream=log.stream,
         lost=log.lost,
+        log=log.log,
     )
 
 

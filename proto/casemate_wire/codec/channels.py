@@ -36,6 +36,7 @@ def frame_to_wire(frame: Frame) -> pb.ChannelFrame:
                     text=frame.text,
                     stream=frame.stream,
                     lost=frame.lost,
+                    log=frame.log,
                 )
             )
         case Stdin(data):
@@ -70,7 +71,7 @@ def frame_from_wire(message: pb.ChannelFrame) -> Frame:
         case "log":
             line = message.log
             return LogLine(
-                seconds(line.time), line.pod, line.container, line.sequence, line.text, line.stream, line.lost
+                seconds(line.time), line.pod, line.container, line.sequence, line.text, line.stream, line.lost, line.log
             )
         case "stdin":
             return Stdin(message.stdin)

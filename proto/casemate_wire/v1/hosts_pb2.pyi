@@ -1309,12 +1309,15 @@ class ChannelLog(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
     pod: _builtins.str
     container: _builtins.str
     sequence: _builtins.int
     text: _builtins.str
     stream: _builtins.str
     lost: _builtins.int
+    log: _builtins.str
+    """The log that the sequence counts in."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -1327,10 +1330,11 @@ class ChannelLog(_message.Message):
         text: _builtins.str = ...,
         stream: _builtins.str = ...,
         lost: _builtins.int = ...,
+        log: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "lost", b"lost", "pod", b"pod", "sequence", b"sequence", "stream", b"stream", "text", b"text", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "log", b"log", "lost", b"lost", "pod", b"pod", "sequence", b"sequence", "stream", b"stream", "text", b"text", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

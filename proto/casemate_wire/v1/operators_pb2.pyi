@@ -482,6 +482,9 @@ class LogsRequest(_message.Message):
     FOLLOW_FIELD_NUMBER: _builtins.int
     TAIL_FIELD_NUMBER: _builtins.int
     SINCE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     instance: _builtins.str
     """An instance, or an environment with one instance."""
@@ -491,6 +494,11 @@ class LogsRequest(_message.Message):
     follow: _builtins.bool
     tail: _builtins.int
     """Last lines; all that are kept where it is 0."""
+    previous: _builtins.bool
+    """Lines of the run before the last start of the container."""
+    after: _builtins.int
+    """Go on behind the line that had this sequence, in the log of this name; both are those of a line that was seen."""
+    log: _builtins.str
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -503,10 +511,13 @@ class LogsRequest(_message.Message):
         follow: _builtins.bool = ...,
         tail: _builtins.int = ...,
         since: _timestamp_pb2.Timestamp | None = ...,
+        previous: _builtins.bool = ...,
+        after: _builtins.int = ...,
+        log: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "follow", b"follow", "instance", b"instance", "pod", b"pod", "since", b"since", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "container", b"container", "follow", b"follow", "instance", b"instance", "log", b"log", "pod", b"pod", "previous", b"previous", "since", b"since", "tail", b"tail", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -523,6 +534,7 @@ class LogLine(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
     pod: _builtins.str
     container: _builtins.str
     sequence: _builtins.int
@@ -531,7 +543,9 @@ class LogLine(_message.Message):
     stream: _builtins.str
     """`stdout` or `stderr`."""
     lost: _builtins.int
-    """Lines that were lost just before this one."""
+    """Lines that were lost just before this one; -1: it is not known how many, as the container was made anew."""
+    log: _builtins.str
+    """Names the log that the sequence counts in; opaque."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -544,10 +558,11 @@ class LogLine(_message.Message):
         text: _builtins.str = ...,
         stream: _builtins.str = ...,
         lost: _builtins.int = ...,
+        log: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "lost", b"lost", "pod", b"pod", "sequence", b"sequence", "stream", b"stream", "text", b"text", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "log", b"log", "lost", b"lost", "pod", b"pod", "sequence", b"sequence", "stream", b"stream", "text", b"text", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
