@@ -12,7 +12,17 @@ from casemate_cli import gendocs
 from casemate_cli.__main__ import run
 from casemate_cli.app import VERBS, root
 
-HEAVY = ("grpc", "google.protobuf", "yaml", "rich", "asyncio", "json", "casemate_wire", "numpy")
+HEAVY = (
+    "grpc",
+    "google.protobuf",
+    "yaml",
+    "rich",
+    "asyncio",
+    "json",
+    "casemate_wire.v1",
+    "casemate_wire.schema",
+    "numpy",
+)
 
 
 def verbs() -> list[tuple[str, str]]:
