@@ -23,6 +23,7 @@ from casemate_agent.changes import changes
 from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
 from casemate_agent.execute import Executor, Trace, log_steps
+from casemate_agent.gpu.checks import FATAL_XIDS
 from casemate_agent.ledger import Ledger
 from casemate_agent.observe import Observer
 from casemate_agent.reconcile import Plan, plan
@@ -50,6 +51,8 @@ class Pace:
     serial_s: float = 5.0
     #: Between looks at the machine's own facts: what is plugged in or goes offline is named within five seconds.
     machine_s: float = 4.0
+    #: Until GPUs that could not be heard are listened to again.
+    gpus_s: float = 60.0
 
 
 @dataclass(slots=True)
@@ -142,6 +145,8 @@ class Agent:
         self.machine: MachineFacts | None = None
         self.virtualisation = ""
         self._causes = Causes(now)
+        #: The last XID of each GPU that told one, by UUID.
+        self.last_xid: dict[str, int] = {}
         #: Set when the ledger lost something while a session was up: the manager must tell the whole state again.
         self.resync = asyncio.Event()
 
@@ -189,6 +194,7 @@ class Agent:
             group.create_task(self._watch_machine(), name="machine")
             group.create_task(self._keep_serial_logs(), name="serial-logs")
             group.create_task(self._watch("guests", self.drivers.guests.events, self._guest_event), name="guests")
+            group.create_task(self._watch_gpus(), name="gpus")
             while True:
                 self._wake.clear()
                 wake_s = await self._round(group)
@@ -242,6 +248,19 @@ class Agent:
             await asyncio.sleep(self._pace.machine_s)
             if await self._observer.machine_changed():
                 self.wake()
+
+    async def _watch_gpus(self) -> None:
+        """Tell what GPUs tell of themselves. A host may have none, and a driver may come and go: it is asked again, rarely."""
+        while True:
+            try:
+                async for fault in self.drivers.gpus.faults():
+                    self.last_xid[fault.uuid] = fault.xid
+                    words = FATAL_XIDS.get(fault.xid, "an error of a program on it, or one not known here")
+                    severe = "Warning" if fault.xid in FATAL_XIDS else "Normal"
+                    self.note(Note(HOST, "GpuFault", f"{fault.uuid}: XID {fault.xid}: {words}", severe))
+            except (CasemateError, OSError) as error:
+                log.debug("GPUs are not heard: %s", error)
+            await asyncio.sleep(self._pace.gpus_s)
 
     def _compare(self, machine: MachineFacts) -> None:
         """Tell what changed of the host's parts since the last look; the link sends the new inventory."""

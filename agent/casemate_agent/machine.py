@@ -79,4 +79,5 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             guests=guests,
             consoles=consoles,
             serials=serials,
+            gpus=gpus,
         )

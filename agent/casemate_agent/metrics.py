@@ -8,6 +8,7 @@ from typing import Final
 
 from casemate_agent import actions as act
 from casemate_agent.converge import ActionOutcome
+from casemate_agent.gpu import metrics as of_gpus
 from casemate_core.metrics import Family, Meter, counter, gauge, histogram
 
 BUILD: Final = gauge("casemate_build_info", "1, with the version of this process.", "component", "version")
@@ -79,7 +80,7 @@ INTERFACES: Final = {
     )
 }  # fmt: skip
 
-FAMILIES: Final[tuple[Family, ...]] = tuple(
+FAMILIES: Final[tuple[Family, ...]] = of_gpus.FAMILIES + tuple(
     family
     for value in list(globals().values())
     for family in ((value,) if isinstance(value, Family) else value.values() if isinstance(value, dict) else ())

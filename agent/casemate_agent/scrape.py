@@ -1,7 +1,8 @@
 """An agent's metrics at one moment: what was counted, what the agent knows, and one question to libvirt.
 
 What may live here: reading. Theory of operation: libvirt is asked once a scrape for the statistics of all domains, under a
-deadline; where it does not answer, ``libvirt_up`` is 0 and everything of its domains is absent. What the agent knows of
+deadline; where it does not answer, ``libvirt_up`` is 0 and everything of its domains is absent. GPUs are asked in the same
+way; of one that a guest holds only its link and the host's judgement are there. What the agent knows of
 itself is there in any case.
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from casemate_agent import metrics as m
 from casemate_agent.agent import Agent
 from casemate_agent.drivers.ports import DomainStats
+from casemate_agent.gpu.metrics import gpu_values
 from casemate_core.errors import CasemateError
 from casemate_core.metrics import Family, Rows, drift_kind
 from casemate_core.quantity import MIB
@@ -23,6 +25,7 @@ log = logging.getLogger("casemate.agent.scrape")
 
 #: libvirt's answer about a hundred domains takes milliseconds; a scrape has ten seconds in all.
 LIBVIRT_DEADLINE_S: Final = 5.0
+GPUS_DEADLINE_S: Final = 2.0
 NS: Final = 1_000_000_000
 
 Values = dict[Family, dict[tuple[str, ...], float]]
@@ -41,6 +44,12 @@ class AgentMetrics:
         """What was counted and what is now."""
         found: Values = {m.BUILD: {("agent", self._version): 1}}
         self._of_the_agent(found)
+        try:
+            gpus = await self._agent.drivers.gpus.health(GPUS_DEADLINE_S)
+        except (CasemateError, OSError) as error:
+            log.info("GPUs are not told: %s", error)
+        else:
+            found |= gpu_values(self._agent.name, gpus, self._agent.last_xid)
         try:
             stats = await self._agent.drivers.hypervisor.stats(LIBVIRT_DEADLINE_S)
         except CasemateError as error:

@@ -10,8 +10,8 @@ labels starts at 0 when its process starts, since it is known that nothing was c
 
 Names follow Prometheus' conventions: base units (seconds, bytes) in the name, ``_total`` for counters and only for them.
 Names and labels of the common libvirt exporters are used where the meaning is the same, so that dashboards made for them
-work; everything else begins with ``casemate_``. Labels come from closed sets or from the names of objects, never from
-sentences.
+work, and so are those of dcgm-exporter, which keep other rules; everything else begins with ``casemate_``. Labels come from
+closed sets or from the names of objects, never from sentences.
 """
 
 import re
@@ -25,6 +25,8 @@ from typing import Final
 #: Seconds: a commit or an fsync is in the first ones, an image in the last.
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 PREFIXES: Final = ("casemate_", "libvirt_")
+#: Families that are named by somebody else: their names and labels are his.
+FOREIGN: Final = "DCGM_FI_DEV_"
 
 
 class Kind(StrEnum):
@@ -181,6 +183,10 @@ def problems(families: Iterable[Family]) -> list[str]:
 
 def _problems(family: Family) -> Iterator[str]:
     name, words = family.name, family.name.split("_")
+    if name.startswith(FOREIGN):
+        if not family.help.endswith("."):
+            yield "has no sentence that says what it is"
+        return
     if not _NAME.match(name):
         yield "is not in lower_snake_case"
     if not name.startswith(PREFIXES):

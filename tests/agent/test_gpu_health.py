@@ -1,6 +1,8 @@
 """One record of a GPU: the link as sysfs tells it, the judgement, and the figures under names that dashboards know."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from casemate_agent.gpu import metrics
 from casemate_agent.gpu.health import Health, judge
 from casemate_agent.gpu.link import FILES, LinkReading, link_of
 from casemate_agent.gpu.readings import GpuFault, GpuReading
+from support.whole_fleet import WholeFleet, until, whole_fleet
 
 ADDRESS = "0000:17:00.0"
 AER = "RxErr 0\nBadTLP 3\nBadDLLP 4\nRollover 0\nTimeout 0\nNonFatalErr 0\nCorrIntErr 0\nHeaderOF 0\nTOTAL_ERR_COR 7\n"
@@ -84,21 +87,12 @@ def test_each_sign_is_judged(record: object, health: Health, reason: str) -> Non
 
 
 def test_figures_of_the_host_carry_the_labels_of_dcgm_exporter_and_unknown_ones_are_absent() -> None:
-    found = metrics.samples("h1", [judge("GPU-1", WELL, LINK)], {})
-    by_name = {s.family.name: s for s in found}
-    power = by_name["DCGM_FI_DEV_POWER_USAGE"]
-    assert power.value == 76.5
-    assert power.labels == {
-        "gpu": "0",
-        "UUID": "GPU-1",
-        "pci_bus_id": ADDRESS,
-        "device": "nvidia0",
-        "modelName": "NVIDIA H200",
-        "Hostname": "h1",
-    }
-    assert by_name["DCGM_FI_DEV_FB_FREE"].value == 96
-    assert "DCGM_FI_DEV_GPU_UTIL" not in by_name and "DCGM_FI_DEV_XID_ERRORS" not in by_name
-    assert {s.labels["health"]: s.value for s in found if s.family is metrics.HEALTH} == {
+    found = metrics.gpu_values("h1", [judge("GPU-1", WELL, LINK)], {})
+    assert metrics.POWER.labels == ("gpu", "UUID", "pci_bus_id", "device", "modelName", "Hostname")
+    assert found[metrics.POWER] == {("0", "GPU-1", ADDRESS, "nvidia0", "NVIDIA H200", "h1"): 76.5}
+    assert list(found[metrics.MEMORY_FREE].values()) == [96]
+    assert metrics.BUSY not in found and metrics.XID not in found
+    assert {labels[2]: value for labels, value in found[metrics.HEALTH].items()} == {
         "well": 1,
         "suspect": 0,
         "broken": 0,
@@ -107,19 +101,32 @@ def test_figures_of_the_host_carry_the_labels_of_dcgm_exporter_and_unknown_ones_
 
 
 def test_a_guests_gpu_has_no_figure_that_only_its_guest_could_know() -> None:
-    found = metrics.samples("h1", [judge("GPU-1", None, LINK)], {"GPU-1": 79})
-    names = {s.family.name for s in found}
-    assert names == {
-        "DCGM_FI_DEV_XID_ERRORS",
-        "casemate_gpu_health",
-        "casemate_gpu_link_width_lanes",
-        "casemate_gpu_pcie_errors_total",
-    }
+    found = metrics.gpu_values("h1", [judge("GPU-1", None, LINK)], {"GPU-1": 79})
+    assert set(found) == {metrics.XID, metrics.HEALTH, metrics.LINK, metrics.LINK_ERRORS}
+    assert found[metrics.XID] == {("GPU-1", "h1"): 79}
 
 
-def test_every_family_has_a_sample_somewhere() -> None:
+def test_every_family_has_a_figure_somewhere() -> None:
     full = GpuReading(
         "GPU-1", ADDRESS, "X", None, 100, 4, 31, 1, 1, 1, 0, 0, 0, 0, False, False, 5, 5, 16, 16, 0, 1, False
     )
-    found = metrics.samples("h1", [judge("GPU-1", full, LINK)], {"GPU-1": 13})
-    assert {s.family for s in found} == set(metrics.FAMILIES)
+    assert set(metrics.gpu_values("h1", [judge("GPU-1", full, LINK)], {"GPU-1": 13})) == set(metrics.FAMILIES)
+
+
+async def test_an_agent_tells_what_its_gpus_tell(tmp_path: Path) -> None:
+    async with whole_fleet(tmp_path, {"a": "1s 4k/c 1t 16G gpu=2xH200 disk=1T"}) as fleet:
+        host = fleet.hosts["a"]
+        uuid = host.host.topology.gpus[0].uuid
+        host.host.xids += [GpuFault(uuid, 13), GpuFault(uuid, 79)]
+        await until(lambda: host.agent.last_xid == {uuid: 79})
+        by_name = {each.family: each.values for each in await host.metrics.rows()}
+        assert by_name[metrics.XID] == {(uuid, "a"): 79}
+        assert by_name[metrics.HEALTH][uuid, "host", "broken"] == 1
+        await until(lambda: len(gpu_events(fleet)) == 2)
+        severities = [(e.severity, e.message.partition(": ")[2]) for e in gpu_events(fleet)]
+        assert severities[1] == ("Warning", "XID 79: the GPU has fallen off the bus")
+        assert severities[0][0] == "Normal"
+
+
+def gpu_events(fleet: WholeFleet) -> list[Any]:
+    return [event for event in fleet.manager.writer.state.events.values() if event.reason == "GpuFault"]

@@ -20,6 +20,10 @@ from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.drivers.simulated import SimulatedHost
 from casemate_agent.files import MeasuredFiles
+from casemate_agent.gpu.health import judge
+from casemate_agent.gpu.link import LinkReading
+from casemate_agent.gpu.metrics import gpu_values
+from casemate_agent.gpu.readings import GpuReading
 from casemate_agent.scrape import domain_values
 from casemate_core.errors import MachineError, Unavailable
 from casemate_core.metrics import (
@@ -316,7 +320,10 @@ async def test_every_family_of_an_agent_is_met(tmp_path: Path) -> None:
     }  # fmt: skip
     domain: dict[Family, dict[tuple[str, ...], float]] = {}
     domain_values(domain, parse_stats("u", "web-0", DomainPhase.RUNNING, RECORD), {})
-    rows += [*meter.rows(), *(Rows(family, values) for family, values in domain.items())]
+    board = GpuReading("G", "a", "X", None, 100, 4, 31, 1, 1, 1, 0, 0, 0, 0, False, False, 5, 5, 16, 16, 0, 1, False)
+    link = LinkReading("a", "nvidia", 32.0, 32.0, 16, 16, 1, 1, 1)
+    told = domain | gpu_values("a", [judge("G", board, link)], {"G": 13})
+    rows += [*meter.rows(), *(Rows(family, values) for family, values in told.items())]
     assert names(of_agents.FAMILIES) - met(rows) == set()
 
 

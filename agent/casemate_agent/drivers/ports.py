@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from casemate_agent.doctor.facts import HostSurvey
+from casemate_agent.drivers.gpuports import Gpus
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
@@ -502,3 +503,4 @@ class Drivers:
     guests: Guests
     consoles: Consoles
     serials: SerialLogs
+    gpus: Gpus

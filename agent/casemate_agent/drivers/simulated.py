@@ -19,6 +19,7 @@ from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainPhase, 
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name, uuid_of
 from casemate_agent.drivers.simulated_guest import SimulatedGuest
 from casemate_agent.drivers.simulated_ports import Lease, drivers_of
+from casemate_agent.gpu.readings import GpuFault
 from casemate_core.spec.instance import HostNetwork
 from casemate_core.topology import Topology
 
@@ -82,6 +83,8 @@ class SimulatedHost:
         self.guards: dict[str, tuple[str, str]] = {}
         #: What each guest wrote to its serial console: (time, bytes).
         self.serial: dict[str, list[tuple[float, bytes]]] = {}
+        #: What its GPUs have told of themselves.
+        self.xids: list[GpuFault] = []
         self._pids = 1000
         self._guest_boots = 0
         self._lease: Lease | None = None

@@ -30,6 +30,7 @@ from casemate_agent.drivers.ports import (
 )
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, simulated_stats, tap_name
+from casemate_agent.drivers.simulated_gpus import SimulatedGpus
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
@@ -555,6 +556,7 @@ def drivers_of(lease: Lease) -> Drivers:
     """All the doors of one machine, for the process that holds the lease."""
     return Drivers(
         machine=_Machine(lease),
+        gpus=SimulatedGpus(lease),
         survey=SimulatedSurvey(lease),
         hypervisor=_Hypervisor(lease),
         images=_Images(lease),
