@@ -11,6 +11,7 @@ memory beyond one state for each instance.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -24,6 +25,7 @@ from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
 from casemate_agent.execute import Executor, Trace, log_steps
 from casemate_agent.gpu.checks import FATAL_XIDS
+from casemate_agent.gpu.readings import GpuFault
 from casemate_agent.ledger import Ledger
 from casemate_agent.observe import Observer
 from casemate_agent.reconcile import Plan, plan
@@ -37,6 +39,9 @@ from casemate_wire.stream import Desired, HostEvent, HostReport, Outcome
 log = logging.getLogger("casemate.agent")
 
 T = TypeVar("T")
+
+MAX_GPU_FAULTS = 256
+"""XIDs that are kept for the judgement of health."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,8 @@ class Agent:
         self.machine: MachineFacts | None = None
         self.virtualisation = ""
         self._causes = Causes(now)
-        #: The last XID of each GPU that told one, by UUID.
-        self.last_xid: dict[str, int] = {}
+        #: What GPUs told of themselves; a board in trouble does so by the thousand.
+        self.gpu_faults: deque[GpuFault] = deque(maxlen=MAX_GPU_FAULTS)
         #: Set when the ledger lost something while a session was up: the manager must tell the whole state again.
         self.resync = asyncio.Event()
 
@@ -254,7 +259,7 @@ class Agent:
         while True:
             try:
                 async for fault in self.drivers.gpus.faults():
-                    self.last_xid[fault.uuid] = fault.xid
+                    self.gpu_faults.append(fault)
                     words = FATAL_XIDS.get(fault.xid, "an error of a program on it, or one not known here")
                     severe = "Warning" if fault.xid in FATAL_XIDS else "Normal"
                     self.note(Note(HOST, "GpuFault", f"{fault.uuid}: XID {fault.xid}: {words}", severe))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 from casemate_agent import metrics as m
 from casemate_agent.agent import Agent
 from casemate_agent.drivers.ports import DomainStats
+from casemate_agent.gpu.health import judge
+from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.metrics import gpu_values
 from casemate_core.errors import CasemateError
 from casemate_core.metrics import Family, Rows, drift_kind
@@ -39,17 +41,14 @@ class AgentMetrics:
         self._link = link
         self._version = version
         self._kinds: set[str] = set()
+        #: Of each GPU the link as it was seen first, and when: its counters are held against it.
+        self._links: dict[str, tuple[LinkReading | None, float]] = {}
 
     async def rows(self) -> list[Rows]:
         """What was counted and what is now."""
         found: Values = {m.BUILD: {("agent", self._version): 1}}
         self._of_the_agent(found)
-        try:
-            gpus = await self._agent.drivers.gpus.health(GPUS_DEADLINE_S)
-        except (CasemateError, OSError) as error:
-            log.info("GPUs are not told: %s", error)
-        else:
-            found |= gpu_values(self._agent.name, gpus, self._agent.last_xid)
+        found |= await self._of_gpus()
         try:
             stats = await self._agent.drivers.hypervisor.stats(LIBVIRT_DEADLINE_S)
         except CasemateError as error:
@@ -84,6 +83,19 @@ class AgentMetrics:
             for uid, r in agent.ledger.book.instances.items()
             if uid in agent.domain_names
         }
+
+    async def _of_gpus(self) -> Values:
+        agent, now_s = self._agent, self._agent.now()
+        try:
+            gpus = await agent.drivers.gpus.read(GPUS_DEADLINE_S)
+        except (CasemateError, OSError) as error:
+            log.info("GPUs are not told: %s", error)
+            return {}
+        judged = []
+        for gpu in gpus:
+            first, since_s = self._links.setdefault(gpu.uuid, (gpu.link, now_s))
+            judged.append(judge(gpu.uuid, gpu.reading, gpu.link, agent.gpu_faults, first, now_s - since_s))
+        return gpu_values(agent.name, judged, {fault.uuid: fault.xid for fault in agent.gpu_faults})
 
     def _bridges(self) -> dict[str, str]:
         """tap -> the bridge that it hangs on."""

@@ -2,7 +2,7 @@
 
 For: ``drivers.sysfs`` (the topology) and ``gpuports.Gpus``. What may live here: asking NVML and sysfs, and the file in which
 GPUs are remembered (``gpus.json`` in the agent's state folder); which of them count is decided in
-:mod:`casemate_agent.gpu.inventory`, how they are in :mod:`casemate_agent.gpu.health`.
+:mod:`casemate_agent.gpu.inventory`.
 
 Theory of operation. The file is replaced as a whole, and only when a GPU is new, has moved, or was seen in a new boot. One that
 cannot be read is said and begun anew: the library tells again all that the host's driver holds, and what a guest holds is
@@ -12,15 +12,13 @@ held back until it comes home, which is the safe error.
 import json
 import logging
 import os
-import time
-from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.files import write_private
+from casemate_agent.drivers.gpuports import GpuParts
 from casemate_agent.drivers.nvml import NvmlGpus
-from casemate_agent.gpu.health import GpuHealth, judge
 from casemate_agent.gpu.inventory import GpuSight, KnownGpu, sight
 from casemate_agent.gpu.link import FILES, LinkReading, link_of
 from casemate_agent.gpu.readings import GpuFault, GpuReading
@@ -32,8 +30,6 @@ log = logging.getLogger("casemate.agent.gpus")
 PCI = "sys/bus/pci/devices"
 NVIDIA = "0x10de"
 MAX_FILE_BYTES = 1 << 20
-MAX_FAULTS = 256
-"""XIDs that are kept for the judgement of health; a board in trouble tells them by the thousand."""
 _VERSION = 1
 
 
@@ -48,9 +44,6 @@ class HostGpus:
         self._known: Mapping[str, KnownGpu] | None = None
         self._damage: tuple[str, ...] = ()
         self._sight = GpuSight()
-        self._faults: deque[GpuFault] = deque(maxlen=MAX_FAULTS)
-        #: Of each function the link as it was seen first, against which its counters are held, and when (monotonic).
-        self._first: dict[str, tuple[LinkReading, float]] = {}
 
     async def aclose(self) -> None:
         """Let the threads go."""
@@ -79,8 +72,8 @@ class HostGpus:
         self._sight = GpuSight(seen.gpus, seen.known, (*self._damage, *silent, *seen.problems))
         return self._sight
 
-    async def health(self, deadline_s: float) -> tuple[GpuHealth, ...]:
-        """``Gpus.health``: of the GPUs that ``look`` found last."""
+    async def read(self, deadline_s: float) -> tuple[GpuParts, ...]:
+        """``Gpus.read``: of the GPUs that ``look`` found last."""
         gpus = self._sight.gpus
         if not gpus:
             return ()
@@ -88,22 +81,15 @@ class HostGpus:
         try:
             told = {reading.uuid: reading for reading in await self._library.read(deadline_s)}
         except MachineError as error:
-            log.info("GPUs are judged by their links alone: %s", error)
+            log.info("of GPUs only the links are seen: %s", error)
         links = {link.address: link for link in await self.links(tuple(gpu.address for gpu in gpus), deadline_s)}
-        now_s = time.monotonic()
-        found = []
-        for gpu in gpus:
-            link = links[gpu.address]
-            first, at_s = self._first.setdefault(gpu.address, (link, now_s))
-            found.append(judge(gpu.uuid, told.get(gpu.uuid), link, tuple(self._faults), first, now_s - at_s))
-        return tuple(found)
+        return tuple(GpuParts(gpu.uuid, told.get(gpu.uuid), links[gpu.address]) for gpu in gpus)
 
     async def faults(self) -> AsyncIterator[GpuFault]:
         """``Gpus.faults``. A host without a card of the vendor has none."""
         if not self._sight.gpus:
             raise Unavailable("no GPU of this host is told by its library")
         async for fault in self._library.faults():
-            self._faults.append(fault)
             yield fault
 
     async def links(self, addresses: tuple[str, ...], deadline_s: float) -> tuple[LinkReading, ...]:

@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
+from casemate_agent.drivers.gpuports import GpuParts
 from casemate_agent.drivers.simulated_domain import ACTIVE
-from casemate_agent.gpu.health import GpuHealth, judge
 from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.readings import GpuFault, GpuReading
 from casemate_core.topology import Gpu
@@ -24,11 +24,11 @@ class SimulatedGpus:
     def __init__(self, lease: "Lease") -> None:
         self._lease = lease
 
-    async def health(self, deadline_s: float) -> tuple[GpuHealth, ...]:
+    async def read(self, deadline_s: float) -> tuple[GpuParts, ...]:
         host = self._lease.host
-        return await self._lease.call("gpus", "health", lambda: tuple(map(self._one, host.topology.gpus)), deadline_s)
+        return await self._lease.call("gpus", "read", lambda: tuple(map(self._one, host.topology.gpus)), deadline_s)
 
-    def _one(self, gpu: Gpu) -> GpuHealth:
+    def _one(self, gpu: Gpu) -> GpuParts:
         host = self._lease.host
         held = any(
             gpu.uuid in domain.desired.placement.claim.gpus
@@ -42,7 +42,7 @@ class SimulatedGpus:
                 gpu.uuid, gpu.place.address, gpu.model, memory_mib=memory_mib, memory_used_mib=0, temperature_c=30
             )
         link = LinkReading(gpu.place.address, "vfio-pci" if held else "nvidia", 32.0, 32.0, 16, 16, 0, 0, 0)
-        return judge(gpu.uuid, reading, link, host.xids)
+        return GpuParts(gpu.uuid, reading, link)
 
     async def faults(self) -> AsyncIterator[GpuFault]:
         told = len(self._lease.host.xids)
