@@ -42,14 +42,10 @@ class Client:
     """Calls of one invocation. A context manager that closes its channel."""
 
     def __init__(self, settings: Settings) -> None:
-        from casemate_wire.tls import only_tls13
-
-        only_tls13()  # before gRPC is loaded
-
+        self.settings = settings
+        self.channel = dial(settings)
         from casemate_wire.v1 import operators_pb2_grpc
 
-        self.settings = settings
-        self.channel = _dial(settings)
         self.stub = operators_pb2_grpc.FleetStub(self.channel)
 
     @property
@@ -174,20 +170,31 @@ class Client:
         return answer
 
 
-def _dial(settings: Settings) -> Any:
-    """A channel by TLS, as whom the settings say; by plain text on loopback, where they say so in words. Raises Failure."""
+def dial(settings: Settings, *, aio: bool = False) -> Any:
+    """A channel by TLS, as whom the settings say; by plain text on loopback, where they say so in words. Raises Failure.
+
+    ``aio``: one for an event loop.
+    """
+    from casemate_wire.tls import TARGET_NAME, only_tls13
+
+    only_tls13()  # before gRPC is loaded
+
     import grpc
 
-    from casemate_wire.tls import TARGET_NAME
+    make: Any = grpc
+    if aio:
+        import grpc.aio  # takes 200 ms
+
+        make = grpc.aio
 
     if settings.certificate:
         credentials = grpc.ssl_channel_credentials(
             settings.roots.encode(), settings.key.encode(), settings.certificate.encode()
         )
-        return grpc.secure_channel(settings.manager, credentials, options=(*OPTIONS, TARGET_NAME))
+        return make.secure_channel(settings.manager, credentials, options=(*OPTIONS, TARGET_NAME))
     host = settings.manager.rpartition(":")[0].strip("[]")
     if settings.insecure_loopback and (host in ("localhost", "::1") or host.startswith("127.")):
-        return grpc.insecure_channel(settings.manager, options=OPTIONS)
+        return make.insecure_channel(settings.manager, options=OPTIONS)
     raise failure.Failure(
         f"there is no certificate for the manager at {settings.manager}",
         code=failure.Exit.DENIED,

@@ -41,6 +41,9 @@ def connection(function: F) -> F:
 
 def settings(ctx: click.Context) -> Settings:
     """The settings that the options before and after the verb lead to. Raises Failure."""
+    from casemate_wire.tls import only_tls13
+
+    only_tls13()  # before a verb loads gRPC
     given = {name: (ctx.obj or {}).get(name) for name in _CONNECTION}
     return resolve(
         manager=given["manager"],

@@ -99,9 +99,9 @@ class Forwarder:
         return pb.ForwardInput(start=pb.ForwardStart(target=target, port=port))
 
     def _channel(self) -> Any:
-        from casemate_cli.client import OPTIONS
+        from casemate_cli.client import dial
 
-        return self._grpc.aio.insecure_channel(self._settings.manager, options=OPTIONS)
+        return dial(self._settings, aio=True)
 
     async def listen(self, pairs: list[tuple[int, int]]) -> int:
         """All local ports or none; until a signal."""

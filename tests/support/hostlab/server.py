@@ -43,6 +43,7 @@ WantedBy=multi-user.target
 """
 AGENT = """name = "@HOST@"
 manager = "127.0.0.1:@PORT@"
+insecure_loopback = true
 log_level = "debug"
 stop_grace_s = 20
 """
@@ -110,7 +111,10 @@ class Server:
             package = "casemate_cli" if name == "casemate" else "casemate_agent"
             script = f'#!/bin/sh\nexec /usr/bin/python3 -m {package} "$@"\n'
             self.machine.run(f"cat > /usr/local/bin/{name} && chmod 755 /usr/local/bin/{name}", stdin=script.encode())
-        self.machine.write("/etc/profile.d/casemate.sh", f"export CASEMATE_MANAGER=127.0.0.1:{self.port}\n".encode())
+        self.machine.write(
+            "/etc/profile.d/casemate.sh",
+            f"export CASEMATE_MANAGER=127.0.0.1:{self.port} CASEMATE_INSECURE_LOOPBACK=1\n".encode(),
+        )
         self.machine.run("systemctl daemon-reload")
 
     def configure(self, hardware: str = HARDWARE) -> None:
@@ -170,7 +174,7 @@ def manager_beside(folder: Path, port: int) -> Iterator[None]:
     """A manager on loopback, as a process."""
     environ = clean_environment(folder)
     command = [sys.executable, "-m", "casemate_manager", "serve", "--state-dir", str(folder / "manager")]
-    command += ["--listen", f"127.0.0.1:{port}"]
+    command += ["--listen", f"127.0.0.1:{port}", "--insecure-loopback"]
     with (folder / "manager.log").open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, cwd="/")
     try:
