@@ -15,6 +15,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "explain": ("explain", "explain", "Document a kind or a field."),
         "edit": ("edit", "edit", "Change an object in an editor."),
         "label": ("label", "label", "Set or remove labels."),
+        "annotate": ("label", "annotate", "Set or remove annotations: free text, by which nothing is selected."),
         "delete": ("delete", "delete", "End objects."),
         "wait": ("wait", "wait", "Wait until objects are as you want them."),
     },

@@ -137,6 +137,17 @@ def test_label(fleet: Fleet, ready: str) -> None:
     assert fleet.run("get", "env", ready, "-o", "jsonpath={.metadata.labels.tier}").ok() == "\n"
 
 
+def test_annotate(fleet: Fleet, ready: str) -> None:
+    said = fleet.run("annotate", "env", ready, "casemate.example/owner=the ran team").ok()
+    assert said == f"environment/{ready} annotated\n"
+    refused = fleet.run("annotate", "env", ready, "casemate.example/owner=others")
+    assert refused.code == 1 and "--overwrite" in refused.err
+    found = json.loads(fleet.run("get", "env", ready, "-o", "json").ok())["metadata"]["annotations"]
+    assert found == {"casemate.example/owner": "the ran team"}
+    fleet.run("annotate", f"env/{ready}", "casemate.example/owner-").ok()
+    assert "annotations" not in json.loads(fleet.run("get", "env", ready, "-o", "json").ok())["metadata"]
+
+
 def editor(folder: Path, program: str) -> str:
     path = folder / "editor"
     path.write_text(f"#!/bin/sh\n{program}\n")
