@@ -102,7 +102,7 @@ def _settle(d: Draft) -> None:
             r = replace(r, started=Started(boot_id, d.now), starts=r.starts + 1, exited_s=0.0)
         voided = not r.removed and r.desired.run is Run.STARTED and r.stop_since_s and not orders.wants_it_down(r)
         if voided and d.now - r.stop_since_s >= d.grace_s:
-            r = replace(r, stop_since_s=0.0, stop_asked_s=0.0)
+            r = replace(r, stop_since_s=0.0, stop_asked_s=0.0, stop_heard=False)
     elif (started := r.started) is not None:
         if started.boot_id != boot_id:
             d.note("HostRebooted", "the host was rebooted")
@@ -115,9 +115,9 @@ def _settle(d: Draft) -> None:
         else:
             r = replace(r, exits=0, exited_s=0.0)
             d.note("Stopped", "the domain has ended")
-        r = replace(r, started=None, stop_since_s=0.0, stop_asked_s=0.0)
+        r = replace(r, started=None, stop_since_s=0.0, stop_asked_s=0.0, stop_heard=False)
     elif r.stop_since_s:
-        r = replace(r, stop_since_s=0.0, stop_asked_s=0.0)
+        r = replace(r, stop_since_s=0.0, stop_asked_s=0.0, stop_heard=False)
     d.record = r
 
 
@@ -148,7 +148,9 @@ def _power_off(d: Draft, reason: str) -> bool:
     if domain.phase is DomainPhase.RUNNING and domain.channel_path and r.uid not in d.observed.attached:
         # an agent that has just begun: the helper hears what a guest without ACPI does not
         d.actions.append(act.AttachGuest(r.uid, domain.channel_path, "to ask its helper"))
-    if domain.phase is DomainPhase.RUNNING and d.now - r.stop_asked_s >= d.settings.stop_ask_again_s:
+    # A guest that came up since then is asked at once: it did not hear what it was asked while it booted.
+    due = d.now - r.stop_asked_s >= d.settings.stop_ask_again_s or (d.guest.connected and not r.stop_heard)
+    if domain.phase is DomainPhase.RUNNING and due:
         d.actions.append(act.Shutdown(r.uid, d.guest.connected, reason))
     d.wake(min(ends_s, max(r.stop_asked_s, d.now) + d.settings.stop_ask_again_s))
     return False
@@ -430,10 +432,15 @@ def remember(record: InstanceRecord, outcomes: tuple[ActionOutcome, ...], boot_i
             if r.failure is not None and r.failure.action == kind:
                 r = replace(r, failure=None)
             if isinstance(outcome.action, act.Shutdown):
-                r = replace(r, stop_asked_s=outcome.at_s)
+                r = replace(r, stop_asked_s=outcome.at_s, stop_heard=outcome.action.helper)
             elif isinstance(outcome.action, act.Start):
                 r = replace(
-                    r, started=Started(boot_id, outcome.at_s), starts=r.starts + 1, stop_since_s=0.0, stop_asked_s=0.0
+                    r,
+                    started=Started(boot_id, outcome.at_s),
+                    starts=r.starts + 1,
+                    stop_since_s=0.0,
+                    stop_asked_s=0.0,
+                    stop_heard=False,
                 )
         else:
             count = r.failure.count + 1 if r.failure is not None and r.failure.action == kind else 1

@@ -110,6 +110,8 @@ class InstanceRecord:
     #: When the stop that is under way began, and when the guest was asked last to power off; 0 where it was not.
     stop_since_s: float = 0.0
     stop_asked_s: float = 0.0
+    #: It was its helper that was asked, and not only the power button, which a guest that is still booting does not hear.
+    stop_heard: bool = False
     started: Started | None = None
     starts: int = 0
     #: How often in a row the domain ended by itself soon after its start, and when that was noticed last.
