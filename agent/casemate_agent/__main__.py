@@ -67,7 +67,7 @@ async def drivers_of(config: Config, name: str, meter: Meter) -> AsyncIterator[D
     from casemate_core.topology_loaders import from_line
 
     topology = replace(from_line(config.simulated), name=name)
-    pace = SimulatedPace(boot_s=config.boot_s)
+    pace = SimulatedPace(boot_s=config.boot_s, pod_start_s=config.boot_s / 2)
     host = SimulatedHost(name, topology, time.time, pace)
     host.boots = int(time.time())  # it ends with this process: the next one is another boot
     yield host.drivers()
