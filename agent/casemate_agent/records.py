@@ -18,6 +18,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, StoredFiles
+from casemate_agent.functions import FunctionFacts
 from casemate_core.claims import Claim
 from casemate_core.errors import CallerError
 from casemate_core.plain import from_plain, to_plain
@@ -178,6 +179,7 @@ class Observation:
     foreign: tuple[DomainFacts, ...] = ()
     files: StoredFiles | None = None
     networks: NetworkFacts | None = None
+    functions: FunctionFacts | None = None
     #: Guarded taps of ours by the uid of the instance, in the order of its interfaces.
     guarded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guests: Mapping[str, GuestView] = field(default_factory=dict)

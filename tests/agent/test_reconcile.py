@@ -9,6 +9,7 @@ import pytest
 from casemate_agent import actions as act
 from casemate_agent.converge import ActionOutcome, InstancePlan, Settings, remember
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase, MachineFacts, NetworkFacts, StoredFiles
+from casemate_agent.functions import FunctionFacts
 from casemate_agent.reconcile import plan
 from casemate_agent.records import (
     Book,
@@ -64,6 +65,7 @@ def seen(*domains: DomainFacts, made: bool = True, **changes: Any) -> Observatio
         files=files,
         networks=NetworkFacts({"default": "cmbr0"} if made else {}, {"cm1": ("", "")} if made else {}),
         guarded={ME: ("cm1",)} if made else {},
+        functions=FunctionFacts(),
         virtualisation="kvm",
     )
     return replace(observation, **changes)

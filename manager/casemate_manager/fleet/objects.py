@@ -223,11 +223,23 @@ def _check_environment(given: _Given, one: Environment) -> Iterator[Violation]:
     for i, nic in enumerate(spec.nics):
         if nic.network not in given.networks:
             yield Violation(f"spec.nics[{i}].network", nic.network, "is not known", _one_of("network", given.networks))
+        elif (kind := given.networks[nic.network].spec.type) != _NETWORK_OF[nic.type]:
+            fitting = {n for n, net in given.networks.items() if net.spec.type == _NETWORK_OF[nic.type]}
+            yield Violation(
+                f"spec.nics[{i}].network",
+                nic.network,
+                f"is a network of type {kind}, and the interface is of type {nic.type}",
+                _one_of(f"network of type {_NETWORK_OF[nic.type]}", fitting),
+            )
     longest = len(one.meta.name) + 1 + len(str(max(spec.replicas - 1, 0)))
     if longest > 63:
         yield Violation(
             "metadata.name", one.meta.name, "leaves no room for the number of an instance", "use a shorter name"
         )
+
+
+#: Type of an interface to the type of network that it attaches to.
+_NETWORK_OF = {"bridge": "nat", "sriov": "physical"}
 
 
 def _check_image(given: _Given, path: str, name: str, kind: str) -> Iterator[Violation]:
