@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
+import pytest
+
 from casemate_agent.functions import grant_of
 from casemate_core.spec.instance import Run
 from casemate_core.topology import Topology
@@ -89,6 +91,7 @@ def _taken(rig: Rig) -> set[str]:
     return {key for d in rig.wanted.values() for key in grant_of(d).keys}
 
 
+@pytest.mark.timeout(400)
 def test_a_thousand_seeds() -> None:
     for seed in range(SEEDS):
         run_virtual(partial(story, seed))

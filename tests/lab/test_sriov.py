@@ -1,9 +1,11 @@
 """Virtual functions under contract, on a real driver's port, with real traffic."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from support import functions_contract
 from support.hostlab.machine import PORTS
 from support.hostlab.server import HOST, Server
 
@@ -35,6 +37,31 @@ def test_pools_are_cut_and_clean_and_kept_from_the_hosts_drivers(server: Server)
     found = server.functions()
     assert len(found["vfs"]) == 6 and not found["problems"] and not found["lost"]
     assert all(vf["state"] == CLEAN and not vf["driver"] and not vf["stamp"] for vf in found["vfs"].values())
+
+
+CONTRACT = """
+import asyncio
+from pathlib import Path
+from casemate_agent.config import load
+from casemate_agent.drivers.sriov import HostFunctions
+async def main():
+    config = load("/etc/casemate/agent.toml", {})
+    functions = HostFunctions(Path(config.run_dir), config.ports, config.devices)
+    try:
+        await story(functions)
+    finally:
+        await functions.aclose()
+asyncio.run(main())
+"""
+
+
+def test_the_real_functions_keep_the_contract(server: Server) -> None:
+    """The suite of tests/contract, on a real port's driver: with the agent away, for its plan would take things back."""
+    server.stop_agent()
+    source = Path(functions_contract.__file__).read_text() + CONTRACT
+    server.machine.run("python3 -", stdin=source.encode(), timeout_s=180)
+    server.start_agent()
+    server.until("it has joined again", server.joined)
 
 
 def test_a_vf_has_its_contract_while_it_is_used_and_none_of_it_afterwards(server: Server) -> None:

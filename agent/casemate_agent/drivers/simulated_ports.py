@@ -159,7 +159,8 @@ class _Hypervisor:
             if not ok:
                 raise MachineError(f"{what} does not exist")
         facts = host.cards.facts(host.topology)
-        places = {key: found.address for key, found in (*facts.vfs.items(), *facts.devices.items())}
+        places = {key: vf.address for key, vf in facts.vfs.items()}
+        places |= {key: device.address for key, device in facts.devices.items()}
         wanted = grant_of(desired).keys
         given = domain.files.functions if domain.files is not None else ()
         if given != tuple(places[key] for key in wanted):

@@ -53,18 +53,18 @@ def _state(info: Any) -> VfState:
         found = info.get_attr(attribute)
         return int(found[name]) if found is not None else 0
 
-    def word(attribute: str) -> bool | None:
+    def word(attribute: str, name: str) -> bool | None:
         found = info.get_attr(attribute)
-        if found is None or found["setting"] & _UNSAID == _UNSAID:
+        if found is None or found[name] == _UNSAID:
             return None
-        return bool(found["setting"])
+        return bool(found[name])
 
     link = value("IFLA_VF_LINK_STATE", "link_state")
     return VfState(
         mac=info.get_attr("IFLA_VF_MAC")["mac"].lower(),
         vlan=value("IFLA_VF_VLAN", "vlan"),
-        spoofchk=word("IFLA_VF_SPOOFCHK"),
-        trust=word("IFLA_VF_TRUST"),
+        spoofchk=word("IFLA_VF_SPOOFCHK", "spoofchk"),
+        trust=word("IFLA_VF_TRUST", "trust"),
         min_rate_mbps=value("IFLA_VF_RATE", "min_tx_rate"),
         max_rate_mbps=value("IFLA_VF_RATE", "max_tx_rate"),
         link=_LINKS[link] if link < len(_LINKS) else "auto",

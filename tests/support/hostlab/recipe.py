@@ -23,8 +23,8 @@ EXCLUDED_PATHS = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*",
 #: Of the project's lock, what the agent needs and Debian does not bring. libvirt-python is published as source only: the
 #: server has Debian's own.
 WHEELS = (
-    "aiohappyeyeballs aiohttp aiosignal attrs click frozenlist googleapis-common-protos grpcio grpcio-status idna "
-    "markdown-it-py mdurl msgspec multidict nvidia-ml-py prometheus-client propcache protobuf psutil pycdlib pygments "
+    "aiohappyeyeballs aiohttp aiosignal attrs cffi click cryptography frozenlist googleapis-common-protos grpcio grpcio-status idna "
+    "markdown-it-py mdurl msgspec multidict nvidia-ml-py prometheus-client propcache protobuf psutil pycdlib pycparser pygments "
     "pyroute2 pyyaml rich typing-extensions yarl"
 ).split()
 

@@ -45,7 +45,7 @@ WantedBy=multi-user.target
 AGENT = """name = "@HOST@"
 manager = "127.0.0.1:@PORT@"
 insecure_loopback = true
-log_level = "debug"
+log_level = "info"
 stop_grace_s = 20
 """
 HARDWARE = f"""
