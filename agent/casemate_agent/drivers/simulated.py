@@ -20,8 +20,8 @@ from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, lat
 from casemate_agent.drivers.simulated_functions import Cards
 from casemate_agent.drivers.simulated_guest import SimulatedGuest
 from casemate_agent.drivers.simulated_ports import Lease, drivers_of
-from casemate_agent.gpu.readings import GpuFault
 from casemate_agent.functions import CLEAN, grant_of
+from casemate_agent.gpu.readings import GpuFault
 from casemate_core.spec.instance import HostNetwork, bridged
 from casemate_core.topology import Topology
 

@@ -30,8 +30,8 @@ from casemate_agent.drivers.ports import (
 )
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, simulated_stats, tap_name
-from casemate_agent.drivers.simulated_gpus import SimulatedGpus
 from casemate_agent.drivers.simulated_functions import SimulatedFunctions
+from casemate_agent.drivers.simulated_gpus import SimulatedGpus
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
