@@ -35,6 +35,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "ssh": ("ssh", "ssh", "Log in to an instance as root by SSH."),
         "port-forward": ("forward", "port_forward", "Lead local ports to ports of an instance or a pod."),
         "events": ("events", "events", "Show what happened."),
+        "audit": ("audit", "audit", "Show what was done, by whom, from where; verify that nothing is missing."),
         "why": ("why", "why", "Say why an instance is where it is, or is nowhere; exit 2 if nowhere."),
     },
     "Fleet": {
@@ -45,6 +46,9 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "uncordon": ("hosts", "uncordon", "Let hosts take instances again."),
     },
     "This program": {
+        "whoami": ("identity", "whoami", "Say who you are to the manager, and what you may do."),
+        "key": ("identity", "key", "Access keys of programs: make, list, rotate, disable."),
+        "token": ("identity", "token", "Print a token that ends by itself, for a CI job."),
         "dev": ("dev", "dev", "A private fleet on this machine."),
         "context": ("context", "context", "Name managers, and choose one."),
         "completion": ("completion", "completion", "Print a completion script for a shell."),

@@ -46,6 +46,12 @@ class Client:
         self.channel = dial(settings)
         from casemate_wire.v1 import operators_pb2_grpc
 
+        if settings.token:
+            import grpc
+
+            from casemate_cli.bearer import Bearer
+
+            self.channel = grpc.intercept_channel(self.channel, Bearer(settings.token))
         self.stub = operators_pb2_grpc.FleetStub(self.channel)
 
     @property

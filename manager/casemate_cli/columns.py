@@ -197,6 +197,10 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("QUOTAS", lambda o: ",".join(f"{k}={v}" for k, v in sorted(o.spec.quotas.items())) or NONE, wide=True),
         _AGE,
     ),
+    "Secret": (
+        Column("KEYS", lambda o: ",".join(sorted(o.spec.fingerprints)) or NONE),
+        _AGE,
+    ),
     "User": (
         Column("TYPE", lambda o: o.spec.type or "person"),
         Column("DISABLED", lambda o: "yes" if o.spec.disabled else NONE),

@@ -42,7 +42,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("Class", "class", "classes", (), False, served=False),
     Kind("SecurityGroup", "securitygroup", "securitygroups", ("sg",), True, served=False),
     Kind("Volume", "volume", "volumes", ("vol", "vols"), True, served=False),
-    Kind("Secret", "secret", "secrets", (), True, served=False),
+    Kind("Secret", "secret", "secrets", (), True),
     Kind("Tenant", "tenant", "tenants", (), False),
     Kind("User", "user", "users", (), False),
     Kind("RoleBinding", "rolebinding", "rolebindings", ("rb",), False),

@@ -57,6 +57,8 @@ class Settings:
     tenant: str = DEFAULT_TENANT
     request_timeout_s: float = 30.0
     retry_s: float = 2.0
+    #: An access key or token, where the environment gives one.
+    token: str = field(default="", repr=False)
     roots: str = ""
     certificate: str = ""
     key: str = field(default="", repr=False)
@@ -177,7 +179,24 @@ def resolve(
         insecure_loopback=env.get("CASEMATE_INSECURE_LOOPBACK", "") == "1",
         tenant=tenant or chosen.tenant or env.get("CASEMATE_TENANT") or DEFAULT_TENANT,
         request_timeout_s=request_timeout_s or defaults.request_timeout_s,
+        token=_token(env),
     )
+
+
+def _token(env: Mapping[str, str]) -> str:
+    """What $CASEMATE_TOKEN or the file $CASEMATE_TOKEN_FILE holds. There is no option for it: arguments are seen by all."""
+    text = env.get("CASEMATE_TOKEN", "")
+    if not text and (path := env.get("CASEMATE_TOKEN_FILE")):
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise Failure(
+                f"cannot read the token in {path}", remedy="set CASEMATE_TOKEN_FILE to a file that holds one"
+            ) from error
+    text = text.strip()
+    if text and not (text.isascii() and text.isprintable() and " " not in text):
+        raise Failure("the token is not understood", remedy="set CASEMATE_TOKEN to an access key or token, in one line")
+    return text
 
 
 def _identity_for(address: str, path: Path) -> Context:

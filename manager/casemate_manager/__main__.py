@@ -16,12 +16,15 @@ import sys
 import time
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
 from casemate_core.errors import CasemateError
 from casemate_manager.config import BadConfig, Config, load
+
+if TYPE_CHECKING:
+    from casemate_manager.tokens import Oidc
 
 log = logging.getLogger("casemate.manager")
 
@@ -124,6 +127,7 @@ def operator(name: str, state_dir: str, manager: str, out: str, days: int) -> No
 
 
 async def _serve(settings: Config) -> None:
+    from casemate_manager import keyring
     from casemate_manager.api.tls import ServerTls
     from casemate_manager.app import running
     from casemate_manager.authority import Authorities
@@ -152,6 +156,8 @@ async def _serve(settings: Config) -> None:
             default_subnet=settings.default_subnet,
             metrics_listen=settings.metrics_listen,
             metrics_note=state_dir / METRICS_NOTE,
+            keyring=keyring.load(Path(settings.key_file) if settings.key_file else state_dir / "manager.key"),
+            oidc=_oidc(settings),
             tls=tls,
             listen_enrolment=settings.listen_enrolment,
         ) as manager:
@@ -177,6 +183,22 @@ async def _serve(settings: Config) -> None:
             log.info("stopping")
     finally:
         os.close(lock)
+
+
+def _oidc(settings: Config) -> "Oidc | None":
+    if not settings.oidc_issuer:
+        return None
+    from casemate_manager.fetching import fetch_json
+    from casemate_manager.tokens import Oidc, OidcConfig
+
+    config = OidcConfig(
+        settings.oidc_issuer,
+        settings.oidc_audience,
+        settings.oidc_username_claim,
+        settings.oidc_groups_claim,
+        settings.oidc_prefix,
+    )
+    return Oidc(config, fetch_json)
 
 
 def _allow_descriptors() -> None:

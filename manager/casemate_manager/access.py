@@ -123,7 +123,16 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.v1.Fleet/Why": Row(P.READ, Where.NAMED),
     "/casemate.v1.Fleet/Top": Row(P.READ, Where.FLEET),
     "/casemate.v1.Fleet/Version": Row(P.SIGNED_IN),
-    "/casemate.v1.Channels/Console": Row(P.EXEC, Where.NAMED),
+    "/casemate.v1.Identity/WhoAmI": Row(P.SIGNED_IN),
+    # Of access keys and tokens: one's own, or with `grant` where their user is looked after; judged for each.
+    "/casemate.v1.Identity/CreateKey": Row(P.SIGNED_IN),
+    "/casemate.v1.Identity/ListKeys": Row(P.SIGNED_IN),
+    "/casemate.v1.Identity/ChangeKey": Row(P.SIGNED_IN),
+    "/casemate.v1.Identity/RotateKey": Row(P.SIGNED_IN),
+    "/casemate.v1.Identity/IssueToken": Row(P.SIGNED_IN),
+    "/casemate.v1.Audit/Records": Row(P.AUDIT, Where.VISIBLE),
+    "/casemate.v1.Audit/Ends": Row(P.AUDIT, Where.FLEET),
+    "/casemate.v1.Channels/Console": Row(P.CONSOLE, Where.NAMED),
     "/casemate.v1.Channels/ConsoleLog": Row(P.LOGS, Where.NAMED),
     "/casemate.v1.Channels/Forward": Row(P.EXEC, Where.NAMED),
     "/casemate.v1.Channels/Copy": Row(P.EXEC, Where.NAMED),
@@ -173,6 +182,10 @@ class Denied(CallerError):
     def __init__(self, principal: str, permission: Permission, what: str) -> None:
         self.permission = permission
         super().__init__(f"{principal} may not {permission} {what}: ask for a role that may, see docs/access.md")
+
+
+class Hidden(NotFound):
+    """The caller may not read it: told as what is not there, and written down as what it is."""
 
 
 class Unauthenticated(CallerError):
@@ -228,7 +241,7 @@ def environment_in(kind: str, name: str) -> str:
     match kind:
         case "Environment":
             return name
-        case "Instance" | "Placement" | "Pod" | "Operation":
+        case "Instance" | "Placement" | "Pod":
             return name.partition(".")[0].rpartition("-")[0]
         case _:
             return ""
@@ -258,7 +271,7 @@ def refusal(grants: Grants, permission: Permission, scope: Scope, kind: str, nam
     """How to say no: as if there were nothing, to who may not read; by name of the permission, to who may."""
     readable = grants.allows(KINDS[kind][0] if kind in KINDS else P.READ, scope)
     if permission in (P.READ, P.USE) or not readable:
-        return NotFound(kind, name)
+        return Hidden(kind, name)
     return Denied(grants.principal.name, permission, f"{kind.lower()} {name}")
 
 

@@ -4,7 +4,6 @@ The composition is here and not in ``__main__`` so that tests and the simulator 
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,15 +11,17 @@ from typing import Final
 
 import grpc
 
-from casemate_core.errors import CasemateError
 from casemate_core.spec.fleet import Network, NetworkSpec
 from casemate_core.spec.meta import Meta
-from casemate_manager.api import server
+from casemate_manager.access import Denied, Hidden
+from casemate_manager.api import server, side
+from casemate_manager.api.audits import AuditService, Scribe, SessionScribe
 from casemate_manager.api.channels import ChannelsService
 from casemate_manager.api.enrolment import Joining
 from casemate_manager.api.feed import Feed
-from casemate_manager.api.gate import Authenticate, Gate, actor, by_certificate
+from casemate_manager.api.gate import Authenticate, ByTokenOrCertificate, Gate, actor
 from casemate_manager.api.hostlink import Channels, HostLink
+from casemate_manager.api.identities import IdentityService
 from casemate_manager.api.metrics import ManagerMetrics
 from casemate_manager.api.service import FleetService
 from casemate_manager.api.tls import ServerTls
@@ -32,16 +33,17 @@ from casemate_manager.fleet.objects import ObjectRules
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.placing import Placer
 from casemate_manager.fleet.state import State
+from casemate_manager.keyring import Keyring
 from casemate_manager.policy.cel import Cel
 from casemate_manager.policy.expressions import check_policy
 from casemate_manager.scheduler.placer import FleetPlacer
 from casemate_manager.sessions import Sessions
 from casemate_manager.store.ports import Store
+from casemate_manager.tokens import Bearers, Oidc, ShortTokens
+from casemate_manager.vault import Vault
 from casemate_manager.writer import Published, Writer
 from casemate_wire import exposition
 from casemate_wire.diff import changes
-
-log = logging.getLogger("casemate.manager")
 
 #: Who administers the platform without a role binding: the first operator, whose certificate the manager writes.
 ADMINS: Final = frozenset({"admin"})
@@ -55,6 +57,7 @@ class Core:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
+        self.scribe = Scribe(writer)
         self.feed = Feed(writer.state)
         writer.subscribe(self._published)
 
@@ -68,14 +71,20 @@ class Core:
         """What hosts said."""
         return self._writer.observed
 
+    def sessions_of(self, by: Actor) -> side.SessionLog:
+        """Writes down the sessions of one caller."""
+        return SessionScribe(self.scribe, by)
+
     async def submit(self, command: Command) -> Answer:
         """Carry a command out, in the name of who makes the present call; returns after its commit."""
         by = actor()
-        return await self._writer.submit(By(by, command) if by else command)
-
-    async def denied(self, by: Actor, what: str, error: CasemateError) -> None:
-        """Somebody was refused for who he is."""
-        log.warning("%s from %s: %s: %s", by.principal.name, by.address, what, str(error))
+        if by is None:
+            return await self._writer.submit(command)
+        try:
+            return await self._writer.submit(By(by, command))
+        except (Denied, Hidden) as error:
+            await self.scribe.denied(by, type(command).__name__, error)
+            raise
 
     def _published(self, published: Published) -> None:
         if published.reset:
@@ -132,6 +141,8 @@ async def running(
     authenticate: Authenticate | None = None,
     metrics_listen: str = "",
     metrics_note: Path | None = None,
+    keyring: Keyring | None = None,
+    oidc: Oidc | None = None,
     tls: ServerTls | None = None,
     listen_enrolment: str = "127.0.0.1:0",
     trace: Callable[[str], None] = lambda step: None,
@@ -146,19 +157,27 @@ async def running(
     writer = Writer(store, rules, clock, seed, trace=trace)
     await writer.open()
     core = Core(writer)
-    sessions = Sessions(writer, seed)
+    ring = keyring or Keyring.fresh()
+    vault = Vault(ring)
+    sessions = Sessions(writer, seed, reveal=vault.revealed)
     work = asyncio.create_task(writer.run(), name="writer")
     try:
+        vault.check(writer.state.secrets.values())
         if default_subnet and writer.state.revision == 0:
             network = Network(Meta("default"), NetworkSpec("nat", default_subnet))
             await writer.submit(ApplyResources(FIRST_START_KEY, (network,), seed()))
         channels, why = Channels(sessions), PlacerWhy(rules.placer)
-        service = FleetService(core, channels, why, version, seed)
+        service = FleetService(core, channels, why, version, seed, vault.seal)
         sides = ChannelsService(core, channels)
-        gate = Gate(lambda: writer.state, authenticate or by_certificate, core.denied, clock, seed, rules.admins)
+        short = ShortTokens(ring.key("tokens"))
+        bearers = Bearers(lambda: writer.state, short, clock, oidc)
+        identity = IdentityService(core, short, ring.key("access-keys"), clock)
+        known = authenticate or ByTokenOrCertificate(bearers.read)
+        gate = Gate(lambda: writer.state, known, core.scribe.denied, clock, seed, rules.admins)
+        audit = AuditService(writer, lambda: core.feed)
         joining = Joining(core.submit, lambda: writer.state, tls, clock, seed) if tls is not None else None
         grpc_server, port = await server.serve(
-            listen, service, sides, HostLink(sessions), gate, joining, listen_enrolment
+            listen, service, sides, HostLink(sessions), gate, audit, identity, joining, listen_enrolment
         )
         warming = asyncio.create_task(why.keep_warm(lambda: (core.state, core.observed)), name="why-warm")
         metrics = ManagerMetrics(writer, sessions, core.feed, version)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from casemate_core.errors import CallerError, shown
+from casemate_core.web import is_fit
 
 
 class BadConfig(CallerError):
@@ -17,7 +18,11 @@ class BadConfig(CallerError):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings of a manager's process. ``default_subnet`` is the network ``default``'s, made at the first start; empty: none."""
+    """Settings of a manager's process. ``default_subnet`` is the network ``default``'s, made at the first start; empty: none.
+
+    ``key_file`` is the manager's own key, ``manager.key`` beside the store where it is empty. The ``oidc_`` settings name a
+    provider whose tokens are taken; none where ``oidc_issuer`` is empty.
+    """
 
     state_dir: str = "/var/lib/casemate-manager"
     listen: str = "127.0.0.1:7443"
@@ -30,6 +35,12 @@ class Config:
     default_subnet: str = "10.99.0.0/16"
     #: Where Prometheus finds metrics, HOST:PORT on loopback; empty: nowhere. Port 0 takes a free one.
     metrics_listen: str = ""
+    key_file: str = ""
+    oidc_issuer: str = ""
+    oidc_audience: str = ""
+    oidc_username_claim: str = "sub"
+    oidc_groups_claim: str = "groups"
+    oidc_prefix: str = "oidc:"
     log_format: str = "console"
     log_level: str = "info"
 
@@ -56,6 +67,12 @@ def load(path: str, flags: Mapping[str, Any]) -> Config:
         if given.get(name, words[0]) not in words:
             raise BadConfig(f"{name}: {shown(given[name])} is none of {', '.join(words)}")
     config = replace(Config(), **given)
+    if config.oidc_issuer and not is_fit(config.oidc_issuer):
+        raise BadConfig(f"oidc_issuer: {shown(config.oidc_issuer)} is not an https URL")
+    if config.oidc_issuer and not (config.oidc_audience and config.oidc_prefix):
+        raise BadConfig(
+            "oidc_issuer: needs oidc_audience and a prefix that keeps its names apart from ours (oidc_prefix)"
+        )
     if not config.listen_enrolment:
         host, _, port = config.listen.rpartition(":")
         if port.isdecimal():

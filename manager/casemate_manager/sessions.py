@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
 from casemate_core.errors import CallerError, CasemateError, Unavailable, shown
+from casemate_core.spec.instance import DesiredInstance
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.commands import (
     Answer,
@@ -33,6 +34,7 @@ from casemate_manager.fleet.commands import (
     Turned,
     Welcomed,
 )
+from casemate_manager.fleet.state import State
 from casemate_manager.writer import Published, Writer
 from casemate_wire.channel import Failed, Frame, Ticket
 from casemate_wire.session import WINDOW, ManagerEnd, ManagerInput, ProtocolError
@@ -75,6 +77,10 @@ class Stream(Protocol[In, Out]):
         ...
 
     async def send(self, message: Out) -> None: ...
+
+
+#: An instance as its host gets it: with the texts of the secrets that its pods name.
+Reveal = Callable[[State, DesiredInstance], DesiredInstance]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +174,15 @@ class Channel:
 class Sessions:
     """All sessions of this manager."""
 
-    def __init__(self, writer: Writer, seed: Callable[[], str], *, window: int = WINDOW) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        seed: Callable[[], str],
+        *,
+        window: int = WINDOW,
+        reveal: Reveal = lambda state, instance: instance,
+    ) -> None:
+        self._reveal = reveal
         self._writer = writer
         self._seed = seed
         self._window = window
@@ -200,6 +214,7 @@ class Sessions:
             if session_ is None or session_.end.closed:
                 continue
             keep, removed = desired.some(published.state, host, uids)
+            keep = tuple(self._reveal(published.state, instance) for instance in keep)
             session_.end.desire(published.revision, keep, removed, desired.networks(published.state, host))
             session_.woken.set()
 
@@ -310,6 +325,7 @@ class Sessions:
         resume = answer.resume
         session.end.welcome(resume=resume, send_inventory=answer.send_inventory)
         keep, removed = desired.since(state, hello.host, hello.revision) if resume else desired.whole(state, hello.host)
+        keep = tuple(self._reveal(state, instance) for instance in keep)
         if keep or removed or not resume:
             session.end.desire(state.revision, keep, removed, desired.networks(state, hello.host), snapshot=not resume)
         self._sessions[hello.host] = session

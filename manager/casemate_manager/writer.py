@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from casemate_core.audit import AuditRecord
 from casemate_core.errors import CasemateError, InternalError, Unavailable
 from casemate_core.metrics import Meter
 from casemate_manager import metrics
@@ -179,6 +180,10 @@ class Writer:
         await self._on_thread(self._store.close)
         self._thread.shutdown()
 
+    async def audit(self, after: int, limit: int) -> list[AuditRecord]:
+        """Audit records of the store, after a sequence. Raises StoreDamaged, StoreFailed."""
+        return await self._on_thread(lambda: self._store.audit(after, limit))
+
     # --- one group ----------------------------------------------------------------------------------------------------
 
     async def _next_group(self) -> list[_Waiting]:
@@ -208,7 +213,7 @@ class Writer:
             self._refuse(group, Unavailable(str(error)))
             raise
         except StoreFailed as error:
-            log.error("the commit failed: %s", error)
+            log.error("the commit failed: %s", str(error))
             self._refuse(group, Unavailable(f"{error}; the outcome is unknown: try again with the same request key"))
             await self._lead_again()
         except Exception:
@@ -332,7 +337,7 @@ class Writer:
             try:
                 self._take(await self._on_thread(self._store.lead))
             except CasemateError as error:
-                log.error("the store cannot be led: %s", error)
+                log.error("the store cannot be led: %s", str(error))
                 if not told:
                     told = await self._read_only()
                 await asyncio.sleep(self._retry_s)

@@ -20,7 +20,9 @@ KIND_FIELDS: Final[dict[str, str]] = {
 #: Kinds that only the manager writes.
 READ_ONLY_KINDS: Final = frozenset({"Instance", "Pod", "Placement", "Operation", "GPU", "Event"})
 #: Kinds that this release takes.
-SERVED_KINDS: Final = frozenset({"Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding"})
+SERVED_KINDS: Final = frozenset(
+    {"Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding", "Secret"}
+)
 
 _STRUCT: Final = "google.protobuf.Struct"
 _TIMESTAMP: Final = "google.protobuf.Timestamp"

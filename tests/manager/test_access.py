@@ -1,5 +1,7 @@
 """Who may do what: the table is whole, the matrix is read by people, and what is refused tells nothing of what is there."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +19,11 @@ from casemate_core.spec.meta import TENANT_KINDS, Meta
 from casemate_manager import access
 from casemate_manager.access import KINDS, RPCS, Denied, Permission, Principal, Where, grants_of, refusal
 from casemate_manager.api import gate
-from casemate_wire import schema
+from casemate_manager.fleet.acts import Actor
+from casemate_manager.fleet.commands import MakeAccessKey
+from casemate_wire import schema, v1
 from casemate_wire.codec import resources
-from casemate_wire.v1 import hosts_pb2, operations_pb2, operators_pb2, top_pb2
+from casemate_wire.v1 import audit_pb2, channels_pb2, identity_pb2, operations_pb2, seriallog_pb2, top_pb2
 from casemate_wire.v1 import operators_pb2 as pb
 from support.gatekeeping import House, as_user, bind, house, of_tenant
 
@@ -28,11 +32,7 @@ OWN, FOREIGN = Scope("own"), Scope("foreign")
 
 def services() -> list[str]:
     """Every method of every service of the schema."""
-    files = {
-        file.name: file
-        for module in (operators_pb2, hosts_pb2, *_other_modules())
-        if (file := module.DESCRIPTOR) is not None
-    }
+    files = {m.DESCRIPTOR.name: m.DESCRIPTOR for m in _modules()}
     return [
         f"/{service.full_name}/{method.name}"
         for file in files.values()
@@ -41,12 +41,7 @@ def services() -> list[str]:
     ]
 
 
-def _other_modules() -> list[Any]:
-    import importlib
-    import pkgutil
-
-    import casemate_wire.v1 as v1
-
+def _modules() -> list[Any]:
     return [
         importlib.import_module(f"casemate_wire.v1.{m.name}")
         for m in pkgutil.iter_modules(v1.__path__)
@@ -124,6 +119,10 @@ def _applying(*messages: Any) -> Callable[[str, str], Any]:
     )
 
 
+def _target(tenant: str) -> channels_pb2.ChannelTarget:
+    return channels_pb2.ChannelTarget(tenant=tenant, instance="hello")
+
+
 #: What is called, and with what: method, and a request from (tenant, request key).
 CALLS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "Apply Environment": ("Apply", lambda t, k: pb.ApplyRequest(request_key=k, resources=[_environment(t)])),
@@ -157,7 +156,65 @@ CALLS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "Why": ("Why", lambda t, k: pb.WhyRequest(tenant=t, environment="hello")),
     "Top": ("Top", lambda t, k: top_pb2.TopRequest()),
     "Version": ("Version", lambda t, k: pb.VersionRequest()),
+    "Audit": ("Audit/Records", lambda t, k: audit_pb2.AuditRequest(tenant=t)),
+    "Audit Ends": ("Audit/Ends", lambda t, k: audit_pb2.AuditEndsRequest()),
+    "WhoAmI": ("Identity/WhoAmI", lambda t, k: identity_pb2.WhoAmIRequest()),
+    "CreateKey": (
+        "Identity/CreateKey",
+        lambda t, k: identity_pb2.CreateKeyRequest(request_key=f"{k}-request", user=f"{t}-ci"),
+    ),
+    "ListKeys": ("Identity/ListKeys", lambda t, k: identity_pb2.ListKeysRequest(user=f"{t}-ci")),
+    "ChangeKey": (
+        "Identity/ChangeKey",
+        lambda t, k: identity_pb2.ChangeKeyRequest(id=f"{t}-key", change=identity_pb2.ChangeKeyRequest.ENABLE),
+    ),
+    "RotateKey": (
+        "Identity/RotateKey",
+        lambda t, k: identity_pb2.RotateKeyRequest(request_key=f"{k}-request", id=f"{t}-key"),
+    ),
+    "IssueToken": ("Identity/IssueToken", lambda t, k: identity_pb2.IssueTokenRequest(user=f"{t}-ci")),
+    "Console": ("Channels/Console", lambda t, k: channels_pb2.ConsoleInput(start=_target(t))),
+    "ConsoleLog": ("Channels/ConsoleLog", lambda t, k: seriallog_pb2.ConsoleLogRequest(tenant=t, instance="hello")),
+    "Forward": (
+        "Channels/Forward",
+        lambda t, k: channels_pb2.ForwardInput(start=channels_pb2.ForwardStart(target=_target(t), port=80)),
+    ),
+    "Copy": (
+        "Channels/Copy",
+        lambda t, k: channels_pb2.CopyInput(start=channels_pb2.CopyStart(target=_target(t), path="/x")),
+    ),
+    "Authorize": (
+        "Channels/Authorize",
+        lambda t, k: channels_pb2.AuthorizeRequest(target=_target(t), public_key="ssh-ed25519 AAAA"),
+    ),
 }
+
+
+def _needs_tls(name: str) -> bool:
+    """Services that a manager without certificates does not have: judged by the gate alone, below."""
+    return name.startswith("/casemate.v1.HostAccess/")
+
+
+SERVER_STREAMS = ("Watch", "Events", "Logs", "Audit/Records", "Channels/ConsoleLog")
+BOTH_STREAM = ("Exec", "Channels/Console", "Channels/Forward", "Channels/Copy")
+
+
+def _full(method: str) -> str:
+    return f"/casemate.v1.{method if '/' in method else f'Fleet/{method}'}"
+
+
+def _callable(found: House, method: str) -> Any:
+    """The method of the stub of its service."""
+    service, _, name = _full(method).rpartition("/")
+    (stub,) = [
+        getattr(importlib.import_module(f"{m.__name__}_grpc"), f"{d.name}Stub")
+        for m in _modules()
+        for d in m.DESCRIPTOR.services_by_name.values()
+        if f"/{d.full_name}" == service
+    ]
+    return getattr(stub(found.channel), name)
+
+
 WORDS = {
     grpc.StatusCode.PERMISSION_DENIED: "denied",
     grpc.StatusCode.NOT_FOUND: "not found",
@@ -169,14 +226,14 @@ async def call(found: House, name: str, user: str, tenant: str) -> str:
     """What becomes of a call: ``ok`` (also where it fails for what is asked, not for who asks), or how it is refused."""
     method, make = CALLS[name]
     request = make(tenant, found.key())
-    call = getattr(found.stub, method)
+    call = _callable(found, method)
     try:
-        if method in ("Watch", "Events", "Logs"):
+        if method in SERVER_STREAMS:
             stream = call(request, metadata=as_user(user), timeout=10)
             answer = await stream.read()
             await _end(stream)
             return "nothing" if answer is grpc.aio.EOF or not _tells(answer) else "ok"
-        if method == "Exec":
+        if method in BOTH_STREAM:
             stream = call(metadata=as_user(user), timeout=10)
             await stream.write(request)
             await stream.done_writing()
@@ -184,9 +241,29 @@ async def call(found: House, name: str, user: str, tenant: str) -> str:
             await _end(stream)
             return "ok"
         answer = await call(request, metadata=as_user(user), timeout=10)
-        return "nothing" if isinstance(answer, pb.ListResponse) and not answer.resources else "ok"
+        empty = (isinstance(answer, pb.ListResponse) and not answer.resources) or (
+            isinstance(answer, identity_pb2.ListKeysResponse) and not answer.keys
+        )
+        return "nothing" if empty else "ok"
     except grpc.aio.AioRpcError as error:
         return WORDS.get(error.code(), "ok")
+
+
+async def judged(found: House, name: str, user: str) -> str:
+    """What the gate says to a call whose service is not there."""
+    state = found.manager.writer.state
+
+    async def noted(by: Any, what: str, error: Any, tenants: tuple[str, ...] = ()) -> None:
+        pass
+
+    judge = gate.Gate(lambda: state, gate.by_certificate, noted, lambda: 0.0, lambda: "id")
+    asking = gate.Caller(Actor(Principal(user, "certificate")), lambda: state, frozenset(), noted)
+    try:
+        await judge._judge(asking, name, RPCS[name], None)
+    except Denied:
+        return "denied"
+    assert RPCS[name].where is Where.FLEET
+    return "ok"
 
 
 async def _end(stream: Any) -> None:
@@ -200,33 +277,48 @@ def _tells(answer: Any) -> bool:
 
 async def test_the_matrix_of_rpc_role_and_tenant(golden: Callable[[str, str], None]) -> None:
     """Every RPC, by every role, in the own and in a foreign tenant. Read the table before it is committed."""
-    assert {f"/casemate.v1.Fleet/{m}" for m, _ in CALLS.values()} >= {
+    assert {_full(m) for m, _ in CALLS.values()} >= {
         name
         for name, row in RPCS.items()
-        if name.startswith("/casemate.v1.Fleet/") and row.permission is not Permission.HOST
+        if name.startswith("/casemate.v1.") and row.permission is not Permission.ANYONE and not _needs_tls(name)
     }, "a new RPC needs a call in the matrix"
     async with house() as found:
         await found.put(
             Tenant(Meta("own")),
             Tenant(Meta("foreign")),
             User(Meta("someone")),
+            User(Meta("own-ci"), "service", tenant="own"),
+            User(Meta("foreign-ci"), "service", tenant="foreign"),
             Host(Meta("h1"), HostSpec()),
             bind("own-there", "viewer", OWN, "x"),
             bind("foreign-there", "viewer", FOREIGN, "x"),
             *(bind(f"m-{i}", of[0], of[1], f"user-{i}") for i, of in enumerate(CALLERS.values()) if of is not None),
         )
+        for tenant in ("own", "foreign"):
+            key = MakeAccessKey(f"{tenant}-key", f"{tenant}-ci", "digest", "", 10_000_000)
+            await found.manager.writer.submit(key)
         rows = []
         for i, caller in enumerate(CALLERS):
             for name in CALLS:
                 own, foreign = [await call(found, name, f"user-{i}", tenant) for tenant in ("own", "foreign")]
                 rows.append(f"{caller:27} {name:19} {own:10} {foreign}")
+        for i, caller in enumerate(CALLERS):
+            rows += [
+                f"{caller:27} {name.rpartition('/')[2]:19} {await judged(found, name, f'user-{i}')}"
+                for name in filter(_needs_tls, RPCS)
+            ]
     golden("access/matrix.txt", "\n".join(row.rstrip() for row in rows) + "\n")
 
 
 async def test_the_foreign_column_is_the_same_for_what_is_there_and_what_is_not() -> None:
     """A caller of one tenant learns nothing of another: every answer equals the one about a tenant that nobody made."""
     async with house() as found:
-        await found.put(bind("m", "tenant-admin", OWN, "ann"), bind("foreign-there", "viewer", FOREIGN, "x"))
+        await found.put(
+            bind("m", "tenant-admin", OWN, "ann"),
+            bind("foreign-there", "viewer", FOREIGN, "x"),
+            User(Meta("foreign-ci"), "service", tenant="foreign"),
+        )
+        await found.manager.writer.submit(MakeAccessKey("foreign-key", "foreign-ci", "digest", "", 10_000_000))
         for name in CALLS:
             if name in ("Apply Tenant", "Apply User"):
                 continue
@@ -237,11 +329,10 @@ async def test_the_foreign_column_is_the_same_for_what_is_there_and_what_is_not(
 async def _whole(found: House, name: str, user: str, tenant: str) -> tuple[object, str]:
     method, make = CALLS[name]
     request = make(tenant, "key-of-nobody")
-    call = getattr(found.stub, method)
-    streams = {"Watch", "Events", "Logs", "Exec"}
+    call = _callable(found, method)
     try:
-        if method in streams:
-            if method == "Exec":
+        if method in (*SERVER_STREAMS, *BOTH_STREAM):
+            if method in BOTH_STREAM:
                 stream = call(metadata=as_user(user), timeout=10)
                 await stream.write(request)
             else:

@@ -143,6 +143,8 @@ class SmallFleet:
             self.state.tenants,
             self.state.users,
             self.state.role_bindings,
+            self.state.access_keys,
+            self.state.secrets,
             self.state.events,
             self.state.operations,
         )

@@ -19,7 +19,9 @@ import grpc
 from casemate_core.errors import InvalidSpec, Unavailable, Violation, shown
 from casemate_manager.api import side
 from casemate_manager.api.errors import streaming, unary
+from casemate_manager.api.gate import caller
 from casemate_manager.api.lookup import Reader
+from casemate_manager.fleet.acts import Actor
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import InstanceRecord
 from casemate_manager.fleet.state import State
@@ -45,6 +47,10 @@ class Core(Protocol):
 
     @property
     def observed(self) -> Observed: ...
+
+    def sessions_of(self, by: Actor) -> side.SessionLog:
+        """Writes down the sessions of one caller."""
+        ...
 
 
 class ChannelsService(channels_pb2_grpc.ChannelsServicer):
@@ -173,9 +179,9 @@ class ChannelsService(channels_pb2_grpc.ChannelsServicer):
         translate: Callable[[In], Frame | None],
     ) -> AsyncGenerator[Frame, None]:
         """Frames of the host up to its last word; what the caller sends goes the other way meanwhile."""
-        channel = await self._channels.open(
-            side.host_of(self._core.state, instance), kind, instance.meta.uid, parameters
-        )
+        host, log = side.host_of(self._core.state, instance), self._core.sessions_of(caller().actor)
+        channel = await side.opened(self._channels, log, host, kind, instance, parameters, _detail(parameters))
+        ended = "the caller hung up, or the channel broke"
         feeding = (
             None if inputs is None else asyncio.create_task(_feed(channel, inputs, translate), name=f"{kind}-input")
         )
@@ -185,6 +191,7 @@ class ChannelsService(channels_pb2_grpc.ChannelsServicer):
                 last = frame.WhichOneof("frame") in (("eof",) if kind in ("console", "console-log") else ("exit_code",))
                 yield frame
                 if last:
+                    ended = "to its end"
                     return
             raise Unavailable(
                 f"the host ended the {kind} channel before its end: its agent was stopped, or is out of reach"
@@ -195,6 +202,16 @@ class ChannelsService(channels_pb2_grpc.ChannelsServicer):
                 await asyncio.gather(feeding, return_exceptions=True)
             with contextlib.suppress(Unavailable):
                 await channel.close()
+            await log.ended(kind, instance.meta.tenant, instance.meta.name, ended)
+
+
+def _detail(parameters: dict[str, Any]) -> str:
+    """What a session was for, in the words of its request; of a key, its type and no more."""
+    if "key" in parameters:
+        return f"key {parameters['key'].partition(' ')[0]}"
+    if "path" in parameters:
+        return f"{'into' if parameters['into'] else 'out of'} {shown(parameters['path'])}"
+    return f"port {parameters['port']}" if "port" in parameters else ""
 
 
 async def _feed(channel: side.Channel, inputs: AsyncIterator[In], translate: Callable[[In], Frame | None]) -> None:

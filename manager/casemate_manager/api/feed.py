@@ -20,6 +20,9 @@ from casemate_core.spec.views import EventView
 from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.observed import ForgetHost, SeeHost, SeeInstance, Tried
 from casemate_manager.fleet.records import (
+    AuditCut,
+    AuditHead,
+    AuditMark,
     Drop,
     EnvironmentRecord,
     HostRecord,
@@ -198,6 +201,8 @@ class Feed:
                 yield "Host", key_of(record)
             case InventoryRecord():
                 yield "Host", record.host
+            case AuditHead() | AuditMark() | AuditCut():
+                pass  # nobody watches them
             case _:
                 yield kind_of(record), key_of(record)
 

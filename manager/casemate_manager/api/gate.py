@@ -53,6 +53,12 @@ STREAMS: Final = 8192
 TENANT_STREAMS: Final = 256
 
 
+class OnDenied(Protocol):
+    """Writes a denied attempt down: who, at what, why, and the tenants that it concerns."""
+
+    async def __call__(self, by: Actor, what: str, error: CasemateError, tenants: tuple[str, ...] = ()) -> None: ...
+
+
 class Authenticate(Protocol):
     """Finds out who calls."""
 
@@ -78,7 +84,7 @@ class Caller:
     actor: Actor
     state: Callable[[], State]
     admins: frozenset[str]
-    on_denied: Callable[[Actor, str, CasemateError], Awaitable[None]]
+    on_denied: OnDenied
 
     @property
     def grants(self) -> Grants:
@@ -91,7 +97,7 @@ class Caller:
         grants = self.grants
         if not grants.allows(permission, scope):
             error = refusal(grants, permission, scope, kind, name)
-            await self.on_denied(self.actor, f"{permission} {kind.lower()}/{name} ({scope})", error)
+            await self.on_denied(self.actor, f"{permission} {kind.lower()}/{name} ({scope})", error, _tenants(scope))
             raise error
 
     async def require_object(self, kind: str, tenant: str, name: str) -> None:
@@ -138,7 +144,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self,
         state: Callable[[], State],
         authenticate: Authenticate,
-        on_denied: Callable[[Actor, str, CasemateError], Awaitable[None]],
+        on_denied: OnDenied,
         clock: Callable[[], float],
         new_id: Callable[[], str],
         admins: frozenset[str] = frozenset(),
@@ -220,11 +226,11 @@ class Gate(grpc.aio.ServerInterceptor):
         return request, place
 
     def _actor(self, principal: Principal, context: Context) -> Actor:
-        told = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
-        request = told.get("x-request-id", "")
+        beside = told(context)
+        request = beside.get("x-request-id", "")
         if not 0 < len(request) <= MAX_REQUEST_ID or not request.isprintable():
             request = self._new_id()
-        client = "".join(c for c in told.get("user-agent", "") if c.isprintable())[:MAX_CLIENT]
+        client = "".join(c for c in beside.get("user-agent", "") if c.isprintable())[:MAX_CLIENT]
         return Actor(principal, context.peer(), client, request)
 
     async def _judge(self, found: Caller, method: str, row: Row, request: Any) -> None:
@@ -237,16 +243,23 @@ class Gate(grpc.aio.ServerInterceptor):
             permission = KINDS[kind][0] if kind in KINDS else row.permission
             of_fleet = kind in FLEET_KINDS and not grants.allows(permission)
             if of_fleet or not grants.anywhere(permission, tenant):
-                await self._deny(found, method, denied_in(grants, permission, FLEET if of_fleet else Scope(tenant)))
+                await self._deny(
+                    found, method, denied_in(grants, permission, FLEET if of_fleet else Scope(tenant)), Scope(tenant)
+                )
         if row.where is Where.NAMED:
             tenant, name = named(request)
             scope = Scope(tenant, self._environment(tenant, name))
             if not grants.allows(row.permission, scope):
                 kind = "Instance" if tenant_key(tenant, name) in self._state().instance_names else "Environment"
-                await self._deny(found, method, refusal(grants, row.permission, scope, kind, name))
+                await self._deny(
+                    found,
+                    f"{method} {kind.lower()}/{tenant}/{name}",
+                    refusal(grants, row.permission, scope, kind, name),
+                    scope,
+                )
 
-    async def _deny(self, found: Caller, what: str, error: CasemateError) -> NoReturn:
-        await self._on_denied(found.actor, what, error)
+    async def _deny(self, found: Caller, what: str, error: CasemateError, scope: Scope = FLEET) -> NoReturn:
+        await self._on_denied(found.actor, what, error, _tenants(scope))
         raise error
 
     def _environment(self, tenant: str, name: str) -> str:
@@ -276,6 +289,10 @@ class Gate(grpc.aio.ServerInterceptor):
         place.callback(places.leave, key, operator=operator)
 
 
+def _tenants(scope: Scope) -> tuple[str, ...]:
+    return (scope.tenant,) if scope.tenant else ()
+
+
 async def _read(context: Context) -> Any:
     """The next message of a stream of requests; None at its end.
 
@@ -299,9 +316,29 @@ def named(request: Any) -> tuple[str, str]:
         request = request.start
     if "target" in request.DESCRIPTOR.fields_by_name:
         request = request.target
+    if "target" in request.DESCRIPTOR.fields_by_name:
+        request = request.target
     fields = request.DESCRIPTOR.fields_by_name
     name = next((getattr(request, f) for f in ("instance", "environment", "name") if f in fields), "")
     return getattr(request, "tenant", ""), str(name)
+
+
+def told(context: Context) -> dict[str, str]:
+    """What the caller sent beside the request, as text."""
+    return {str(k): v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
+
+
+class ByTokenOrCertificate:
+    """Who shows a key or token is meant by it; else the certificate says who calls."""
+
+    def __init__(self, read: Callable[[str], Awaitable[Principal]]) -> None:
+        self._read = read
+
+    async def __call__(self, context: Context) -> Principal:
+        """See `Authenticate`."""
+        if (shown := told(context).get("authorization")) is not None:
+            return await self._read(shown)
+        return await by_certificate(context)
 
 
 async def by_certificate(context: Context) -> Principal:

@@ -75,6 +75,7 @@ class Reader:
             "Tenant": state.tenants,
             "User": state.users,
             "RoleBinding": state.role_bindings,
+            "Secret": state.secrets,
             "Placement": state.placements,
             "Event": state.events,
             "Operation": state.operations,
@@ -118,6 +119,8 @@ class Reader:
             )
         elif kind == "User" and (user := state.users.get(key)):
             yield Found(user.meta, frozenset(), lambda: resources.to_message(user))
+        elif kind == "Secret" and (secret := state.secrets.get(key)):
+            yield Found(secret.meta, frozenset(), lambda: resources.to_message(secret))
         elif kind == "RoleBinding" and (binding := state.role_bindings.get(key)):
             yield Found(binding.meta, frozenset({binding.role}), lambda: resources.to_message(binding))
         elif kind == "Event" and (event := state.events.get(key)):
@@ -156,7 +159,7 @@ class Reader:
 
     def _keys_by_name(self, kind: str, tenant: str, name: str) -> list[str]:
         """Keys that may have the object: one, where names lead to it directly."""
-        if kind in ("Environment", "Operation"):
+        if kind in ("Environment", "Operation", "Secret"):
             return [tenant_key(tenant, name)]
         if kind in ("Instance", "Pod"):
             uid = self._state.instance_names.get(tenant_key(tenant, name.partition(".")[0] if kind == "Pod" else name))

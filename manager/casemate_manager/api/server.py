@@ -15,12 +15,16 @@ from grpc_reflection.v1alpha import reflection
 from casemate_core.errors import InvalidSpec, Unavailable, Violation, shown
 from casemate_manager.api.enrolment import EnrolmentService, HostAccess, Joining
 from casemate_wire.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
     channels_pb2,
     channels_pb2_grpc,
     enrolment_pb2,
     enrolment_pb2_grpc,
     hosts_pb2,
     hosts_pb2_grpc,
+    identity_pb2,
+    identity_pb2_grpc,
     join_pb2,
     join_pb2_grpc,
     operators_pb2,
@@ -83,6 +87,8 @@ async def serve(
     channels: channels_pb2_grpc.ChannelsServicer,
     hosts: hosts_pb2_grpc.HostLinkServicer,
     gate: grpc.aio.ServerInterceptor,
+    audit: audit_pb2_grpc.AuditServicer,
+    identity: identity_pb2_grpc.IdentityServicer,
     joining: Joining | None = None,
     enrolment_address: str = "",
 ) -> tuple[grpc.aio.Server, int]:
@@ -94,7 +100,11 @@ async def serve(
     operators_pb2_grpc.add_FleetServicer_to_server(fleet, server)
     channels_pb2_grpc.add_ChannelsServicer_to_server(channels, server)
     hosts_pb2_grpc.add_HostLinkServicer_to_server(hosts, server)
+    audit_pb2_grpc.add_AuditServicer_to_server(audit, server)
+    identity_pb2_grpc.add_IdentityServicer_to_server(identity, server)
     names = [
+        identity_pb2.DESCRIPTOR.services_by_name["Identity"].full_name,
+        audit_pb2.DESCRIPTOR.services_by_name["Audit"].full_name,
         operators_pb2.DESCRIPTOR.services_by_name["Fleet"].full_name,
         channels_pb2.DESCRIPTOR.services_by_name["Channels"].full_name,
         hosts_pb2.DESCRIPTOR.services_by_name["HostLink"].full_name,

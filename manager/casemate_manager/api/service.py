@@ -19,6 +19,7 @@ from casemate_core.errors import (
     NotFound,
     Violation,
 )
+from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import EventView
 from casemate_manager.access import Permission
 from casemate_manager.api import operate, side
@@ -27,6 +28,7 @@ from casemate_manager.api.feed import Feed, Subscription, is_event_of, parse_tok
 from casemate_manager.api.gate import caller
 from casemate_manager.api.lookup import Found, Query, Reader
 from casemate_manager.api.top import Top
+from casemate_manager.fleet.acts import Actor
 from casemate_manager.fleet.commands import (
     Answer,
     Applied,
@@ -69,6 +71,10 @@ class Core(Protocol):
     @property
     def feed(self) -> Feed: ...
 
+    def sessions_of(self, by: Actor) -> side.SessionLog:
+        """Writes down the sessions of one caller."""
+        ...
+
     async def submit(self, command: Command) -> Answer:
         """Carry a command out; returns after its commit. Raises the errors of casemate_core.errors."""
         ...
@@ -84,8 +90,15 @@ class FleetService(operators_pb2_grpc.FleetServicer):
     """casemate.v1.Fleet. ``new_seed`` gives randomness for new identities."""
 
     def __init__(
-        self, core: Core, channels: side.Channels, why: Why, version: str, new_seed: Callable[[], str]
+        self,
+        core: Core,
+        channels: side.Channels,
+        why: Why,
+        version: str,
+        new_seed: Callable[[], str],
+        seal: Callable[[Secret], Secret],
     ) -> None:
+        self._seal = seal
         self._core = core
         self._channels = channels
         self._why = why
@@ -111,7 +124,8 @@ class FleetService(operators_pb2_grpc.FleetServicer):
                     ),
                 )
             )
-        objects = _decode_all(request.resources)
+        # Sealed here: no text of a secret goes any further.
+        objects = tuple(self._seal(o) if isinstance(o, Secret) else o for o in _decode_all(request.resources))
         command = ApplyResources(request.request_key, objects, self._new_seed(), request.dry_run)
         answer = await self._core.submit(command)
         if not isinstance(answer, ApplyAnswer):
@@ -235,7 +249,8 @@ class FleetService(operators_pb2_grpc.FleetServicer):
         self, request_iterator: AsyncIterator[pb.ExecInput], context: Context
     ) -> AsyncIterator[pb.ExecOutput]:
         """Runs a command in a container, or in the guest itself."""
-        async for output in side.exec_command(self._core.state, self._reader(), self._channels, request_iterator):
+        log = self._core.sessions_of(caller().actor)
+        async for output in side.exec_command(self._core.state, self._reader(), self._channels, request_iterator, log):
             yield output
 
     # --- explanations -------------------------------------------------------------------------------------------------

@@ -42,6 +42,16 @@ class Channels(Protocol):
         ...
 
 
+class SessionLog(Protocol):
+    """Writes sessions down."""
+
+    async def began(self, act: str, tenant: str, instance: str, detail: str) -> None:
+        """Raises Unavailable where it cannot be written: then there is no session."""
+        ...
+
+    async def ended(self, act: str, tenant: str, instance: str, detail: str) -> None: ...
+
+
 def host_of(state: State, instance: InstanceRecord) -> str:
     """The host that an instance is placed on. Raises Conflict where it is on none."""
     placement = state.placement_of(instance.meta.uid)
@@ -137,14 +147,17 @@ def _log_line(log: hosts_pb2.ChannelLog) -> pb.LogLine:
 
 
 async def exec_command(
-    state: State, reader: Reader, channels: Channels, inputs: AsyncIterator[pb.ExecInput]
+    state: State, reader: Reader, channels: Channels, inputs: AsyncIterator[pb.ExecInput], log: SessionLog
 ) -> AsyncIterator[pb.ExecOutput]:
-    """A command: its output, and last its exit code. The caller's hanging up ends it."""
+    """A command: its output, and last its exit code. The caller's hanging up ends it. There is none that ``log`` refuses."""
     first = await anext(inputs, None)
     if first is None or first.WhichOneof("input") != "start":
         raise InvalidSpec((Violation("start", "", "is missing", "say first which command, and where"),))
     instance, parameters = _exec_parameters(state, reader, first.start)
-    channel = await channels.open(host_of(state, instance), "exec", instance.meta.uid, parameters)
+    ended = "the caller hung up, or the channel broke"
+    # Of the words only the first: what stands behind it may be in confidence.
+    word = shown(parameters["argv"][0])
+    channel = await opened(channels, log, host_of(state, instance), "exec", instance, parameters, word)
     feeding = asyncio.create_task(_feed(channel, inputs), name="exec-input")
     try:
         async for frame in channel.frames():
@@ -154,6 +167,7 @@ async def exec_command(
                 case "stderr":
                     yield pb.ExecOutput(stderr=frame.stderr)
                 case "exit_code":
+                    ended = f"exit code {frame.exit_code}"
                     yield pb.ExecOutput(exit_code=frame.exit_code)
                     return
                 case "error":
@@ -166,6 +180,25 @@ async def exec_command(
         await asyncio.gather(feeding, return_exceptions=True)
         with contextlib.suppress(Unavailable):
             await channel.close()
+        await log.ended("exec", instance.meta.tenant, instance.meta.name, ended)
+
+
+async def opened(
+    channels: Channels,
+    log: SessionLog,
+    host: str,
+    kind: str,
+    instance: InstanceRecord,
+    parameters: dict[str, Any],
+    detail: str,
+) -> Channel:
+    """A channel, written down before it is asked for. Raises Unavailable."""
+    await log.began(kind, instance.meta.tenant, instance.meta.name, detail)
+    try:
+        return await channels.open(host, kind, instance.meta.uid, parameters)
+    except BaseException:
+        await log.ended(kind, instance.meta.tenant, instance.meta.name, "did not open")
+        raise
 
 
 def _exec_parameters(state: State, reader: Reader, start: pb.ExecStart) -> tuple[InstanceRecord, dict[str, Any]]:

@@ -20,7 +20,15 @@ from casemate_manager.access import (
     scope_of_binding,
     scope_of_user,
 )
-from casemate_manager.fleet.commands import ApplyResources, Command, DeleteResource, Object
+from casemate_manager.fleet import keys
+from casemate_manager.fleet.commands import (
+    ApplyResources,
+    ChangeAccessKey,
+    Command,
+    DeleteResource,
+    MakeAccessKey,
+    Object,
+)
 from casemate_manager.fleet.state import State
 
 
@@ -52,6 +60,8 @@ def check(state: State, grants: Grants, command: Command) -> None:
                 _check_write(state, grants, one)
         case DeleteResource():
             _check_delete(state, grants, command)
+        case MakeAccessKey() | ChangeAccessKey():
+            keys.check(state, grants, command)
         case _:
             pass
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment
 from casemate_core.spec.fleet import Host, Image, Network, Policy, Taint
+from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import Change, ObjectRef
 from casemate_manager.fleet.observed import Sighting
-from casemate_manager.fleet.records import NO_LIMITS, HostLimits, RecordChange, TokenRecord
+from casemate_manager.fleet.records import NO_LIMITS, AccessKeyRecord, HostLimits, RecordChange, TokenRecord
 from casemate_wire.stream import Facts, Hello, HostEvent, Inventory, Outcome
 
-Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding
+Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding | Secret
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -107,6 +108,38 @@ class HostGone:
 
 
 @dataclass(frozen=True, slots=True)
+class NoteAct:
+    """Write down what changes no record: a denied attempt, a session of a command or console."""
+
+    act: str
+    outcome: str
+    targets: tuple[str, ...] = ()
+    tenants: tuple[str, ...] = ()
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MakeAccessKey:
+    """A new access key of a user; of its secret only the digest."""
+
+    key_id: str
+    user: str
+    digest: str
+    description: str
+    lifetime_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeAccessKey:
+    """``disable``, ``enable``, ``delete``, or ``rotate`` to another digest, the former being taken for a while."""
+
+    key_id: str
+    change: str
+    digest: str = ""
+    overlap_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class CreateToken:
     """Let a machine become ``host``. ``digest`` is SHA-256 of the secret that its holder is given."""
 
@@ -176,6 +209,9 @@ Command = (
     ApplyResources
     | DeleteResource
     | OperateInstances
+    | NoteAct
+    | MakeAccessKey
+    | ChangeAccessKey
     | HostHello
     | HostInventory
     | HostFacts
@@ -233,6 +269,13 @@ class OperateAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyAnswer:
+    """The access key as it is now, or as it was when it was deleted."""
+
+    key: AccessKeyRecord
+
+
+@dataclass(frozen=True, slots=True)
 class Welcomed:
     """The host's session is taken."""
 
@@ -278,7 +321,17 @@ class Advanced:
 
 
 Answer = (
-    ApplyAnswer | DeleteAnswer | OperateAnswer | Welcomed | Turned | TokenMade | Enrolled | Revoked | Advanced | None
+    ApplyAnswer
+    | DeleteAnswer
+    | OperateAnswer
+    | KeyAnswer
+    | Welcomed
+    | Turned
+    | TokenMade
+    | Enrolled
+    | Revoked
+    | Advanced
+    | None
 )
 
 

@@ -6,6 +6,7 @@ are told what changed and nothing else.
 
 from collections.abc import Iterable
 
+from casemate_core.spec.environment import Environment
 from casemate_core.spec.fleet import Network
 from casemate_core.spec.instance import (
     DesiredInstance,
@@ -16,6 +17,7 @@ from casemate_core.spec.instance import (
     Run,
     Virtualisation,
 )
+from casemate_core.spec.secret import Secret, references
 from casemate_manager.fleet import operations
 from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.records import (
@@ -25,6 +27,7 @@ from casemate_manager.fleet.records import (
     OperationRecord,
     PlacementRecord,
     Put,
+    tenant_key,
 )
 from casemate_manager.fleet.state import State
 
@@ -108,11 +111,18 @@ def since(state: State, host: str, revision: int) -> tuple[tuple[DesiredInstance
             instance.meta.resource_version,
             environment.meta.resource_version,
             state.row_revisions.get(environment.meta.uid, 0),
+            _secrets_revision(state, environment),
             state.operation_revisions.get(instance.meta.uid, 0),
         )
         if changed > revision or state.is_ending(instance):
             uids.add(placement.instance_uid)
     return some(state, host, uids)
+
+
+def _secrets_revision(state: State, environment: Environment) -> int:
+    """At which revision a secret that its pods name last changed."""
+    names = {tenant_key(environment.meta.tenant, name) for _, name, _ in references(environment.spec.pods)}
+    return max((state.secrets[n].meta.resource_version for n in names if n in state.secrets), default=0)
 
 
 def some(state: State, host: str, uids: Iterable[str]) -> tuple[tuple[DesiredInstance, ...], tuple[str, ...]]:
@@ -151,6 +161,11 @@ def affected(state: State, batch: Batch) -> dict[str, set[str]]:
                     wake(instance.meta.uid)
                 if old is None or old.nics != instance.nics:
                     environments[instance.environment_uid] = None  # its peers' records name it
+            case Put(Secret() as secret):
+                for key in state.tenant_environments.get(secret.meta.tenant, ()):
+                    user = state.environments[key].environment
+                    if any(name == secret.meta.name for _, name, _ in references(user.spec.pods)):
+                        environments[user.meta.uid] = None
             case Put(Network() as network):
                 for uid in state.addresses.get(network.meta.name, {}).values():
                     wake(uid)

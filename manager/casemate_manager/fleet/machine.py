@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from casemate_manager.access import grants_of
-from casemate_manager.fleet import acts, advance, due, enrolment, hosts, objects, operations
+from casemate_manager.fleet import acts, advance, auditing, due, enrolment, hosts, keys, objects, operations
 from casemate_manager.fleet.acts import By
 from casemate_manager.fleet.commands import (
     Advance,
     ApplyResources,
     Batch,
+    ChangeAccessKey,
     Command,
     CreateToken,
     DeleteResource,
@@ -24,6 +25,8 @@ from casemate_manager.fleet.commands import (
     HostHello,
     HostInventory,
     HostNote,
+    MakeAccessKey,
+    NoteAct,
     OperateInstances,
     RenewEnrolment,
     RevokeHost,
@@ -34,6 +37,7 @@ from casemate_manager.fleet.draft import MAX_RECORDS, Draft
 from casemate_manager.fleet.objects import ObjectRules
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.placing import Placer
+from casemate_manager.fleet.records import Put
 from casemate_manager.fleet.state import State
 
 #: How long an answered request is known by its key.
@@ -64,20 +68,30 @@ def apply(state: State, observed: Observed, command: Command | By, now_s: float,
     ``now_s``: seconds since the epoch. Fold the batch into the state (and its sightings into ``observed``) before the
     next command.
     """
+    inner = command.command if isinstance(command, By) else command
+    if isinstance(command, By):
+        grants = grants_of(command.actor.principal, state.bindings_of, state.users, rules.admins)
+        acts.check(state, grants, inner)
+        if isinstance(inner, ApplyResources | DeleteResource | OperateInstances):
+            inner = replace(inner, by=command.actor.principal.name)
+    batch = _apply(state, observed, inner, now_s, rules)
+    return auditing.audited(state, observed, command, batch, now_s)
+
+
+def _apply(state: State, observed: Observed, command: Command, now_s: float, rules: Rules) -> Batch:
     match command:
-        case By():
-            grants = grants_of(command.actor.principal, state.bindings_of, state.users, rules.admins)
-            acts.check(state, grants, command.command)
-            inner = command.command
-            if isinstance(inner, ApplyResources | DeleteResource | OperateInstances):
-                inner = replace(inner, by=command.actor.principal.name)
-            return apply(state, observed, inner, now_s, rules)
+        case NoteAct():
+            return Batch()
         case ApplyResources():
             return objects.apply_resources(state, observed, command, now_s, rules.objects)
         case DeleteResource():
             return objects.delete_resource(state, observed, command, now_s)
         case OperateInstances():
             return operations.operate(state, observed, command, now_s)
+        case MakeAccessKey():
+            return keys.make(state, observed, command, now_s)
+        case ChangeAccessKey():
+            return keys.change(state, observed, command, now_s)
         case HostHello():
             return hosts.hello(state, observed, command, now_s)
         case HostInventory():
@@ -128,6 +142,11 @@ def _expire(state: State, observed: Observed, now_s: float) -> Batch:
             break
         if operation.closed:
             draft.drop("Operation", key)
+    for change in auditing.forgotten(state, now_s):
+        if isinstance(change, Put):
+            draft.put(change.record)
+        else:
+            draft.drop(change.kind, change.key)
     surplus = min(_surplus(len(state.events), EVENTS_KEPT), MAX_RECORDS - len(draft))
     if surplus > 0:
         for name in sorted(state.events)[:surplus]:

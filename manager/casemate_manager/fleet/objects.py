@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from casemate_core.cause import cause_of
-from casemate_core.errors import Conflict, InvalidSpec, NotFound, Violation, shown
+from casemate_core.errors import Conflict, InternalError, InvalidSpec, NotFound, Violation, shown
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.quantity import format_mib
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment
 from casemate_core.spec.fleet import Host, Image, Network, Policy
 from casemate_core.spec.meta import DEFAULT_TENANT, Meta
+from casemate_core.spec.secret import Secret, references
 from casemate_core.spec.views import Change, ObjectRef
 from casemate_manager.fleet import quotas
 from casemate_manager.fleet.commands import (
@@ -48,7 +49,7 @@ MAX_OBJECTS: Final = 60
 #: Changed paths that an event names.
 MOST_PATHS: Final = 8
 #: Kinds that can be deleted.
-DELETABLE: Final = ("Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding")
+DELETABLE: Final = ("Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding", "Secret")
 
 #: What changes between two versions of an object, with the effect of each field (:mod:`casemate_wire.diff`).
 Diff = Callable[[Object | None, Object], tuple[Change, ...]]
@@ -81,6 +82,8 @@ def apply_resources(
     for one in command.objects:
         one = _with_defaults(given, one)
         old = _stored(state, one)
+        if isinstance(one, Secret):
+            one = _with_texts(one, old)
         _check_preconditions(one, old)
         _check_references(state, given, one, old, rules)
         results.append(_apply_one(draft, one, old, command.seed, rules, cause_of(command.request_key)))
@@ -153,6 +156,8 @@ def _stored(state: State, one: Object) -> Object | None:
             return state.tenants.get(one.meta.name)
         case User():
             return state.users.get(one.meta.name)
+        case Secret():
+            return state.secrets.get(tenant_key(one.meta.tenant, one.meta.name))
         case RoleBinding():
             return state.role_bindings.get(one.meta.name)
         case Host():
@@ -178,6 +183,10 @@ class _Given:
     def __init__(self, state: State, objects: tuple[Object, ...]) -> None:
         self.images = {**state.images, **{o.meta.name: o for o in objects if isinstance(o, Image)}}
         self.networks = {**state.networks, **{o.meta.name: o for o in objects if isinstance(o, Network)}}
+        self.secrets = {
+            **state.secrets,
+            **{tenant_key(o.meta.tenant, o.meta.name): o for o in objects if isinstance(o, Secret) and o.sealed},
+        }
         self.tenants = {**state.tenants, **{o.meta.name: o for o in objects if isinstance(o, Tenant)}}
 
 
@@ -188,10 +197,25 @@ def _with_defaults(given: _Given, one: Object) -> Object:
     return one
 
 
+def _with_texts(one: Secret, old: Object | None) -> Secret:
+    """What was sealed before stays where nothing is written anew: labels are changed without knowing the texts."""
+    if one.data:
+        raise InternalError(f"secret {named(one.meta)} came here unsealed")
+    if one.sealed:
+        return one
+    if not isinstance(old, Secret):
+        raise InvalidSpec(
+            (Violation("spec.data", "", "is missing", "write the texts, by key"),), f"secret/{one.meta.name}"
+        )
+    return replace(one, sealed=old.sealed)
+
+
 def _check_references(state: State, given: _Given, one: Object, old: Object | None, rules: ObjectRules) -> None:
     match one:
         case Environment():
             found = tuple(_check_environment(given, one))
+        case Secret():
+            found = tuple(_check_secret(state, one))
         case Network():
             found = tuple(_check_network(given, one)) if old is None else ()
         case Policy():
@@ -223,14 +247,12 @@ def _check_environment(given: _Given, one: Environment) -> Iterator[Violation]:
     for i, nic in enumerate(spec.nics):
         if nic.network not in given.networks:
             yield Violation(f"spec.nics[{i}].network", nic.network, "is not known", _one_of("network", given.networks))
-        elif (kind := given.networks[nic.network].spec.type) != _NETWORK_OF[nic.type]:
-            fitting = {n for n, net in given.networks.items() if net.spec.type == _NETWORK_OF[nic.type]}
-            yield Violation(
-                f"spec.nics[{i}].network",
-                nic.network,
-                f"is a network of type {kind}, and the interface is of type {nic.type}",
-                _one_of(f"network of type {_NETWORK_OF[nic.type]}", fitting),
-            )
+    for path, name, key in references(spec.pods):
+        secret = given.secrets.get(tenant_key(one.meta.tenant, name))
+        if secret is None:
+            yield Violation(f"{path}.name", name, "is no secret of this tenant", "apply the secret first")
+        elif key not in secret.sealed:
+            yield Violation(f"{path}.key", key, f"is not in secret {name}", _one_of("key", secret.sealed))
     longest = len(one.meta.name) + 1 + len(str(max(spec.replicas - 1, 0)))
     if longest > 63:
         yield Violation(
@@ -238,8 +260,15 @@ def _check_environment(given: _Given, one: Environment) -> Iterator[Violation]:
         )
 
 
-#: Type of an interface to the type of network that it attaches to.
-_NETWORK_OF = {"bridge": "nat", "sriov": "physical"}
+def _check_secret(state: State, one: Secret) -> Iterator[Violation]:
+    """Keys that pods name stay: a pod whose secret is gone would not start again."""
+    for key in state.tenant_environments.get(one.meta.tenant, ()):
+        environment = state.environments[key].environment
+        for _, name, wanted in references(environment.spec.pods):
+            if name == one.meta.name and wanted not in one.sealed:
+                yield Violation(
+                    f"spec.data[{wanted}]", "", f"is named by environment {environment.meta.name}", "keep the key"
+                )
 
 
 def _check_image(given: _Given, path: str, name: str, kind: str) -> Iterator[Violation]:
@@ -425,6 +454,14 @@ def _delete(draft: Draft, command: DeleteResource) -> tuple[ObjectRef, bool]:
             policy = state.policies.get(name)
             meta = _expected(command, policy.meta if policy else None)
             draft.sightings.append(CapacityChanged())
+        case "Secret":
+            key = tenant_key(command.tenant or DEFAULT_TENANT, name)
+            secret = state.secrets.get(key)
+            meta = _expected(command, secret.meta if secret else None)
+            _refuse_used(command, _users_of_secret(state, meta.tenant, name))
+            draft.drop(kind, key)
+            draft.event(_ref(kind, meta), "Deleted", "the secret was deleted")
+            return _ref(kind, meta), False
         case "Tenant":
             tenant = state.tenants.get(name)
             meta = _expected(command, tenant.meta if tenant else None)
@@ -465,6 +502,13 @@ def _users_of_image(state: State, name: str) -> Iterator[str]:
         specs = [record.environment.spec, *(state.spec_of(i) for i in state.instances_of(record.environment.meta.uid))]
         if any(name == spec.image or name in spec.archives for spec in specs):
             yield named(record.environment.meta)
+
+
+def _users_of_secret(state: State, tenant: str, name: str) -> Iterator[str]:
+    for key in state.tenant_environments.get(tenant, ()):
+        environment = state.environments[key].environment
+        if any(secret == name for _, secret, _ in references(environment.spec.pods)):
+            yield named(environment.meta)
 
 
 def _users_of_network(state: State, name: str) -> Iterator[str]:

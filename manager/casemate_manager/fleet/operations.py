@@ -127,8 +127,7 @@ def _ask(draft: Draft, instance: InstanceRecord, verb: Verb, command: OperateIns
     state, uid = draft.state, make_uid("operation", instance.meta.uid, command.seed)
     placement = state.placement_of(instance.meta.uid)
     meta = Meta(
-        # begins with its instance's, as a pod's does: who may see that instance may see it
-        f"{instance.meta.name}.{verb.value}-{uid[:8]}{uid[9:13]}",
+        f"{verb.value}-{uid[:8]}{uid[9:13]}",
         instance.meta.tenant,
         uid=uid,
         generation=1,

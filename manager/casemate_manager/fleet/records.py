@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from casemate_core.audit import AuditRecord
 from casemate_core.claims import Claim
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Host, Image, Network, Policy, Taint
 from casemate_core.spec.instance import Nic
 from casemate_core.spec.meta import Meta
+from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import EventView
 from casemate_core.topology import Topology
 
@@ -136,6 +138,50 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class AccessKeyRecord:
+    """An access key. ``digest`` is of its secret; ``former_digest`` of the one before, taken until ``former_until_s``."""
+
+    id: str
+    user: str
+    digest: str = field(repr=False)
+    created_s: float
+    expires_s: float = 0.0
+    description: str = ""
+    disabled: bool = False
+    rotated_s: float = 0.0
+    former_digest: str = field(default="", repr=False)
+    former_until_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AuditHead:
+    """The end of the audit chain, kept beside it: what a chain that was cut off at its end is found by."""
+
+    name: str
+    sequence: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuditMark:
+    """A place of the audit chain and its time: what retention cuts at."""
+
+    sequence: int
+    digest: str
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AuditCut:
+    """Where the audit chain that is kept begins: the last record that was forgotten, and when it was."""
+
+    name: str
+    sequence: int
+    digest: str
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class HostLimits:
     """The most that a host may have, as it was enrolled; 0: no limit."""
 
@@ -198,6 +244,12 @@ Record = (
     | Tenant
     | User
     | RoleBinding
+    | Secret
+    | AccessKeyRecord
+    | AuditRecord
+    | AuditHead
+    | AuditMark
+    | AuditCut
     | EventView
 )
 
@@ -219,7 +271,13 @@ KINDS: Final[dict[str, type[Any]]] = {
     "Tenant": Tenant,
     "User": User,
     "RoleBinding": RoleBinding,
+    "Secret": Secret,
     "Event": EventView,
+    "AccessKey": AccessKeyRecord,
+    "Audit": AuditRecord,
+    "AuditHead": AuditHead,
+    "AuditMark": AuditMark,
+    "AuditCut": AuditCut,
 }
 _WORDS: Final = {kind: word for word, kind in KINDS.items()}
 
@@ -255,6 +313,14 @@ def key_of(record: Record) -> str:
             return record.key
         case OperationRecord():
             return tenant_key(record.meta.tenant, record.meta.name)
+        case Secret():
+            return tenant_key(record.meta.tenant, record.meta.name)
+        case AccessKeyRecord():
+            return record.id
+        case AuditRecord() | AuditMark():
+            return f"{record.sequence:016d}"
+        case AuditHead() | AuditCut():
+            return record.name
         case EventView() | Image() | Network() | Policy() | Tenant() | User() | RoleBinding():
             return record.meta.name
 

@@ -13,16 +13,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from casemate_core.audit import Link
 from casemate_core.claims import HostClaims
 from casemate_core.errors import InternalError
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Image, Network, Policy
 from casemate_core.spec.meta import Meta
+from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import EventView
 from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import (
+    AccessKeyRecord,
+    AuditCut,
+    AuditHead,
+    AuditMark,
     Drop,
     EnrolmentRecord,
     EnvironmentRecord,
@@ -72,6 +78,12 @@ class State:
     role_bindings: dict[str, RoleBinding] = field(default_factory=dict)
     operations: dict[str, OperationRecord] = field(default_factory=dict)
     events: dict[str, EventView] = field(default_factory=dict)
+    secrets: dict[str, Secret] = field(default_factory=dict)
+    access_keys: dict[str, AccessKeyRecord] = field(default_factory=dict)
+    #: Head of the audit chain (its records are in the store alone), its marks by sequence, and where what is kept begins.
+    audit: Link = field(default_factory=Link)
+    audit_marks: list[AuditMark] = field(default_factory=list)
+    audit_cut: AuditCut | None = None
     # --- derived ---
     #: User or ``group:NAME`` -> name of a role binding -> the binding.
     bindings_of: dict[str, dict[str, RoleBinding]] = field(default_factory=dict)
@@ -184,7 +196,6 @@ class State:
             lifetime_s=now.lifetime_s,
             protected=now.protected,
             update_strategy=now.update_strategy,
-            devices=restart.devices,
         )
 
     def _spec_at(self, record: EnvironmentRecord, generation: int, current: int) -> EnvironmentSpec:
@@ -247,6 +258,16 @@ class State:
                 self.role_bindings[key] = record
                 for subject in record.users:
                     self.bindings_of.setdefault(subject, {})[key] = record
+            case Secret():
+                self.secrets[key] = record
+            case AccessKeyRecord():
+                self.access_keys[key] = record
+            case AuditHead():
+                self.audit = Link(record.sequence, record.digest)
+            case AuditMark():
+                self.audit_marks.append(record)
+            case AuditCut():
+                self.audit_cut = record
             case EventView():
                 self.events[key] = record
                 self.event_names[event_identity(record)] = key
@@ -330,6 +351,10 @@ class State:
             self.lifetimes.pop(key, None)
         elif kind == "RoleBinding":
             self._unbind(key)
+        elif kind == "AuditMark":
+            self.audit_marks = [mark for mark in self.audit_marks if mark.sequence != int(key)]
+        elif kind == "Audit":
+            pass  # the head stays, and no other is held here
         elif kind == "Event":
             event = self.events.pop(key)
             if self.event_names.get(event_identity(event)) == key:
@@ -367,6 +392,8 @@ class State:
             "Network": self.networks,
             "Policy": self.policies,
             "Tenant": self.tenants,
+            "AccessKey": self.access_keys,
+            "Secret": self.secrets,
             "User": self.users,
             "Operation": self.operations,
         }

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from casemate_core.audit import AuditRecord
 from casemate_core.errors import Unavailable
 from casemate_core.spec.environment import Cpu
 from casemate_core.spec.fleet import Host, HostSpec, Image, ImageSpec, Network, NetworkSpec
@@ -113,6 +114,10 @@ class _Trouble:
     def changes(self, after: int, limit: int) -> list[Logged] | None:
         """See `Store`."""
         return self._store.changes(after, limit)
+
+    def audit(self, after: int, limit: int) -> list[AuditRecord]:
+        """See `Store`."""
+        return self._store.audit(after, limit)
 
     def close(self) -> None:
         """The store outlives the managers of a simulation."""

@@ -5,6 +5,7 @@ May live here: that store. It outlives the managers that lead it, as a file woul
 
 from collections.abc import Sequence
 
+from casemate_core.audit import AuditRecord
 from casemate_manager.fleet.records import Put, Record, key_of, kind_of
 from casemate_manager.store.ports import Fenced, Logged, Stored, StoreFailed, Transaction
 
@@ -23,7 +24,9 @@ class MemoryStore:
 
     def load(self) -> Stored:
         """See `Store`. In the order of a file's: by kind and key."""
-        return Stored(self._epoch, self._revision, tuple(self._records[key] for key in sorted(self._records)))
+        return Stored(
+            self._epoch, self._revision, tuple(self._records[key] for key in sorted(self._records) if key[0] != "Audit")
+        )
 
     def commit(self, epoch: int, transactions: Sequence[Transaction]) -> None:
         """See `Store`."""
@@ -36,6 +39,9 @@ class MemoryStore:
             for change in transaction.changes:
                 if isinstance(change, Put):
                     self._records[kind_of(change.record), key_of(change.record)] = change.record
+                elif change.kind == "Audit":
+                    for key in [k for k in self._records if k[0] == "Audit" and k[1] <= change.key]:
+                        del self._records[key]
                 else:
                     self._records.pop((change.kind, change.key), None)
             self._revision = transaction.revision
@@ -43,6 +49,14 @@ class MemoryStore:
     def changes(self, after: int, limit: int) -> list[Logged] | None:
         """See `Store`."""
         return [] if after == self._revision else None
+
+    def audit(self, after: int, limit: int) -> list[AuditRecord]:
+        """See `Store`."""
+        found = sorted(
+            (r for r in self._records.values() if isinstance(r, AuditRecord) and r.sequence > after),
+            key=lambda r: r.sequence,
+        )
+        return found[:limit]
 
     def close(self) -> None:
         """See `Store`."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from casemate_core.audit import AuditRecord
 from casemate_core.errors import InternalError, MachineError
 from casemate_manager.fleet.records import Record, RecordChange
 
@@ -39,7 +40,7 @@ class StoreDamaged(InternalError):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What was loaded: the epoch that the caller now leads, and every record."""
+    """What was loaded: the epoch that the caller now leads, and every record but those of the audit chain."""
 
     epoch: int
     revision: int
@@ -81,6 +82,10 @@ class Store(Protocol):
 
     def changes(self, after: int, limit: int) -> list[Logged] | None:
         """The log after a revision, oldest first; None where it does not go back so far."""
+        ...
+
+    def audit(self, after: int, limit: int) -> list[AuditRecord]:
+        """Audit records after a sequence, in the order in which they are stored. Raises StoreDamaged."""
         ...
 
     def close(self) -> None: ...

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sqlite_utils import Database, Migrations
 
+from casemate_core.audit import AuditRecord
 from casemate_core.plain import BadPlain, from_plain, to_plain
 from casemate_manager.fleet.records import KINDS, Drop, Put, Record, key_of, kind_of
 from casemate_manager.store.ports import (
@@ -52,6 +53,12 @@ def m001_records(db: Database) -> None:
         "CREATE TABLE leader (one INTEGER PRIMARY KEY CHECK (one = 1), epoch INTEGER NOT NULL, revision INTEGER NOT NULL)"
     )
     db.execute("INSERT INTO leader VALUES (1, 0, 0)")
+
+
+@migrations()
+def m002_audit(db: Database) -> None:
+    """The audit chain in a table of its own: it is read in parts, and never held in memory."""
+    db.execute("CREATE TABLE audit (sequence INTEGER PRIMARY KEY, revision INTEGER NOT NULL, data TEXT NOT NULL)")
 
 
 @contextmanager
@@ -131,17 +138,25 @@ class SqliteStore:
 
     def _write(self, db: sqlite3.Connection, transaction: Transaction) -> None:
         puts, drops, log = [], [], []
+        audit = []
         for line, change in enumerate(transaction.changes):
             if isinstance(change, Put):
                 kind, key = kind_of(change.record), key_of(change.record)
+                if isinstance(change.record, AuditRecord):
+                    audit.append((change.record.sequence, transaction.revision, _encode(change.record)))
+                    continue
                 puts.append((kind, key, transaction.revision, _encode(change.record)))
             else:
                 kind, key = change.kind, change.key
+                if kind == "Audit":  # retention: this one and all before it
+                    db.execute("DELETE FROM audit WHERE sequence <= ?", (int(key),))
+                    continue
                 drops.append((kind, key))
             log.append((transaction.revision, line, kind, key, isinstance(change, Drop)))
         # A batch names each record once, so the order between the two does not matter.
         db.executemany("DELETE FROM records WHERE kind = ? AND key = ?", drops)
         db.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", puts)
+        db.executemany("INSERT INTO audit VALUES (?, ?, ?)", audit)
         db.executemany("INSERT INTO changes VALUES (?, ?, ?, ?, ?)", log)
 
     def changes(self, after: int, limit: int) -> list[Logged] | None:
@@ -158,6 +173,21 @@ class SqliteStore:
                 (after, limit),
             ).fetchall()
         return [Logged(revision, kind, key, bool(dropped)) for revision, kind, key, dropped in rows]
+
+    def audit(self, after: int, limit: int) -> list[AuditRecord]:
+        """See `Store`."""
+        db = self._connect()
+        with _translated():
+            rows = db.execute(
+                "SELECT sequence, data FROM audit WHERE sequence > ? ORDER BY sequence LIMIT ?", (after, limit)
+            ).fetchall()
+        records = []
+        for sequence, data in rows:
+            record = _decode("Audit", str(sequence), data)
+            if not isinstance(record, AuditRecord):
+                raise StoreDamaged(f"audit record {sequence} is a {type(record).__name__}")
+            records.append(record)
+        return records
 
     @contextmanager
     def _transaction(self, db: sqlite3.Connection) -> Iterator[None]:

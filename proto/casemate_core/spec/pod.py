@@ -40,6 +40,8 @@ _CONTAINER = {
     "workingDir": "string",
     "env[].name": "string",
     "env[].value": "string",
+    "env[].valueFrom.secretKeyRef.name": "name",
+    "env[].valueFrom.secretKeyRef.key": "string",
     "ports[].name": "string",
     "ports[].containerPort": "port",
     "ports[].hostPort": "port",
@@ -173,6 +175,15 @@ def _check_container(
             f"{path}.name", shown(name), "is the name of another container of this pod", "give each a name of its own"
         )
     names.add(name)
+    for i, variable in enumerate(_objects(container.get("env"))):
+        if "valueFrom" not in variable:
+            continue
+        here, source = f"{path}.env[{i}].valueFrom", variable["valueFrom"]
+        ref = source.get("secretKeyRef") if isinstance(source, Mapping) else None
+        if "value" in variable:
+            yield Violation(here, "", "goes with no value", "remove one of value and valueFrom")
+        if not isinstance(ref, Mapping) or not ref.get("name") or not ref.get("key"):
+            yield Violation(f"{here}.secretKeyRef", "", "names no secret", "give it name and key")
     for i, mount in enumerate(_objects(container.get("volumeMounts"))):
         if mount.get("name") not in volumes:
             yield Violation(

@@ -1,10 +1,11 @@
-"""Tenant, User, RoleBinding ⇄ messages."""
+"""Tenant, User, RoleBinding, Secret ⇄ messages."""
 
 from collections.abc import Mapping
 
 from casemate_core.errors import InvalidSpec, Violation, shown
 from casemate_core.quantity import BadQuantity, format_mib, format_millicpus
 from casemate_core.spec.access import BadScope, RoleBinding, Tenant, User, parse_quota, parse_scope
+from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import TenantStatus
 from casemate_wire.codec.basics import meta_from_message, meta_to_message
 from casemate_wire.v1 import fleet_pb2 as pb
@@ -91,4 +92,19 @@ def role_binding_to_message(binding: RoleBinding) -> pb.RoleBinding:
         kind="RoleBinding",
         metadata=meta_to_message(binding.meta),
         spec=pb.RoleBindingSpec(role=binding.role, users=binding.users, scope=str(binding.scope)),
+    )
+
+
+def secret_from_message(message: pb.Secret) -> Secret:
+    """A checked message as a value, with what the user wrote; it is sealed before anything else is done with it."""
+    return Secret(meta_from_message("Secret", message.metadata), data=dict(message.spec.data))
+
+
+def secret_to_message(secret: Secret) -> pb.Secret:
+    """The value, without its texts."""
+    return pb.Secret(
+        api_version=API,
+        kind="Secret",
+        metadata=meta_to_message(secret.meta),
+        spec=pb.SecretSpec(fingerprints=secret.fingerprints),
     )

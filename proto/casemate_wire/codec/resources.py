@@ -17,6 +17,7 @@ from casemate_core.spec.fleet import (
     check_policy,
 )
 from casemate_core.spec.meta import Meta
+from casemate_core.spec.secret import Secret, check_secret
 from casemate_core.spec.views import (
     EnvironmentStatus,
     EventView,
@@ -35,7 +36,7 @@ from casemate_wire.codec.check import check_message
 from casemate_wire.v1 import operators_pb2 as pb
 
 #: What users may apply in this release.
-Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding
+Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding | Secret
 Status = EnvironmentStatus | ImageStatus | NetworkStatus | HostStatus | TenantStatus
 View = InstanceView | PodView | PlacementView | OperationView | EventView
 
@@ -47,6 +48,7 @@ _DECODERS: dict[str, tuple[Callable[[Any], Object], Callable[[Any], Any]]] = {
     "Policy": (fleet.policy_from_message, check_policy),
     "Tenant": (access.tenant_from_message, check_tenant),
     "User": (access.user_from_message, check_user),
+    "Secret": (access.secret_from_message, check_secret),
     "RoleBinding": (access.role_binding_from_message, check_role_binding),
 }
 
@@ -95,6 +97,8 @@ def to_message(value: Object | View, status: Status | None = None) -> pb.Resourc
             return pb.Resource(tenant=access.tenant_to_message(value, status))
         case User():
             return pb.Resource(user=access.user_to_message(value))
+        case Secret():
+            return pb.Resource(secret=access.secret_to_message(value))
         case RoleBinding():
             return pb.Resource(role_binding=access.role_binding_to_message(value))
         case InstanceView():

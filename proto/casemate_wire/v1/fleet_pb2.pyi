@@ -434,9 +434,7 @@ class NetworkSpec(_message.Message):
     PHYSICAL_FIELD_NUMBER: _builtins.int
     VLAN_FIELD_NUMBER: _builtins.int
     type: _builtins.str
-    """`nat`: a bridge on each host, behind the host's own address. `physical`: a network outside, which the hosts' ports
-    reach; for interfaces of type `sriov`. `vxlan` follows.
-    """
+    """`nat`: a bridge on each host, behind the host's own address. `physical` and `vxlan` follow."""
     subnet: _builtins.str
     """IPv4 network from which the manager gives addresses, for example `10.99.0.0/16`."""
     gateway: _builtins.str
@@ -584,7 +582,7 @@ Global___VolumeSpec: _TypeAlias = VolumeSpec  # noqa: Y015
 
 @_typing.final
 class Secret(_message.Message):
-    """Text that is delivered only to the host that runs the instance."""
+    """Text that is delivered only to the host that runs an instance whose pods name it, by `env[].valueFrom.secretKeyRef`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -638,17 +636,45 @@ class SecretSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class FingerprintsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DATA_FIELD_NUMBER: _builtins.int
+    FINGERPRINTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def data(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def data(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Texts by key, sealed before they are stored. They are written and never shown; without them the stored ones stay."""
+
+    @_builtins.property
+    def fingerprints(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What is shown of each: the same for the same text at the same place."""
+
     def __init__(
         self,
         *,
         data: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        fingerprints: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "fingerprints", b"fingerprints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
