@@ -264,6 +264,8 @@ def test_a_gang_is_placed_whole_or_not_at_all(fleet: SmallFleet) -> None:
     fleet.join("h1")  # 4 CPUs
     fleet.apply(environment(cpus=3, replicas=2, gang=True))
     assert not fleet.state.placements
+    told = [e for e in fleet.state.events.values() if e.reason == "Unschedulable"]
+    assert [(e.regarding.kind, e.regarding.name, e.count) for e in told] == [("Environment", "hello", 1)]
     fleet.join("h2")
     assert {p.host for p in fleet.state.placements.values()} == {"h1", "h2"}
 

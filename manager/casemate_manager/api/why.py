@@ -68,7 +68,8 @@ class PlacerWhy:
         if asked.claim is not None and host in ("", asked.on):
             response.placed = True
             response.host = asked.on
-            response.holds.extend(holdings(asked.claim, state.inventories[asked.on].topology))
+            inventory = state.inventories.get(asked.on)
+            response.holds.extend(holdings(asked.claim, inventory.topology) if inventory is not None else ())
             if not host:
                 answer = placer.explain_elsewhere(record.environment, spec, instance.meta.uid, asked.on)
                 _tell(response, answer, joining)

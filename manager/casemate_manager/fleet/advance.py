@@ -317,11 +317,16 @@ def _held(claim: Claim) -> str:
 def _refused(draft: Draft, group: _Group, found: Unplaced) -> None:
     observed = draft.observed
     attempt = Attempt(draft.now_s, observed.capacity, found.message)
+    told: dict[ObjectRef, None] = {}
     for instance in group.instances:
         last = observed.attempts.get(instance.meta.uid)
         draft.sightings.append(Tried(instance.meta.uid, attempt))
         if last is None or last.message != found.message:
-            draft.event(instance_ref(instance), "Unschedulable", found.message, warning=True)
+            # Of a gang it is said once: it is the gang that has no place, and it may have a thousand members.
+            ref = _ref(group.environment) if group.environment.spec.gang else instance_ref(instance)
+            told.setdefault(ref)
+    for ref in told:
+        draft.event(ref, "Unschedulable", found.message, warning=True)
 
 
 def _put_placement(draft: Draft, uid: str, found: Placed, stamp: Stamp) -> None:
