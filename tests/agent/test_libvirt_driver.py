@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree.ElementTree import fromstring
 
 import libvirt
 import pytest
@@ -121,6 +122,25 @@ async def test_a_domain_keeps_the_machine_type_that_it_was_made_with(real_host: 
         connection.close()
     assert "pc-q35-6.2" in kept or "pc-q35-9.2" in kept
     assert (await facts_of(real_host, uid)).generation == 6
+
+
+async def test_libvirt_adds_no_device_that_nobody_asked_for(real_host: RealHost, uid: str) -> None:
+    await real_host.prepared(real_host.small(uid))
+    connection = libvirt.open(real_host.sandbox.uri)
+    try:
+        devices = fromstring(connection.lookupByUUIDString(uid).XMLDesc()).find("devices")
+    finally:
+        connection.close()
+    assert devices is not None
+    kinds = {device.tag for device in devices}
+    assert not kinds & {"graphics", "video", "sound", "hub", "redirdev", "parallel", "hostdev", "tpm", "smartcard"}
+    assert {disk.get("device") for disk in devices.iterfind("disk")} == {"disk"}
+    assert [c.get("model") for c in devices.iterfind("controller[@type='usb']")] == ["none"]
+    assert {audio.get("type") for audio in devices.iterfind("audio")} <= {"none"}
+    # of the chipset itself, and no part of it that could be left out
+    assert {device.get("bus") for device in devices.iterfind("input")} <= {"ps2"}
+    buses = {c.get("type") for c in devices.iterfind("controller")}
+    assert buses <= {"usb", "pci", "sata", "virtio-serial"}
 
 
 async def test_a_foreign_domain_is_told_and_told_apart(real_host: RealHost) -> None:
