@@ -35,7 +35,7 @@ from casemate_core.errors import CallerError, CasemateError, MachineError
 from casemate_core.metrics import Meter, Rows, with_label
 from casemate_wire import exposition
 from casemate_wire.notify import Notifier
-from casemate_wire.token import parse
+from casemate_wire.token import Token, parse
 
 log = logging.getLogger("casemate.agent")
 
@@ -43,6 +43,8 @@ log = logging.getLogger("casemate.agent")
 METRICS_NOTE = "metrics-url"
 #: Folder of the host's identity, inside the state folder.
 IDENTITY = "identity"
+#: Simulated hosts that join at the same time.
+JOINING = 8
 #: Characters that are read of standard input, for tokens.
 MOST_TOKENS = 1 << 22
 
@@ -200,10 +202,17 @@ async def join(address: str, state_dir: Path, words: list[str], *, each: bool) -
         raise BadConfig("no token on standard input: pipe what casemate host token create has printed")
     if len(words) > 1 and not each:
         raise BadConfig("more than one token on standard input: one host joins once")
-    for token in map(parse, words):
+    places = asyncio.Semaphore(JOINING)
+
+    async def one(token: Token) -> None:
         where = state_dir / token.host if each else state_dir
-        identity = await enrol.join(token, address, where / IDENTITY)
+        async with places:
+            identity = await enrol.join(token, address, where / IDENTITY)
         print(f"joined as host {identity.host}; its manager is {identity.manager}", file=sys.stderr)  # noqa: T201
+
+    ended = await asyncio.gather(*map(one, list(map(parse, words))), return_exceptions=True)
+    if failed := [error for error in ended if error is not None]:
+        raise failed[0]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -168,6 +168,8 @@ def unreachable(manager: str, why: str = "") -> Failure:
 def _transport_words(why: str) -> str:
     """gRPC's transport message without its repetition of addresses."""
     lowered = why.lower()
+    if "certificate_verify_failed" in lowered:
+        return "who answers there is not signed by an authority that this context trusts"
     for words in ("connection refused", "name resolution", "timed out", "socket closed", "connection reset"):
         if words in lowered:
             return words

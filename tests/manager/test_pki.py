@@ -15,11 +15,14 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
 
 from casemate_core.errors import InvalidSpec
 from casemate_manager import pki
 from casemate_manager.api.peer import Host, Nobody, Peer, User, peer_of
 from casemate_wire import tls
+from casemate_wire.token import BadToken, parse
 
 NOW_S = time.time()
 
@@ -157,6 +160,10 @@ def request(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
     return built.public_bytes(Encoding.DER)
 
 
+GOOD_KEY = pki.new_key()
+GOOD = request(GOOD_KEY)
+
+
 def test_of_a_request_only_its_key_is_taken() -> None:
     key = pki.new_key()
     assert pki.key_id(pki.read_request(request(key))) == pki.key_id(key.public_key())
@@ -170,3 +177,34 @@ def test_requests_that_prove_nothing_are_refused() -> None:
             pki.read_request(bad)
     with pytest.raises(InvalidSpec):
         pki.read_request(request(ec.generate_private_key(ec.SECP384R1())))
+
+
+@given(st.binary(max_size=600))
+def test_no_bytes_make_a_request_fail_otherwise(data: bytes) -> None:
+    with pytest.raises(InvalidSpec):
+        pki.read_request(data)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 255))
+def test_a_request_that_was_altered_is_refused_or_asks_for_the_same_key(at: int, flip: int) -> None:
+    altered = bytearray(GOOD)
+    altered[at % len(altered)] ^= flip
+    try:
+        key = pki.read_request(bytes(altered))
+    except InvalidSpec:
+        return
+    assert pki.key_id(key) == pki.key_id(GOOD_KEY.public_key())
+
+
+@given(
+    st.text(max_size=200)
+    | st.from_regex(r"cmt1\.[a-z0-9-]{1,63}\.[0-9a-f]{12}\.[A-Za-z0-9_-]{32}\.[0-9a-f]{64}", fullmatch=True)
+)
+def test_a_token_is_read_back_as_it_was_written_or_refused(text: str) -> None:
+    try:
+        token = parse(text)
+    except BadToken as bad:
+        assert len(text) < 3 or text not in str(bad)
+        return
+    assert parse(str(token)) == token
+    assert str(token) == text.strip()

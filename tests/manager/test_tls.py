@@ -1,6 +1,7 @@
 """A whole manager with TLS and real connections: joining, who is let in where, roll-over and revocation."""
 
 import asyncio
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from casemate_core.errors import InvalidSpec
 from casemate_manager import pki
 from casemate_manager.api.tls import ServerTls
 from casemate_manager.app import Manager, running
-from casemate_manager.authority import Authorities
+from casemate_manager.authority import Authorities, AuthorityDamaged
 from casemate_manager.store.sqlite import SqliteStore
 from casemate_wire.stream import Hello, Rejected, Welcome
 from casemate_wire.tls import TARGET_NAME
@@ -312,3 +313,33 @@ def _fields(identity: Identity) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(identity)
+
+
+def test_a_roll_over_that_was_cut_leaves_the_authority_that_signed(tmp_path: Path) -> None:
+    before = Authorities(tmp_path / "a", time.time())
+    pin = before.signing.pin
+    # Key and cross certificate are written, the certificate that makes them an authority is not.
+    (tmp_path / "a/2.key").write_bytes(pki.key_pem(pki.new_key()))
+    (tmp_path / "a/2.cross").write_bytes(b"torn")
+    again = Authorities(tmp_path / "a", time.time())
+    assert (again.signing.pin, again.roots) == (pin, before.roots)
+    rolled = again.roll(pin, time.time())
+    assert Authorities(tmp_path / "a", time.time()).signing.pin == rolled.pin
+
+
+def test_files_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
+    Authorities(tmp_path / "a", time.time())
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "a").iterdir()} == {0o600}
+    (tmp_path / "a/1.key").write_bytes(pki.key_pem(pki.new_key()))
+    with pytest.raises(AuthorityDamaged, match=r"1\.key"):
+        Authorities(tmp_path / "a", time.time())
+
+
+async def test_neither_port_speaks_an_older_version(world: World) -> None:
+    for port in (world.manager.port, world.manager.enrolment_port):
+        argv = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-alpn", "h2", "-tls1_2"]
+        seen = await asyncio.to_thread(
+            subprocess.run, argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=False
+        )
+        assert seen.returncode != 0
+        assert b"Cipher is (NONE)" in seen.stdout
