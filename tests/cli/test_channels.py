@@ -1,20 +1,18 @@
 """Console, ports, files and ssh against a real manager and simulated hosts, as a person uses them."""
 
 import os
-import pty
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.fleet import Fleet, free_port
+from support.terminal import Terminal
 
 MANIFEST = """
 apiVersion: casemate/v1
@@ -40,55 +38,6 @@ def side(fleet: Fleet) -> Iterator[Fleet]:
     fleet.run("wait", "env/side", "--for", "ready", "--timeout", "60s").ok()
     yield fleet
     fleet.run("delete", "env/side").ok()
-
-
-class Terminal:
-    """`casemate` on a terminal of its own, and a person before it."""
-
-    def __init__(self, fleet: Fleet, *arguments: str) -> None:
-        self.screen = b""
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execvpe(
-                sys.executable, [sys.executable, "-m", "casemate_cli", *arguments], {**fleet.environ, "TERM": "xterm"}
-            )
-
-    def until(self, text: bytes) -> None:
-        give_up_s = time.monotonic() + WITHIN_S
-        while text not in self.screen:
-            left_s = give_up_s - time.monotonic()
-            assert left_s > 0, self.screen
-            if select.select([self.fd], [], [], left_s)[0]:
-                self.screen += self._read()
-
-    def _read(self) -> bytes:
-        try:
-            data = os.read(self.fd, 65536)
-        except OSError:  # the program has gone
-            data = b""
-        assert data, self.screen
-        return data
-
-    def type(self, data: bytes) -> None:
-        os.write(self.fd, data)
-
-    def end(self) -> int:
-        """Its exit code, once it has ended by itself."""
-        give_up_s = time.monotonic() + WITHIN_S
-        while time.monotonic() < give_up_s:
-            if select.select([self.fd], [], [], 0.05)[0]:
-                try:
-                    self.screen += os.read(self.fd, 65536)
-                except OSError:
-                    pass
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                os.close(self.fd)
-                return os.waitstatus_to_exitcode(status)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        os.close(self.fd)
-        pytest.fail(f"it did not end: {self.screen!r}")
 
 
 # --- console ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ One boot serves as many claims as it can, because an emulated guest takes its ti
 
 import json
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ import pytest
 from casemate_agent import sandbox as sandboxes
 from support.devfleet import DevFleet
 from support.realfleet import nft, traces_of, traces_of_scope
+from support.terminal import Terminal
 
 pytestmark = pytest.mark.libvirt
 
@@ -24,11 +26,11 @@ HELLO = Path(__file__).resolve().parents[2] / "examples/hello.yaml"
 BOOT_S = 420.0
 
 
-def answer(address: str) -> str:
+def answer(address: str, port: str = ":8080") -> str:
     """What the pod says over HTTP, from the host over the bridge; empty where it does not."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{address}:8080/", timeout=10) as reply:
+        with opener.open(f"http://{address}{port}/", timeout=60) as reply:
             return str(reply.read().decode())
     except (urllib.error.URLError, OSError):
         return ""
@@ -48,6 +50,7 @@ def test_one_command_to_a_pod_in_a_vm_and_back(tmp_path_factory: pytest.TempPath
         assert answer(address) == "Hello from hello-0\n"
         _metrics(dev, before)
         _logs(dev)
+        _sides(dev)
         _a_second_pod(dev, before)
         _stop_and_start(dev, before)
         _delete(dev, before)
@@ -137,6 +140,48 @@ def _metrics(dev: DevFleet, instance: dict[str, Any]) -> None:
 
 def _logs(dev: DevFleet) -> None:
     assert "hello: serving on port 8080 as hello-0" in dev.run("logs", "hello", timeout_s=180).ok()
+
+
+def _sides(dev: DevFleet) -> None:
+    """Commands, terminals, files, ports, SSH and the console of a real VM: what simulated guests only play."""
+    assert dev.run("exec", "--vm", "hello-0", "--", "podman", "ps", timeout_s=180).ok().count("localhost/hello:1") >= 1
+    terminal = Terminal(dev, "exec", "-it", "hello-0.web", "--", "sh")
+    terminal.resize(31, 97)
+    terminal.type(b"stty size; exit 7\r")
+    terminal.until(b"31 97")
+    assert terminal.end() == 7
+    site = dev.root.parent / "site"
+    (site / "sub").mkdir(parents=True)
+    (site / "sub/run").write_bytes(os.urandom(300_000))
+    (site / "sub/run").chmod(0o750)
+    try:
+        dev.run("cp", str(site), "hello:/tmp", timeout_s=180).ok()
+        assert "-rwxr-x---" in dev.run("exec", "hello", "--", "ls", "-l", "/tmp/site/sub", timeout_s=180).ok()
+        dev.run("cp", "hello-0.web:/tmp/site/sub/run", str(site / "back"), timeout_s=180).ok()
+        assert (site / "back").read_bytes() == (site / "sub/run").read_bytes()
+        assert (site / "back").stat().st_mode & 0o777 == 0o750
+    finally:
+        shutil.rmtree(site)
+    for name in ("hello", "hello-0.web"):
+        forward = dev.start("port-forward", name, "0:8080")
+        try:
+            assert forward.stdout
+            assert answer(forward.stdout.readline().split()[0], "") == "Hello from hello-0\n"
+        finally:
+            forward.terminate()
+            assert forward.wait(60) == 0
+            assert forward.stdout
+            forward.stdout.close()
+    told = dev.run("ssh", "hello-0", "--", "-o", "BatchMode=yes", "uname -n; exit 5", timeout_s=180)
+    assert (told.code, told.out) == (5, "hello-0\n"), told.err
+    first, second = Terminal(dev, "console", "hello"), Terminal(dev, "console", "hello-0")
+    for sitting in (first, second):
+        sitting.until(b"Ctrl-] leaves")
+    first.type(b"\r")
+    for sitting in (first, second):
+        sitting.until(b"login:")
+        sitting.type(b"\x1d")
+        assert sitting.end() == 0
 
 
 def _hello(*pods: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """A private fleet brought up and ended by `casemate dev`, with real VMs, and a look at what it leaves."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,16 @@ class DevFleet:
 
     def run(self, *arguments: str, timeout_s: float = 120, stdin: str = "") -> Done:
         return casemate(*arguments, environ=self.environ, timeout_s=timeout_s, stdin=stdin)
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        """Run `casemate ARGUMENTS` in the background, its output piped; the caller ends it."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "casemate_cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environ,
+        )
 
     def up(self, *more: str, timeout_s: float = 900) -> Done:
         where = ("--dir", str(self.root), "--port", str(self.port), "--subnet", self.subnet)

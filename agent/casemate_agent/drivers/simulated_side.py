@@ -125,8 +125,9 @@ class SimulatedFiles:
 
     nodes: dict[str, Node] = field(
         default_factory=lambda: {
-            **{path: Node(0o755) for path in ("/", "/etc", "/tmp", "/root")},
+            **{path: Node(0o755) for path in ("/", "/etc", "/root", "/srv", "/tmp", "/var", "/var/log")},
             "/etc/hostname": Node(0o644, b"simulated\n"),
+            "/var/log/cloud-init.log": Node(0o640, b"simulated: nothing was done\n"),
         }
     )
 

@@ -215,7 +215,7 @@ def wait(ctx: click.Context, arguments: tuple[str, ...], goal: str, timeout: flo
     \b
     Examples:
       casemate wait env/hello --for ready --timeout 3m
-      casemate wait pods -l app=web --for condition=Ready
+      casemate wait env -l app=web --for condition=Ready
       casemate wait env hello --for delete
       casemate wait inst/hello-0 --for jsonpath='{.status.virtualisation}'=kvm
     """
