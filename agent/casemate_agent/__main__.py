@@ -30,6 +30,7 @@ from casemate_agent.logs import set_up
 from casemate_agent.metrics import FAMILIES, LEDGER_FAILED, LEDGER_S
 from casemate_agent.renewal import Renewal
 from casemate_agent.scrape import AgentMetrics
+from casemate_agent.support import HostSupport
 from casemate_agent.transport import GrpcTransport, checked_address
 from casemate_core.errors import CallerError, CasemateError, MachineError
 from casemate_core.metrics import Meter, Rows, with_label
@@ -129,7 +130,9 @@ async def _run_agent(
         if (transport := _way(config, name, folder, group)) is not None:
             link = Link(agent, transport, time.time, Random(), version())
             group.create_task(link.run(), name=f"link-{name}")
-        scraped[name] = AgentMetrics(agent, link, version())
+        scraped[name] = metrics = AgentMetrics(agent, link, version())
+        if link is not None:
+            link.support = HostSupport(drivers, ledger, metrics.rows, version())
         agents[name] = agent
 
 

@@ -6,11 +6,13 @@ from another machine; that the instance is on this host, and the caller allowed,
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any
 
 from casemate_agent.drivers.ports import Drivers, ExecRequest, ExecSession, Guests
 from casemate_agent.drivers.sideports import EOF, ConsoleSession, CopyRequest
+from casemate_agent.support import HostSupport
 from casemate_agent.transport import BrokenOff, Stream, frames
 from casemate_core.errors import CallerError, CasemateError, Unavailable
 from casemate_wire.channel import (
@@ -39,6 +41,7 @@ COPY_DEADLINE_S = 60.0
 
 TOO_MANY = "too-many"
 """Kind of a channel that is opened only to say that it is not served."""
+SUPPORT_PIECE = 256 * 1024
 
 
 class BadParameters(CallerError):
@@ -54,7 +57,9 @@ class _Broke(Exception):
         self.error, self.listener = error, listener
 
 
-async def serve_channel(request: OpenChannel, stream: Stream[Frame, Frame], drivers: Drivers) -> None:
+async def serve_channel(
+    request: OpenChannel, stream: Stream[Frame, Frame], drivers: Drivers, support: HostSupport | None = None
+) -> None:
     """Say the ticket, serve to the end, and tell how it ended. Raises BrokenOff where the channel itself broke off."""
     await stream.send(Ticket(request.ticket))
     reader: asyncio.Task[None] | None = None
@@ -71,6 +76,8 @@ async def serve_channel(request: OpenChannel, stream: Stream[Frame, Frame], driv
                 reader = await _serve_copy(request, stream, guests)
             case "authorize":
                 await _serve_authorize(request, stream, guests)
+            case "support" if support is not None:
+                reader = await _serve_support(stream, support)
             case "console":
                 console = await drivers.consoles.open(request.instance, EXEC_DEADLINE_S)
                 reader = await _serve_console(stream, console)
@@ -109,6 +116,17 @@ async def _drain(stream: Stream[Frame, Frame]) -> None:
     """Read until the other end closes; what it says on the way has no meaning here."""
     async for _ in frames(stream):
         pass
+
+
+async def _serve_support(stream: Stream[Frame, Frame], support: HostSupport) -> asyncio.Task[None] | None:
+    """One JSON object: names of files and their texts."""
+
+    async def send() -> None:
+        data = json.dumps(await support.files()).encode()
+        for start in range(0, len(data), SUPPORT_PIECE):
+            await stream.send(Output("stdout", data[start : start + SUPPORT_PIECE]))
+
+    return await _until_over(send(), _drain(stream))
 
 
 async def _serve_logs(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> asyncio.Task[None] | None:

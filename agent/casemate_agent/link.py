@@ -22,6 +22,7 @@ from random import Random
 from casemate_agent.agent import Agent
 from casemate_agent.channels import TOO_MANY, serve_channel
 from casemate_agent.drivers.ports import MachineFacts
+from casemate_agent.support import HostSupport
 from casemate_agent.transport import BrokenOff, Stream, Transport
 from casemate_core.errors import CallerError, CasemateError
 from casemate_core.topology import Topology
@@ -73,6 +74,8 @@ class Link:
         self._topology: Topology | None = None
         self._failures = 0
         self.connected = False
+        #: What this host tells for a support bundle.
+        self.support: HostSupport | None = None
 
     async def run(self) -> None:
         """Until cancelled; says good-bye then."""
@@ -241,7 +244,7 @@ class Link:
         try:
             stream = await self._transport.channel()
             try:
-                await serve_channel(request, stream, self._agent.drivers)
+                await serve_channel(request, stream, self._agent.drivers, self.support)
             finally:
                 await stream.close()
         except CallerError as error:

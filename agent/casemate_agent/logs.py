@@ -5,6 +5,8 @@ import logging
 import sys
 import time
 
+from casemate_wire.logtail import LogTail
+
 #: Libraries that narrate each of their steps at debug, thousands of lines for one look at a host; heard from info on.
 TALKATIVE = ("asyncio", "grpc", "pyroute2")
 
@@ -41,6 +43,8 @@ def set_up(form: str, level: str) -> None:
     """Log to standard error from now on. ``form`` is ``json`` or ``console``."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else Console())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    tail = LogTail()
+    tail.setFormatter(handler.formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler, tail], force=True)
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(max(logging.getLogger().level, logging.INFO))

@@ -52,6 +52,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "dev": ("dev", "dev", "A private fleet on this machine."),
         "context": ("context", "context", "Name managers, and choose one."),
         "completion": ("completion", "completion", "Print a completion script for a shell."),
+        "support-bundle": ("support", "support_bundle", "Write one file with what helps to find out what is wrong."),
         "version": ("version", "version", "Show versions of this program and of the manager."),
     },
 }

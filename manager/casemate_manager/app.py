@@ -24,6 +24,7 @@ from casemate_manager.api.hostlink import Channels, HostLink
 from casemate_manager.api.identities import IdentityService
 from casemate_manager.api.metrics import ManagerMetrics
 from casemate_manager.api.service import FleetService
+from casemate_manager.api.support import SupportService
 from casemate_manager.api.tls import ServerTls
 from casemate_manager.api.why import PlacerWhy
 from casemate_manager.fleet.acts import Actor, By
@@ -176,11 +177,12 @@ async def running(
         gate = Gate(lambda: writer.state, known, core.scribe.denied, clock, seed, rules.admins)
         audit = AuditService(writer, lambda: core.feed)
         joining = Joining(core.submit, lambda: writer.state, tls, clock, seed) if tls is not None else None
+        metrics = ManagerMetrics(writer, sessions, core.feed, version)
+        support = SupportService(writer, channels, metrics, version)
         grpc_server, port = await server.serve(
-            listen, service, sides, HostLink(sessions), gate, audit, identity, joining, listen_enrolment
+            listen, service, sides, HostLink(sessions), support, gate, audit, identity, joining, listen_enrolment
         )
         warming = asyncio.create_task(why.keep_warm(lambda: (core.state, core.observed)), name="why-warm")
-        metrics = ManagerMetrics(writer, sessions, core.feed, version)
         manager = Manager(writer, core, sessions, grpc_server, port, joining.enrolment_port if joining else 0, metrics)
         work.add_done_callback(lambda _: manager.failed.set())
         try:

@@ -5,6 +5,8 @@ import logging
 import sys
 import time
 
+from casemate_wire.logtail import LogTail
+
 
 class JsonLines(logging.Formatter):
     """Time in seconds since the epoch, level, logger, message, and the traceback where there is one."""
@@ -35,4 +37,6 @@ def set_up(form: str, level: str) -> None:
     """Log in this form (``json`` or ``console``) from this level on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else Console())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    tail = LogTail()
+    tail.setFormatter(handler.formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler, tail], force=True)

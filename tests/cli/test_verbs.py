@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -363,3 +364,20 @@ def test_output_into_a_closed_pipe_is_no_error(fleet: Fleet, ready: str) -> None
         ["bash", "-o", "pipefail", "-c", program], env=dict(fleet.environ), capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_support_bundle_names_what_it_holds(fleet: Fleet, tmp_path: Path) -> None:
+    path = tmp_path / "b.tar.gz"
+    told = fleet.run("support-bundle", "-o", str(path), timeout_s=120)
+    assert told.ok() == f"{path}\n"
+    assert f"{HOSTS} of {HOSTS} hosts" in told.err
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"summary.json", "manager/objects/Host.json", "manager/log.txt"} <= names
+    assert len({name for name in names if name.endswith("/doctor.json")}) == HOSTS
+    again = fleet.run("support-bundle", "-o", str(path))
+    assert again.code == 1
+    assert "is there already" in again.err
+    unknown = fleet.run("support-bundle", "--host", "nobody", "-o", str(tmp_path / "c.tar.gz"))
+    assert unknown.code == 4
+    assert [each.name for each in tmp_path.iterdir()] == ["b.tar.gz"]

@@ -146,6 +146,8 @@ async def test_statistics_of_a_domain_are_its_size_and_grow_while_it_runs(bench:
     assert [vcpu.number for vcpu in on.vcpu_stats] == list(range(desired.cpus))
     assert on.blocks[0].name == "vda"
     assert on.blocks[0].path in facts.files
+    xml = (await bench.hypervisor.descriptions(20))[facts.name]
+    assert f"<uuid>{desired.uid}</uuid>" in xml
     assert {interface.name for interface in on.interfaces} == set(facts.taps)
     assert all(len(interface.counts) == 8 for interface in on.interfaces)
     later = {stats.uuid: stats for stats in await bench.hypervisor.stats(20)}[desired.uid]

@@ -6,6 +6,7 @@ One boot serves as many claims as it can, because an emulated guest takes its ti
 import json
 import os
 import shutil
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -49,6 +50,7 @@ def test_one_command_to_a_pod_in_a_vm_and_back(tmp_path_factory: pytest.TempPath
         address = before["spec"]["nics"][0]["address"]
         assert answer(address) == "Hello from hello-0\n"
         _metrics(dev, before)
+        _bundle(dev, before)
         _logs(dev)
         _sides(dev)
         _a_second_pod(dev, before)
@@ -102,6 +104,26 @@ def _states(dev: DevFleet) -> dict[str, Any]:
         assert reason in story
     assert "s after its start" in story and "debian-13 in " in story
     return instance
+
+
+def _bundle(dev: DevFleet, instance: dict[str, Any]) -> None:
+    """One file, with the domain as libvirt runs it and without the pod's manifest that its metadata carries."""
+    path = dev.root.parent / "bundle.tar.gz"
+    told = dev.run("support-bundle", "-o", str(path), timeout_s=120)
+    assert told.ok().strip() == str(path)
+    with tarfile.open(path) as archive:
+        found = {m.name.partition("/")[2]: archive.extractfile(m).read().decode() for m in archive.getmembers()}  # type: ignore[union-attr]
+    path.unlink()
+    summary = json.loads(found["summary.json"])
+    assert (summary["answered"], summary["silent"]) == (["dev"], {})
+    domain = next(text for name, text in found.items() if "/domains/" in name)
+    assert f"<uuid>{instance['metadata']['uid']}</uuid>" in domain and "<metadata/>" in domain
+    doctor = json.loads(found["hosts/dev/doctor.json"])
+    assert {f["check"]: f["verdict"] for f in doctor["findings"]}["libvirt"] == "ok"
+    assert "libvirt_domain_info_cpu_time_seconds_total" in found["hosts/dev/metrics.txt"]
+    assert "FetchImage" in found["hosts/dev/log.txt"]
+    # What the pod runs is nobody's business: it is in the spec, in the ledger and in libvirt's metadata.
+    assert "serving on port" not in "".join(found.values())
 
 
 def _metrics(dev: DevFleet, instance: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from casemate_agent.files import OsFiles
 from casemate_agent.ledger import Ledger, inline
 from casemate_agent.link import Link
 from casemate_agent.scrape import AgentMetrics
+from casemate_agent.support import HostSupport
 from casemate_agent.transport import GrpcTransport
 from casemate_core.topology_loaders import from_line
 from casemate_manager.app import Manager, running
@@ -95,7 +96,9 @@ async def whole_fleet(folder: Path, lines: dict[str, str], *, metrics_listen: st
             agent = Agent(name, host.drivers(), ledger, time.time, Settings(stop_grace_s=1.0))
             link = Link(agent, GrpcTransport(fleet.address), time.time, Random(1), "test")
             group.start(agent.run(), link.run())
-            fleet.hosts[name] = WholeHost(host, agent, link, AgentMetrics(agent, link, "test"))
+            metrics = AgentMetrics(agent, link, "test")
+            link.support = HostSupport(agent.drivers, ledger, metrics.rows, "test")
+            fleet.hosts[name] = WholeHost(host, agent, link, metrics)
         await until(lambda: all(manager.writer.observed.host(name).whole for name in lines))
         yield fleet
 

@@ -19,7 +19,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -188,6 +188,9 @@ class LibvirtHypervisor:
 
     async def domains(self, deadline_s: float) -> tuple[DomainFacts, ...]:
         return await self._call("list domains", self._domains, deadline_s)
+
+    async def descriptions(self, deadline_s: float) -> Mapping[str, str]:
+        return await self._call("domain descriptions", self._descriptions, deadline_s)
 
     async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
         return await self._call("domain statistics", self._stats, deadline_s)
@@ -369,6 +372,20 @@ class LibvirtHypervisor:
             found.append(facts)
         self._pids = pids
         return tuple(sorted(found, key=lambda facts: facts.uuid))
+
+    @staticmethod
+    def _descriptions(connection: Any) -> dict[str, str]:
+        found = {}
+        for domain in connection.listAllDomains():
+            try:
+                xml = domain.XMLDesc()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                    continue  # gone since the list was made
+                raise
+            if parse_domain(xml, DomainPhase.RUNNING)[1] is not None:
+                found[domain.name()] = xml
+        return found
 
     @staticmethod
     def _stats(connection: Any) -> tuple[DomainStats, ...]:

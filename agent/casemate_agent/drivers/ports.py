@@ -176,6 +176,10 @@ class Hypervisor(Protocol):
         """Forget a domain that is shut off."""
         ...
 
+    async def descriptions(self, deadline_s: float) -> Mapping[str, str]:
+        """The XML of each of our domains, by name, as it is now."""
+        ...
+
     async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
         """What is counted of all domains, in one call that waits for none that is busy."""
         ...

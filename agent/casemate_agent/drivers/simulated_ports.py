@@ -102,6 +102,15 @@ class _Hypervisor:
     async def domains(self, deadline_s: float) -> tuple[DomainFacts, ...]:
         return await self._call("domains", lambda: tuple(d.facts for d in self._host.domains.values()), deadline_s)
 
+    async def descriptions(self, deadline_s: float) -> Mapping[str, str]:
+        def told() -> dict[str, str]:
+            ours = [d.facts for d in self._host.domains.values() if d.facts.owned]
+            return {
+                f.name: f"<domain type='simulated'><name>{f.name}</name><uuid>{f.uuid}</uuid></domain>" for f in ours
+            }
+
+        return await self._call("descriptions", told, deadline_s)
+
     async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
         return await self._call("stats", lambda: tuple(map(simulated_stats, self._host.domains.values())), deadline_s)
 

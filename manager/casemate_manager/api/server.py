@@ -29,6 +29,8 @@ from casemate_wire.v1 import (
     join_pb2_grpc,
     operators_pb2,
     operators_pb2_grpc,
+    support_pb2,
+    support_pb2_grpc,
 )
 
 #: Largest message; a page of a thousand environments with their pods stays below it.
@@ -86,6 +88,7 @@ async def serve(
     fleet: operators_pb2_grpc.FleetServicer,
     channels: channels_pb2_grpc.ChannelsServicer,
     hosts: hosts_pb2_grpc.HostLinkServicer,
+    support: support_pb2_grpc.SupportServicer,
     gate: grpc.aio.ServerInterceptor,
     audit: audit_pb2_grpc.AuditServicer,
     identity: identity_pb2_grpc.IdentityServicer,
@@ -102,12 +105,14 @@ async def serve(
     hosts_pb2_grpc.add_HostLinkServicer_to_server(hosts, server)
     audit_pb2_grpc.add_AuditServicer_to_server(audit, server)
     identity_pb2_grpc.add_IdentityServicer_to_server(identity, server)
+    support_pb2_grpc.add_SupportServicer_to_server(support, server)
     names = [
         identity_pb2.DESCRIPTOR.services_by_name["Identity"].full_name,
         audit_pb2.DESCRIPTOR.services_by_name["Audit"].full_name,
         operators_pb2.DESCRIPTOR.services_by_name["Fleet"].full_name,
         channels_pb2.DESCRIPTOR.services_by_name["Channels"].full_name,
         hosts_pb2.DESCRIPTOR.services_by_name["HostLink"].full_name,
+        support_pb2.DESCRIPTOR.services_by_name["Support"].full_name,
     ]
     if joining is not None:
         enrolment_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentService(joining), server)
