@@ -23,7 +23,7 @@ from casemate_manager.fleet.acts import Actor
 from casemate_manager.fleet.commands import MakeAccessKey
 from casemate_wire import schema, v1
 from casemate_wire.codec import resources
-from casemate_wire.v1 import audit_pb2, channels_pb2, identity_pb2, operations_pb2, seriallog_pb2, top_pb2
+from casemate_wire.v1 import audit_pb2, channels_pb2, identity_pb2, operations_pb2, seriallog_pb2, support_pb2, top_pb2
 from casemate_wire.v1 import operators_pb2 as pb
 from support.gatekeeping import House, as_user, bind, house, of_tenant
 
@@ -157,6 +157,7 @@ CALLS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "Top": ("Top", lambda t, k: top_pb2.TopRequest()),
     "Version": ("Version", lambda t, k: pb.VersionRequest()),
     "Audit": ("Audit/Records", lambda t, k: audit_pb2.AuditRequest(tenant=t)),
+    "Support": ("Support/Collect", lambda t, k: support_pb2.CollectRequest(host_timeout_s=1.0)),
     "Audit Ends": ("Audit/Ends", lambda t, k: audit_pb2.AuditEndsRequest()),
     "WhoAmI": ("Identity/WhoAmI", lambda t, k: identity_pb2.WhoAmIRequest()),
     "CreateKey": (
@@ -195,7 +196,7 @@ def _needs_tls(name: str) -> bool:
     return name.startswith("/casemate.v1.HostAccess/")
 
 
-SERVER_STREAMS = ("Watch", "Events", "Logs", "Audit/Records", "Channels/ConsoleLog")
+SERVER_STREAMS = ("Watch", "Events", "Logs", "Audit/Records", "Channels/ConsoleLog", "Support/Collect")
 BOTH_STREAM = ("Exec", "Channels/Console", "Channels/Forward", "Channels/Copy")
 
 
