@@ -130,6 +130,20 @@ def test_only_the_bound_key_is_renewed_and_welcomed(fleet: Fleet) -> None:
         assert isinstance(fleet.dial(key, host), Turned)
 
 
+def test_who_does_not_hold_the_key_learns_nothing_of_the_host(fleet: Fleet) -> None:
+    fleet.token()
+    fleet.use()
+    told = set()
+    for host in ("h7", "nobody"):
+        with pytest.raises(NotEnrolled) as refused:
+            fleet.do(RenewEnrolment(host, "guessed", "pin", 0.0))
+        told.add(str(refused.value))
+    fleet.do(RevokeHost("h7"))
+    with pytest.raises(NotEnrolled) as refused:
+        fleet.do(RenewEnrolment("h7", "guessed", "pin", 0.0))
+    assert told == {str(refused.value)}
+
+
 def test_revoking_a_host_ends_its_stream_and_its_renewals(fleet: Fleet) -> None:
     fleet.token()
     fleet.use()

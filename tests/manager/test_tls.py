@@ -201,7 +201,7 @@ async def test_a_host_renews_by_its_key_however_long_it_was_away(world: World) -
     async with session(fresh) as stream:
         assert isinstance(await first(stream), Welcome)
     stranger = Identity(**{**_fields(identity), "key": enrol.new_key().decode()})
-    with pytest.raises(enrol.JoinRefused, match="another key"):
+    with pytest.raises(enrol.JoinRefused, match="with this key"):
         await enrol.renew(stranger)
 
 

@@ -170,15 +170,14 @@ def renew(state: State, observed: Observed, command: RenewEnrolment, now_s: floa
 
 
 def refused(enrolment: EnrolmentRecord | None, key: str) -> str:
-    """Why a host with this key is not let in; empty where it is."""
+    """Why a host with this key is not let in; empty where it is.
+
+    Who does not hold the key is not told whether there is such a host: anybody may ask for a certificate.
+    """
     remedy = "make a token with casemate host token create, and join again"
-    if enrolment is None:
-        return f"the host is not enrolled: {remedy}"
-    if enrolment.revoked_s:
-        return f"the host was revoked: {remedy}"
-    if enrolment.key != key:
-        return f"the host is enrolled with another key: {remedy}"
-    return ""
+    if enrolment is None or enrolment.key != key:
+        return f"no host of this name is enrolled with this key: {remedy}"
+    return f"the host was revoked: {remedy}" if enrolment.revoked_s else ""
 
 
 def revoke_host(state: State, observed: Observed, command: RevokeHost, now_s: float) -> Batch:
