@@ -69,3 +69,22 @@ def test_the_operators_key_is_for_its_owner_alone(fleet: Fleet) -> None:
     assert Path(fleet.environ["CASEMATE_CONFIG"]).stat().st_mode & 0o777 == 0o600
     other = Path(fleet.environ["CASEMATE_CONFIG"]).with_name("no-such-file.yaml")
     assert fleet.run("get", "hosts", CASEMATE_CONFIG=str(other), CASEMATE_INSECURE_LOOPBACK="0").code == 5
+
+
+def test_a_machine_that_joined_knows_its_name_and_manager_and_is_gone_when_revoked(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    line = fleet.run("host", "token", "create", "box-3", "--print-command", "--max-threads", "16").ok()
+    assert join(line, tmp_path).returncode == 0
+    argv = [sys.executable, "-m", "casemate_agent", "run", "--simulated", "1s 4k/c 2t 8G disk=100G"]
+    argv += ["--state-dir", str(tmp_path), "--run-dir", str(tmp_path / "run")]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL, env=dict(fleet.environ)) as agent:
+        try:
+            fleet.run("wait", "host/box-3", "--for", "phase=Ready", "--timeout", "40s").ok()
+            fleet.run("host", "revoke", "box-3").ok()
+            fleet.run("wait", "host/box-3", "--for", "phase=Unknown", "--timeout", "5s").ok()
+        finally:
+            agent.terminate()
+            agent.wait(20)
+    assert "Revoked" in fleet.run("events", "host/box-3").ok()
+    fleet.run("delete", "host", "box-3").ok()
