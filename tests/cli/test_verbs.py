@@ -209,7 +209,11 @@ def test_logs(fleet: Fleet, ready: str) -> None:
 
 
 def test_why(fleet: Fleet, ready: str, name: str) -> None:
-    assert fleet.run("why", ready).ok().startswith(f"instance {ready}-0 is placed on ")
+    told = fleet.run("why", ready).ok()
+    assert told.startswith(f"instance {ready}-0 is placed on ")
+    assert "CPUs of the pool of cell 0" in told and "Other hosts:" in told
+    missing = fleet.run("why", "nobody")
+    assert missing.code == 4 and "Environment 'nobody' not found" in missing.err
 
 
 def test_what_fits_nowhere_is_explained_with_exit_2(fleet: Fleet, name: str) -> None:

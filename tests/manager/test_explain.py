@@ -182,6 +182,21 @@ def test_a_gang_is_told_how_far_it_came_and_changes_hold_for_all_of_it() -> None
     assert explain_gang(made, members[:2], DEFAULT_POLICY).decision is not None
 
 
+def test_a_gang_is_told_the_most_cpus_that_all_of_it_can_have() -> None:
+    made = fleet(3)  # 26 threads each for dedicated CPUs: a core of each cell is the host's, and two cores are isolated
+    asked = Request(CpuRequest(20, policy=DEDICATED), MemoryRequest(1024))
+    members = [PlacementRequest(f"x{i}", asked, "g") for i in range(4)]
+    answer = explain_gang(made, members, DEFAULT_POLICY)
+    told = answer.changes[0]
+    assert told.request is not None
+    most = told.request.request.cpu.count
+    assert told.sentence.startswith(f"ask for at most {most} vCPUs")
+    for count, fits in ((most, True), (most + 1, False)):
+        tried = [replace(m, request=replace(asked, cpu=replace(asked.cpu, count=count))) for m in members]
+        assert isinstance(made.place_gang(tried), Unplaceable) != fits
+    assert sum("vCPUs" in change.sentence for change in answer.changes) == 1
+
+
 def test_other_hosts_of_a_placed_instance_are_counted() -> None:
     made = fleet(4)
     put(made, "a", Request(CpuRequest(2), MemoryRequest(1024), gpus=(GpuRequest(4),)), "h0")

@@ -39,7 +39,7 @@ from casemate_manager.fleet.commands import (
     DeleteResource,
 )
 from casemate_manager.fleet.observed import Observed
-from casemate_manager.fleet.records import InstanceRecord
+from casemate_manager.fleet.records import InstanceRecord, tenant_key
 from casemate_manager.fleet.state import State
 from casemate_wire import explain as explanations
 from casemate_wire import schema
@@ -289,6 +289,9 @@ class FleetService(operators_pb2_grpc.FleetServicer):
         try:
             instance = self._reader().instance(request.tenant, name)
         except NotFound:
+            key = tenant_key(request.tenant, request.environment)
+            if key not in state.environments and key not in state.instance_names:
+                raise NotFound("Environment", request.environment) from None
             instance = self._reader().instance(request.tenant, request.environment)
         grants = caller().grants
         if request.host and (request.host not in state.hosts or not grants.allows(Permission.READ)):

@@ -11,9 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from casemate_core.fit.remedies import apply_request
+from casemate_core.reasons import FewerCpus
 from casemate_manager.scheduler.explain import MAX_SUGGESTIONS, Change, Explanation, explain
 from casemate_manager.scheduler.place import Scheduler
 from casemate_manager.scheduler.request import Decision, PlacementPolicy, PlacementRequest, Unplaceable
+
+#: Members of a gang for which the number of CPUs is halved until it fits: each try places all of them.
+MAX_HALVED = 64
 
 
 def explain_gang(
@@ -32,6 +37,12 @@ def explain_gang(
     changes = [
         change for found in told.changes if (change := _for_all(scheduler, members, policy, epoch, found)) is not None
     ]
+    if (fewer := _fewer_cpus(scheduler, members, policy, epoch)) is not None:
+        asked = members[0].request
+        changes = [
+            c for c in changes if c.request is None or replace(c.request.request, cpu=asked.cpu) != asked
+        ]  # the others that take CPUs away take more of them
+        changes.insert(0, fewer)
     if fitting:
         changes.append(Change(f"ask for {fitting} replicas" if fitting > 1 else "ask for 1 replica", decisions[0].host))
     return replace(
@@ -58,6 +69,32 @@ def _placed(
     finally:
         for decision in reversed(decisions):
             scheduler.release(decision.host, decision.uid)
+
+
+def _fewer_cpus(
+    scheduler: Scheduler, members: Sequence[PlacementRequest], policy: PlacementPolicy, epoch: int
+) -> Change | None:
+    """The largest number of vCPUs with which all members are placed, by halving; None where fewer of them do not help."""
+    if len(members) > MAX_HALVED:
+        return None
+    asked = members[0].request
+    fits, fails = 0, asked.cpu.reserved_count
+    found: Change | None = None
+    while fails - fits > 1:
+        count = (fits + fails) // 2 if fits else 1
+        remedy = FewerCpus(count)
+        smaller = apply_request(remedy, asked)
+        if smaller is None:
+            return None
+        wanted = [replace(member, request=smaller) for member in members]
+        with _placed(scheduler, wanted, policy, epoch) as decisions:
+            if len(decisions) == len(members):
+                fits, found = count, Change(remedy.sentence, decisions[0].host, request=wanted[0])
+            elif not fits:
+                return None
+            else:
+                fails = count
+    return found
 
 
 def _for_all(

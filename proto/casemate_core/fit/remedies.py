@@ -78,6 +78,12 @@ def apply(remedy: Remedy, request: Request, topology: Topology) -> tuple[Request
     return None if asked is None or asked == request else (asked, topology)
 
 
+def apply_request(remedy: Remedy, request: Request) -> Request | None:
+    """As ``apply``, of a remedy that changes no host."""
+    asked = _relaxed(remedy, request)
+    return None if asked == request else asked
+
+
 def suggestions(
     topology: Topology,
     claims: HostClaims,
