@@ -36,10 +36,8 @@ def test_it_is_confined(name: str) -> None:
         ("ProtectSystem", "strict"),
         ("ProtectHome", "yes"),
         ("RestrictSUIDSGID", "yes"),
-        ("UMask", "0077"),
     ):
         assert unit[key] == [value]
-    assert unit["StateDirectoryMode"] == ["0700"]
 
 
 def test_the_manager_is_nobody_and_may_nothing() -> None:
@@ -47,6 +45,7 @@ def test_the_manager_is_nobody_and_may_nothing() -> None:
     assert unit["User"] == ["casemate-manager"]
     assert unit["CapabilityBoundingSet"] == [""]
     assert unit["PrivateDevices"] == ["yes"]
+    assert (unit["StateDirectoryMode"], unit["UMask"]) == (["0700"], ["0077"])
 
 
 def test_sockets_of_guests_outlive_the_agent() -> None:
