@@ -76,6 +76,20 @@ def test_more_objects_than_one_request_takes(fleet: Fleet, name: str) -> None:
     fleet.run("wait", "env", "-l", f"app={name}", "--for", "delete", "--timeout", "60s").ok()
 
 
+def test_apply_waits_and_tells_how_far_it_is(fleet: Fleet, name: str) -> None:
+    done = fleet.run("apply", "-f", "-", "--wait", "--timeout", "40s", stdin=manifest(name))
+    assert done.ok() == f"environment/{name} created\n"
+    assert f"{name}-0 " in done.err and f"environment/{name} is Ready" in done.err
+    assert fleet.run("get", "env", name, "-o", "jsonpath={.status.phase}").ok() == "Ready\n"
+    late = fleet.run(
+        "apply", "-f", "-", "--wait", "--timeout", "1s", stdin=manifest(f"{name}-s").replace("256Mi", "900Gi")
+    )
+    assert late.code == 6 and "did not reach" in late.err
+    stopped = manifest(f"{name}-s").replace("spec:\n  cpu", "spec:\n  run: stopped\n  cpu")
+    assert fleet.run("apply", "-f", "-", "--wait", stdin=stopped).code == 0, "what should not run is not waited for"
+    fleet.run("delete", "env", f"{name}-s").ok()
+
+
 def test_diff_says_what_would_change_and_how(fleet: Fleet, ready: str) -> None:
     same = fleet.run("diff", "-f", "-", stdin=manifest(ready))
     assert (same.code, same.out) == (0, "")

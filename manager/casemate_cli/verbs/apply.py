@@ -34,6 +34,8 @@ _RECURSIVE = click.option("-R", "--recursive", is_flag=True, help="Look in the f
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--prune", is_flag=True, help="Delete objects that -l selects and that are not in the files.")
 @click.option("-l", "--selector", default="", metavar="LABELS", help="For --prune: a=b,c!=d,e in (f,g),h,!i.")
+@click.option("--wait", "waits", is_flag=True, help="Wait until the environments that should run are Ready.")
+@click.option("--timeout", type=options.SPAN, default="5m", show_default=True, help="For --wait: how long.")
 @click.option(
     "-o", "--output", "form", type=click.Choice(["text", "json", "yaml", "name"]), default="text", help="Form."
 )
@@ -46,6 +48,8 @@ def apply(
     dry_run: bool,
     prune: bool,
     selector: str,
+    waits: bool,
+    timeout: float,
     form: str,
 ) -> None:
     """Make or change objects from files, a folder, or standard input.
@@ -56,6 +60,7 @@ def apply(
     \b
     Examples:
       casemate apply -f examples/hello.yaml
+      casemate apply -f examples/hello.yaml --wait --timeout 10m
       casemate get env hello -o yaml | sed 's/count: 2/count: 4/' | casemate apply -f -
       casemate apply -f fleet/ --prune -l team=ran --dry-run
     """
@@ -74,6 +79,21 @@ def apply(
         _tell_results(_batches(client, resources, request_key(), dry_run), form, dry_run)
         if prune:
             _prune(client, resources, selector, settings.tenant, dry_run)
+        if waits and not dry_run:
+            _wait(client, resources, settings.tenant, timeout)
+
+
+def _wait(client: "Client", resources: "list[pb.Resource]", tenant: str, timeout_s: float) -> None:
+    """Wait for the environments that should run, with their stages shown. Raises Failure (TIMEOUT)."""
+    from casemate_cli.verbs import wait
+
+    kind = kinds.BY_NAME["Environment"]
+    found = [r.environment for r in resources if r.WhichOneof("object") == "environment"]
+    targets = [kinds.Target(kind, e.metadata.name) for e in found if e.spec.run != "stopped"]
+    if targets:
+        wait.shown_until(client, targets, tenant, wait.parse_goal("ready"), timeout_s)
+        for target in targets:
+            term.say(f"{target} is Ready", "green")
 
 
 def _batches(client: "Client", resources: "list[pb.Resource]", key: str, dry_run: bool) -> "list[pb.ApplyResult]":

@@ -125,6 +125,31 @@ def until(
         _until_one(client, target, tenant if target.kind.of_tenant else "", goal, deadline_s, timeout_s, on_change)
 
 
+def shown_until(client: "Client", targets: list[Target], tenant: str, goal: Goal, timeout_s: float) -> None:
+    """As `until`, with what is going on shown: the phases of the targets, and how far environments' instances are."""
+    from casemate_cli import stages
+
+    said = {"target": "", "stages": ""}
+    with term.Progress(f"waiting for {goal}") as progress:
+
+        def show(what: str, text: str) -> None:
+            said[what] = text
+            parts = [said["target"] or f"waiting for {goal}", said["stages"]]
+            progress.update("; ".join(filter(None, parts)))
+
+        environments = {t.name for t in targets if t.kind.name == "Environment"}
+        if environments and not isinstance(goal, Gone):
+            stages.watch(client, tenant, environments, lambda text: show("stages", text))
+        until(
+            client,
+            targets,
+            tenant,
+            goal,
+            timeout_s,
+            lambda t, m: show("target", f"{t}: {_phase(m) or 'seen'}, waiting for {goal}"),
+        )
+
+
 def _until_one(
     client: "Client",
     target: Target,
@@ -234,11 +259,6 @@ def wait(ctx: click.Context, arguments: tuple[str, ...], goal: str, timeout: flo
             if not found and not isinstance(aim, Gone):
                 raise Failure(f"no {kind.word} has the labels {selector}", code=Exit.NOT_FOUND)
             wanted = [Target(kind, schema.object_of(r).metadata.name) for r in found]  # type: ignore[attr-defined]
-        with term.Progress(f"waiting for {aim}") as progress:
-
-            def tell(target: Target, message: Any) -> None:
-                progress.update(f"{target}: {_phase(message) or 'seen'}, waiting for {aim}")
-
-            until(client, wanted, settings.tenant, aim, timeout, tell)
+        shown_until(client, wanted, settings.tenant, aim, timeout)
     for target in wanted:
         term.out(f"{term.clean(str(target))} has reached {aim}")
