@@ -19,6 +19,14 @@ _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _ROOT = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 
 
+def _cell(files: Mapping[str, str], path: str) -> int:
+    """The NUMA node that firmware told of a function; -1 where it told none."""
+    text = files.get(path, "-1").strip()
+    if not re.fullmatch(r"-1|[0-9]{1,6}", text, re.ASCII):
+        raise BadRecording(path, f"is no NUMA node: {text[:20]!r}")
+    return int(text)
+
+
 def place_of(files: Mapping[str, str], address: str) -> PciPlace:
     """Where a function hangs. Raises BadRecording where sysfs does not have it."""
     path = f"{DEVICES}/{address}"
@@ -32,8 +40,8 @@ def place_of(files: Mapping[str, str], address: str) -> PciPlace:
     group = files.get(f"{path}/iommu_group", "").strip().rpartition("/")[2]
     return PciPlace(
         path=(steps[root], *bridges[1::2]),
-        cell=int(files.get(f"{path}/numa_node", "-1")),
-        iommu_group=int(group) if group.isdecimal() else -1,
+        cell=_cell(files, f"{path}/numa_node"),
+        iommu_group=int(group) if group.isdecimal() and len(group) < 10 else -1,
         address=address,
     )
 

@@ -46,6 +46,9 @@ def check_message(message: Message, path: str = "") -> Iterator[Violation]:
         if field.name not in present:
             if schema.flag(field, "required"):
                 yield Violation(here, "", "is missing", _how_to_write(field))
+            elif here == "spec" and field.message_type is not None and not schema.is_struct(field):
+                # An object without a spec lacks what a spec must have.
+                yield from check_message(getattr(message, field.name), here)
             continue
         if schema.flag(field, "unserved"):
             yield Violation(here, "", "is not served by this release", "remove it")
