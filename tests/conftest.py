@@ -1,6 +1,6 @@
-"""What every test gets: guards against leaks, golden files, and groups with their times.
+"""What every test gets: guards against leaks, golden files, groups with their times, and a private libvirtd.
 
-The three plug-ins below each own one of these; fixtures that a single package needs live beside its tests.
+The plug-ins below each own one of these; fixtures that a single package needs live beside its tests.
 """
 
 import os
@@ -10,7 +10,7 @@ import hypothesis
 from casemate_wire.tls import only_tls13
 
 only_tls13()  # a test may import gRPC before the packages that hold it to TLS 1.3
-pytest_plugins = ["support.guards", "support.golden", "support.groups"]
+pytest_plugins = ["support.guards", "support.golden", "support.groups", "support.libvirtd"]
 
 # A property test that fails says how to replay itself. In CI the examples are the same on each run, so that a change is
 # never blamed for what another seed would have found yesterday; by hand, each run looks at new ones.

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from casemate_agent import enrol
+from casemate_agent import enrol, fsck
 from casemate_agent import identity as identities
 from casemate_agent.agent import Agent
 from casemate_agent.config import BadConfig, Config, load
@@ -70,7 +70,7 @@ async def drivers_of(config: Config, name: str, meter: Meter) -> AsyncIterator[D
     from casemate_core.topology_loaders import from_line
 
     topology = replace(from_line(config.simulated), name=name)
-    pace = SimulatedPace(boot_s=config.boot_s)
+    pace = SimulatedPace(boot_s=config.boot_s, pod_start_s=config.boot_s / 2)
     host = SimulatedHost(name, topology, time.time, pace)
     host.boots = int(time.time())  # it ends with this process: the next one is another boot
     yield host.drivers()
@@ -259,6 +259,7 @@ def parser() -> argparse.ArgumentParser:
         "--each", action="store_true", help="several tokens, each host in a folder of its own: for simulated hosts"
     )
     doctor.add_parser(verbs)
+    fsck.add_parser(verbs)
     return top
 
 
@@ -273,6 +274,8 @@ def main(arguments: list[str] | None = None) -> int:
             words = sys.stdin.read(MOST_TOKENS).split()
             asyncio.run(join(flags["manager"], Path(flags["state_dir"]), words, each=flags["each"]))
             return 0
+        if verb == "fsck":
+            return fsck.main(flags)
         config = load(flags.pop("config"), flags, needs_name=False)
         set_up(config.log_format, config.log_level)
         asyncio.run(run(config))

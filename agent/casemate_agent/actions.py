@@ -7,6 +7,7 @@ half done, it leaves the same machine. Each carries its reason, which is what th
 
 from dataclasses import dataclass
 
+from casemate_agent.functions import Stamp
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef
 
 
@@ -47,6 +48,24 @@ class Guard:
     """Let through on the taps of an instance its own addresses only."""
 
     desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveFunctions:
+    """Have the instance's virtual functions and devices in their state, and bound for its domain."""
+
+    desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeBack:
+    """Clean and unbind functions that carry this stamp, or an older one of the same instance."""
+
+    uid: str
+    stamp: Stamp
+    keys: tuple[str, ...]
     reason: str
 
 
@@ -212,6 +231,8 @@ Action = (
     | CreateOverlay
     | WriteSeed
     | Guard
+    | GiveFunctions
+    | TakeBack
     | Define
     | Start
     | AttachGuest

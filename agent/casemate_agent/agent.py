@@ -44,6 +44,9 @@ MAX_GPU_FAULTS = 256
 """XIDs that are kept for the judgement of health."""
 
 
+POOL_DEADLINE_S = 60.0
+
+
 @dataclass(frozen=True, slots=True)
 class Pace:
     """How often the loop looks without being woken, in seconds."""
@@ -146,6 +149,7 @@ class Agent:
         self._events = 0
         self._refused: dict[str, tuple[int, int]] = {}
         self._boot_id = ""
+        self._pool_problem = ""
         self._plan: Plan | None = None
         self.machine: MachineFacts | None = None
         self.virtualisation = ""
@@ -191,6 +195,7 @@ class Agent:
 
     async def run(self) -> None:
         """Until cancelled."""
+        await self._cut_ports()
         await self._identify()
         async with asyncio.TaskGroup() as group:
             group.create_task(
@@ -251,7 +256,9 @@ class Agent:
         """Look at the machine's facts by themselves: they are read often, and cause a round only where they changed."""
         while True:
             await asyncio.sleep(self._pace.machine_s)
-            if await self._observer.machine_changed():
+            if self._observer.uncut:
+                await self._cut_ports()
+            if await self._observer.changed():
                 self.wake()
 
     async def _watch_gpus(self) -> None:
@@ -266,6 +273,16 @@ class Agent:
             except (CasemateError, OSError) as error:
                 log.debug("GPUs are not heard: %s", error)
             await asyncio.sleep(self._pace.gpus_s)
+
+    async def _cut_ports(self) -> None:
+        """Have the virtual functions of the ports that are to be cut. What fails is told once, and tried again."""
+        try:
+            await self.drivers.functions.make_pools(POOL_DEADLINE_S)
+            self._pool_problem = ""
+        except CasemateError as error:
+            if str(error) != self._pool_problem:
+                self._pool_problem = str(error)
+                self.note(Note(HOST, error.reason, str(error), "Warning"))
 
     def _compare(self, machine: MachineFacts) -> None:
         """Tell what changed of the host's parts since the last look; the link sends the new inventory."""

@@ -80,7 +80,9 @@ def _disk_space(observed: Observation, low_disk_fraction: float) -> Condition:
 
 def _hardware(observed: Observation) -> Condition:
     """Ports and devices that the administrator named and that are held back, each with its reason."""
-    problems = observed.machine.problems
+    if observed.functions is None and "functions" in observed.silent:
+        return _no_answer("Hardware", observed, "functions")
+    problems = observed.machine.problems + (observed.functions.problems if observed.functions is not None else ())
     if not problems:
         return Condition("Hardware", "True", "AsConfigured")
     return Condition("Hardware", "False", problems[0].partition(":")[0], "; ".join(problems)[:1000])

@@ -52,7 +52,7 @@ class Config:
     ports: tuple[PortRule, ...] = ()
     devices: tuple[DeviceRule, ...] = ()
     #: How long a simulated guest boots.
-    boot_s: float = 2.0
+    boot_s: float = 0.5
 
 
 def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Config:

@@ -32,6 +32,8 @@ from casemate_agent.admission import Admission
 from casemate_agent.backoff import delay_s
 from casemate_agent.drafting import ACTIVE, Draft, InstancePlan, Settings
 from casemate_agent.drivers.ports import DomainPhase
+from casemate_agent.functions import Grant, grant_of
+from casemate_agent.giving import drifted, missing, to_give_back
 from casemate_agent.records import (
     Failure,
     GuestView,
@@ -45,7 +47,15 @@ from casemate_agent.records import (
     from_metadata,
     pods_revision,
 )
-from casemate_core.spec.instance import HostNetwork, InstanceState, Phase, Run, Virtualisation
+from casemate_core.spec.instance import (
+    DesiredInstance,
+    HostNetwork,
+    InstanceState,
+    Phase,
+    Run,
+    Virtualisation,
+    bridged,
+)
 
 __all__ = ["ACTIVE", "ActionOutcome", "InstancePlan", "Settings", "converge", "remember"]
 
@@ -102,7 +112,7 @@ def _settle(d: Draft) -> None:
             r = replace(r, started=Started(boot_id, d.now), starts=r.starts + 1, exited_s=0.0)
         voided = not r.removed and r.desired.run is Run.STARTED and r.stop_since_s and not orders.wants_it_down(r)
         if voided and d.now - r.stop_since_s >= d.grace_s:
-            r = replace(r, stop_since_s=0.0, stop_asked_s=0.0)
+            r = replace(r, stop_since_s=0.0, stop_asked_s=0.0, stop_heard=False)
     elif (started := r.started) is not None:
         if started.boot_id != boot_id:
             d.note("HostRebooted", "the host was rebooted")
@@ -115,9 +125,9 @@ def _settle(d: Draft) -> None:
         else:
             r = replace(r, exits=0, exited_s=0.0)
             d.note("Stopped", "the domain has ended")
-        r = replace(r, started=None, stop_since_s=0.0, stop_asked_s=0.0)
+        r = replace(r, started=None, stop_since_s=0.0, stop_asked_s=0.0, stop_heard=False)
     elif r.stop_since_s:
-        r = replace(r, stop_since_s=0.0, stop_asked_s=0.0)
+        r = replace(r, stop_since_s=0.0, stop_asked_s=0.0, stop_heard=False)
     d.record = r
 
 
@@ -148,7 +158,9 @@ def _power_off(d: Draft, reason: str) -> bool:
     if domain.phase is DomainPhase.RUNNING and domain.channel_path and r.uid not in d.observed.attached:
         # an agent that has just begun: the helper hears what a guest without ACPI does not
         d.actions.append(act.AttachGuest(r.uid, domain.channel_path, "to ask its helper"))
-    if domain.phase is DomainPhase.RUNNING and d.now - r.stop_asked_s >= d.settings.stop_ask_again_s:
+    # A guest that came up since then is asked at once: it did not hear what it was asked while it booted.
+    due = d.now - r.stop_asked_s >= d.settings.stop_ask_again_s or (d.guest.connected and not r.stop_heard)
+    if domain.phase is DomainPhase.RUNNING and due:
         d.actions.append(act.Shutdown(r.uid, d.guest.connected, reason))
     d.wake(min(ends_s, max(r.stop_asked_s, d.now) + d.settings.stop_ask_again_s))
     return False
@@ -166,12 +178,13 @@ def _end(d: Draft) -> None:
         d.actions.append(act.DetachGuest(uid, reason))
     if d.domain is not None:
         d.actions.append(act.Undefine(uid, reason))
-    files, networks = d.observed.files, d.observed.networks
-    if files is None or networks is None:
+    files, networks, functions = d.observed.files, d.observed.networks, d.observed.functions
+    if files is None or networks is None or functions is None:
         # without seeing what is left, the record stays: it is what finds the rest again
-        silent = [port for port in ("images", "networks") if port in d.observed.silent]
+        silent = [port for port in ("images", "networks", "functions") if port in d.observed.silent]
         d.says(Phase.DELETING, "Waiting", f"no answer from {' and '.join(silent) or 'the host'}")
         return
+    _give_back(d, None, reason)
     if d.observed.guarded.get(uid):
         d.actions.append(act.Unguard(uid, reason))
     if uid in files.overlays or uid in files.seeds:
@@ -182,6 +195,8 @@ def _end(d: Draft) -> None:
 def _stop(d: Draft) -> None:
     """The instance should not run; its disk, seed and domain stay."""
     if _power_off(d, "run: stopped") and not d.actions:
+        # What a former placement gave is somebody else's by now.
+        _give_back(d, grant_of(d.record.desired), "given by a former placement")
         d.says(Phase.STOPPED)
     else:
         d.says(Phase.STOPPING)
@@ -199,6 +214,30 @@ def _freeze(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
         d.actions.append(act.Suspend(d.record.uid, "run: paused"))
 
 
+def _give_back(d: Draft, keep: Grant | None, reason: str) -> None:
+    """Plan to take back what the instance holds beside ``keep``. Its domain must be down, or down before this is done."""
+    if d.observed.functions is None:
+        return
+    found = to_give_back(d.record.uid, keep, d.observed.functions)
+    if found is not None:
+        d.actions.append(act.TakeBack(d.record.uid, *found, reason))
+
+
+def _keep_functions(d: Draft, applied: DesiredInstance) -> None:
+    """Virtual functions of a running instance that somebody changed: drift, and made again as they were given."""
+    grant = grant_of(applied)
+    if not grant or d.observed.functions is None:
+        return
+    if told := drifted(grant, d.observed.functions):
+        d.drift += [f"{line} ({d.record.uid})" for line in told]
+        for line in told:
+            # Put right within the second: the event is what stays of it.
+            reason, _, what = line.partition(": ")
+            d.note(reason, what, "Warning")
+        if not missing(grant, d.observed.functions):
+            d.actions.append(act.GiveFunctions(applied, "somebody changed them"))
+
+
 def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     """The domain runs and should: keep its connection, its guard and its pods as they should be."""
     domain, r, guest = d.domain, d.record, d.guest
@@ -213,6 +252,8 @@ def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     applied = from_metadata(domain.record)
     if applied is None:
         d.drift.append(f"MetadataUnreadable: domain {domain.name}: its record cannot be read; it is left as it is")
+    else:
+        _keep_functions(d, applied)
     wanted = pods_revision(desired)
     if r.adopted:
         wanted = guest.revision  # rebuilt from a domain, which does not say which pods: the guest knows, and goes on
@@ -247,15 +288,16 @@ def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
 def _keep_network(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     """Bridges and guards of a running instance; where they are gone someone else took them: drift, and made again."""
     seen = d.observed.networks
-    if seen is None or not d.record.desired.nics:
+    nics = bridged(d.record.desired.nics)
+    if seen is None or not nics:
         return
-    for name in sorted({nic.network for nic in d.record.desired.nics} - set(seen.bridges)):
+    for name in sorted({nic.network for nic in nics} - set(seen.bridges)):
         if name in networks:
             d.drift.append(f"NetworkMissing: bridge of network {name} is gone while instances run on it")
             d.actions.append(act.EnsureNetwork(networks[name], "its bridge is gone"))
     guarded = len(d.observed.guarded.get(d.record.uid, ()))
-    if guarded < len(d.record.desired.nics):
-        d.drift.append(f"GuardMissing: {d.record.uid}: {guarded} of {len(d.record.desired.nics)} taps have their rules")
+    if guarded < len(nics):
+        d.drift.append(f"GuardMissing: {d.record.uid}: {guarded} of {len(nics)} taps have their rules")
         d.actions.append(act.Guard(d.record.desired, "rules of its taps are gone"))
 
 
@@ -285,19 +327,24 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
             message = f"ended by itself {r.exits} times in a row; started again in {again_s - d.now:.0f} s"
             d.says(Phase.FAILED if worn else Phase.STARTING, "BackOff", message)
             return
-    files, nets = seen.files, seen.networks
-    if files is None or nets is None:
-        port = "images" if files is None else "networks"
+    files, nets, grant = seen.files, seen.networks, grant_of(desired)
+    if files is None or nets is None or (grant and seen.functions is None):
+        port = "images" if files is None else "networks" if nets is None else "functions"
         d.says(Phase.PREPARING, "Waiting", f"{port}: {seen.silent.get(port, 'no answer')}")
         return
-    missing = sorted({nic.network for nic in desired.nics} - set(nets.bridges) - set(networks))
-    if missing:
-        d.says(Phase.PREPARING, "NetworkUnknown", f"network {missing[0]} is not yet described to this host")
+    if seen.functions is not None and (gone := missing(grant, seen.functions)):
+        known = "; ".join(seen.machine.problems) or "the agent's settings name its port or device"
+        d.says(Phase.FAILED, "FunctionMissing", f"{', '.join(gone)}: not on this host now ({known})")
+        return
+    nics = bridged(desired.nics)
+    unknown = sorted({nic.network for nic in nics} - set(nets.bridges) - set(networks))
+    if unknown:
+        d.says(Phase.PREPARING, "NetworkUnknown", f"network {unknown[0]} is not yet described to this host")
         return
     for image in (desired.image, *desired.archives):
         if image.file.digest not in files.images:
             d.actions.append(act.FetchImage(image, "not in the store"))
-    for name in sorted({nic.network for nic in desired.nics} - set(nets.bridges)):
+    for name in sorted({nic.network for nic in nics} - set(nets.bridges)):
         d.actions.append(act.EnsureNetwork(networks[name], "its bridge is not there"))
     domain = d.domain
     if domain is not None and domain.phase is DomainPhase.CRASHED:
@@ -310,9 +357,13 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
         d.actions.append(
             act.WriteSeed(desired, "not there" if r.uid not in files.seeds else "the instance was changed")
         )
-    if len(seen.guarded.get(r.uid, ())) < len(desired.nics) or (desired.nics and not current):
+    if len(seen.guarded.get(r.uid, ())) < len(nics) or (nics and not current):
         d.actions.append(act.Guard(desired, "before its taps exist"))
-    if not current:
+    _give_back(d, grant, "given by a former placement")
+    if grant:
+        d.actions.append(act.GiveFunctions(desired, "before its domain starts"))
+    # Functions may be at other addresses than when the domain was defined: it is defined anew at each start.
+    if not current or grant:
         d.actions.append(act.Define(desired, "not defined" if domain is None else "the instance was changed"))
     elif not d.actions:
         d.says(Phase.STARTING)
@@ -430,10 +481,15 @@ def remember(record: InstanceRecord, outcomes: tuple[ActionOutcome, ...], boot_i
             if r.failure is not None and r.failure.action == kind:
                 r = replace(r, failure=None)
             if isinstance(outcome.action, act.Shutdown):
-                r = replace(r, stop_asked_s=outcome.at_s)
+                r = replace(r, stop_asked_s=outcome.at_s, stop_heard=outcome.action.helper)
             elif isinstance(outcome.action, act.Start):
                 r = replace(
-                    r, started=Started(boot_id, outcome.at_s), starts=r.starts + 1, stop_since_s=0.0, stop_asked_s=0.0
+                    r,
+                    started=Started(boot_id, outcome.at_s),
+                    starts=r.starts + 1,
+                    stop_since_s=0.0,
+                    stop_asked_s=0.0,
+                    stop_heard=False,
                 )
         else:
             count = r.failure.count + 1 if r.failure is not None and r.failure.action == kind else 1

@@ -16,7 +16,7 @@ agent step by step. An exception of ``trace`` is not caught.
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -24,8 +24,10 @@ from casemate_agent import actions as act
 from casemate_agent.actions import Action
 from casemate_agent.converge import ActionOutcome, InstancePlan, remember
 from casemate_agent.drivers.ports import Drivers
+from casemate_agent.functions import grant_of
 from casemate_agent.ledger import Ledger
 from casemate_core.errors import CallerError, CasemateError, DeadlineExceeded
+from casemate_core.spec.instance import bridged
 
 log = logging.getLogger("casemate.agent.execute")
 
@@ -83,6 +85,8 @@ DEADLINES_S: dict[type, float] = {
     act.CreateOverlay: 120.0,
     act.RemoveFiles: 120.0,
     act.RemoveStrays: 120.0,
+    act.GiveFunctions: 60.0,
+    act.TakeBack: 60.0,
 }
 DEADLINE_S = 30.0
 
@@ -236,9 +240,17 @@ class Executor:
                 await images.write_seed(desired, deadline_s)
             case act.Guard(desired=desired):
                 async with self._network_lock:
-                    await networks.guard(desired.uid, desired.nics, deadline_s)
+                    await networks.guard(desired.uid, bridged(desired.nics), deadline_s)
             case act.Define(desired=desired):
-                await hypervisor.define(desired, images.files(desired), deadline_s)
+                # Given already: this asks where its functions are now, and has no other effect.
+                grant = grant_of(desired)
+                addresses = await drivers.functions.give(grant, deadline_s / 2) if grant else ()
+                files = replace(images.files(desired), functions=addresses)
+                await hypervisor.define(desired, files, deadline_s / 2)
+            case act.GiveFunctions(desired=desired):
+                await drivers.functions.give(grant_of(desired), deadline_s)
+            case act.TakeBack(stamp=stamp, keys=keys):
+                await drivers.functions.take_back(stamp, keys, deadline_s)
             case act.Start(uid=uid):
                 await hypervisor.start(uid, deadline_s)
             case act.AttachGuest(uid=uid, channel_path=path):

@@ -19,6 +19,7 @@ from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.drivers.seriallog import SerialLogFiles
+from casemate_agent.drivers.sriov import HostFunctions
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
 from casemate_agent.metrics import LIBVIRT_FAILED, LIBVIRT_S
@@ -62,6 +63,8 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
                 observe,
             )
         )
+        functions = HostFunctions(run_dir, config.ports, config.devices)
+        stack.push_async_callback(functions.aclose)
         guests = GuestChannels()
         stack.push_async_callback(guests.close)
         survey = HostSurveyor(state_dir, config.libvirt_uri, config.scope, state_dir / PROBE_CACHE)
@@ -80,4 +83,5 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             consoles=consoles,
             serials=serials,
             gpus=gpus,
+            functions=functions,
         )

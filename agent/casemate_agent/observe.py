@@ -12,6 +12,7 @@ from math import inf
 from typing import TypeVar
 
 from casemate_agent.drivers.ports import Drivers, MachineFacts
+from casemate_agent.functions import FunctionFacts
 from casemate_agent.records import GuestView, InstanceRecord, Observation
 from casemate_core.errors import CasemateError
 
@@ -37,6 +38,7 @@ class Observer:
     #: Kept from the last good answer: a host does not change while its facts cannot be read.
     _machine: MachineFacts | None = None
     _virtualisation: str = ""
+    _functions: FunctionFacts | None = None
     _taps: dict[tuple[str, int], str] = field(default_factory=dict)
     _silent_since_s: dict[str, float] = field(default_factory=dict)
     _network_problem: str | None = None
@@ -48,14 +50,23 @@ class Observer:
         self._machine = facts
         return facts
 
-    async def machine_changed(self) -> bool:
-        """Read the machine's facts again; whether they are others than before. Without an answer the last ones hold."""
-        before = self._machine
-        found = await self._ask("machine", self.drivers.machine.observe, self.deadline_s, {})
-        if found is None or found == before:
-            return False
-        self._machine = found
-        return True
+    async def changed(self) -> bool:
+        """Read the machine's facts and its functions again; whether they are others than before. What gives no answer
+        holds as it was."""
+        machine, functions = await asyncio.gather(
+            self._ask("machine", self.drivers.machine.observe, self.deadline_s, {}),
+            self._ask("functions", self.drivers.functions.observe, self.deadline_s, {}),
+        )
+        before = self._machine, self._functions
+        # The object of equal facts is kept: what is derived from it once is derived once.
+        self._machine = machine if machine is not None and machine != self._machine else self._machine
+        self._functions = functions if functions is not None else self._functions
+        return before != (self._machine, self._functions)
+
+    @property
+    def uncut(self) -> bool:
+        """Whether a port that is to be cut is not."""
+        return self._functions is not None and bool(self._functions.uncut)
 
     async def observe(
         self,
@@ -69,12 +80,14 @@ class Observer:
         machine = self._machine or await self.machine()
         if not self._virtualisation:
             self._virtualisation = await self._ask("virtualisation", drivers.hypervisor.virtualisation, 60.0, {}) or ""
-        domains, files, networks, _ = await asyncio.gather(
+        domains, files, networks, functions, _ = await asyncio.gather(
             self._ask("hypervisor", drivers.hypervisor.domains, deadline_s, silent),
             self._ask("images", drivers.images.observe, deadline_s, silent),
             self._ask("networks", drivers.networks.observe, deadline_s, silent),
+            self._ask("functions", drivers.functions.observe, deadline_s, silent),
             self._check_network(now_s),
         )
+        self._functions = functions if functions is not None else self._functions
         self._silent_since_s = {port: self._silent_since_s.get(port, now_s) for port in silent}
         guarded: dict[str, tuple[str, ...]] = {}
         if networks is not None and networks.guards:
@@ -87,6 +100,7 @@ class Observer:
             foreign=() if domains is None else tuple(d for d in domains if not d.owned),
             files=files,
             networks=networks,
+            functions=functions,
             guarded=guarded,
             guests=dict(guests),
             attached=drivers.guests.attached(),

@@ -19,6 +19,7 @@ from casemate_agent.admission import Admission, Audit, admit, audit, foreign_cla
 from casemate_agent.conditions import host_conditions
 from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
+from casemate_agent.giving import orphans
 from casemate_agent.records import (
     Book,
     InstanceRecord,
@@ -27,7 +28,7 @@ from casemate_agent.records import (
     Started,
     from_metadata,
 )
-from casemate_core.spec.instance import DesiredInstance, Run
+from casemate_core.spec.instance import DesiredInstance, Run, bridged
 from casemate_wire.stream import HostReport
 
 __all__ = ["InstancePlan", "Plan", "Settings", "plan"]
@@ -76,6 +77,8 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
         drift += each.drift
     drift += _audit(book, observed, audited)
     cleaning = _leftovers(book, observed) if not adopted else {}
+    if observed.functions is not None:
+        drift += [f"VfLeak: {leak}" for leak in observed.functions.leaks()]
     drift += [f"Leftover: {uid}: {', '.join(map(act.name, actions))}" for uid, actions in cleaning.items()]
     return Plan(
         instances=plans,
@@ -153,13 +156,18 @@ def _leftovers(book: Book, observed: Observation) -> dict[str, tuple[Action, ...
     """Files and rules named by an instance that has neither record nor domain."""
     if not book.host.complete or observed.domains is None:
         return {}
-    if observed.files is None or observed.networks is None:
+    if observed.files is None or observed.networks is None or observed.functions is None:
         return {}
     known = set(book.instances) | set(observed.domains) | observed.busy | {domain.uuid for domain in observed.foreign}
     reason = "no instance of this host"
     found: dict[str, tuple[Action, ...]] = {}
-    for uid in sorted((set(observed.files.overlays) | set(observed.files.seeds) | set(observed.guarded)) - known):
+    held = orphans(known, observed.functions)
+    named = set(observed.files.overlays) | set(observed.files.seeds) | set(observed.guarded)
+    for uid in sorted((named - known) | held.keys()):
         actions: list[Action] = []
+        if uid in held:
+            stamp, keys = held[uid]
+            actions.append(act.TakeBack(uid, stamp, keys, reason))
         if observed.guarded.get(uid):
             actions.append(act.Unguard(uid, reason))
         if uid in observed.files.overlays or uid in observed.files.seeds:
@@ -187,7 +195,7 @@ def _host_actions(
         actions += [act.RemoveImage(d, "unused, and the disk is filling up") for d in sorted(set(files.images) - used)]
     if networks is not None:
         wanted = {network.name for network in book.host.networks}
-        wanted |= {nic.network for r in book.instances.values() for nic in r.desired.nics}
+        wanted |= {nic.network for r in book.instances.values() for nic in bridged(r.desired.nics)}
         actions += [
             act.RemoveNetwork(n, "no longer a network of this host") for n in sorted(set(networks.bridges) - wanted)
         ]

@@ -18,6 +18,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, StoredFiles
+from casemate_agent.functions import FunctionFacts
 from casemate_core.claims import Claim
 from casemate_core.errors import CallerError
 from casemate_core.plain import from_plain, to_plain
@@ -110,6 +111,8 @@ class InstanceRecord:
     #: When the stop that is under way began, and when the guest was asked last to power off; 0 where it was not.
     stop_since_s: float = 0.0
     stop_asked_s: float = 0.0
+    #: It was its helper that was asked, and not only the power button, which a guest that is still booting does not hear.
+    stop_heard: bool = False
     started: Started | None = None
     starts: int = 0
     #: How often in a row the domain ended by itself soon after its start, and when that was noticed last.
@@ -176,6 +179,7 @@ class Observation:
     foreign: tuple[DomainFacts, ...] = ()
     files: StoredFiles | None = None
     networks: NetworkFacts | None = None
+    functions: FunctionFacts | None = None
     #: Guarded taps of ours by the uid of the instance, in the order of its interfaces.
     guarded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guests: Mapping[str, GuestView] = field(default_factory=dict)

@@ -242,7 +242,7 @@ def environment_in(kind: str, name: str) -> str:
     match kind:
         case "Environment":
             return name
-        case "Instance" | "Placement" | "Pod":
+        case "Instance" | "Placement" | "Pod" | "Operation":
             return name.partition(".")[0].rpartition("-")[0]
         case _:
             return ""

@@ -124,3 +124,19 @@ async def test_a_closed_executor_refuses(calls: DeadlineExecutor) -> None:
     calls.close()
     with pytest.raises(Unavailable, match="closed"):
         await calls.run("late", lambda: None, 1)
+
+
+async def test_it_is_told_when_a_call_never_begins(calls: DeadlineExecutor, gate: threading.Event) -> None:
+    told: list[str] = []
+    hung = [asyncio.create_task(calls.run(f"hang {n}", gate.wait, 5)) for n in range(2)]
+    await asyncio.sleep(0.05)
+    with pytest.raises(DeadlineExceeded):
+        await calls.run("late", lambda: told.append("ran"), 0.05, unused=lambda: told.append("unused"))
+    gate.set()
+    await asyncio.gather(*hung)
+    assert await calls.run("one", lambda: 1, 5, unused=lambda: told.append("wrong")) == 1
+    assert told == ["unused"]
+    calls.close()
+    with pytest.raises(Unavailable):
+        await calls.run("closed", lambda: 1, 5, unused=lambda: told.append("closed"))
+    assert told == ["unused", "closed"]

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -20,6 +22,7 @@ from casemate_core.claims import Claim, PlainMemory
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CasemateError, DeadlineExceeded, NotFound, Unavailable
 from casemate_core.spec.instance import Placement
+from support import virt_hang
 from support.instances import NETWORK, nic
 from support.real_host import RealHost, drivers_on
 
@@ -211,6 +214,15 @@ async def test_a_stopped_libvirtd_costs_a_deadline_and_never_the_loop(real_host:
                 await asyncio.sleep(0.1)
     watcher.cancel()
     assert longest < 1.0
+
+
+def test_a_libvirtd_that_hangs_while_many_ask_does_not_end_the_agent(
+    sandbox: sandboxes.Sandbox, tmp_path: Path
+) -> None:
+    program = Path(virt_hang.__file__)
+    argv = [sys.executable, str(program), str(tmp_path), sandbox.uri, sandbox.scope, str(sandbox.pid)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 async def test_guests_outlive_libvirtd_and_are_found_again(

@@ -9,6 +9,7 @@ import pytest
 from casemate_agent import actions as act
 from casemate_agent.converge import ActionOutcome, InstancePlan, Settings, remember
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase, MachineFacts, NetworkFacts, StoredFiles
+from casemate_agent.functions import FunctionFacts
 from casemate_agent.reconcile import plan
 from casemate_agent.records import (
     Book,
@@ -64,6 +65,7 @@ def seen(*domains: DomainFacts, made: bool = True, **changes: Any) -> Observatio
         files=files,
         networks=NetworkFacts({"default": "cmbr0"} if made else {}, {"cm1": ("", "")} if made else {}),
         guarded={ME: ("cm1",)} if made else {},
+        functions=FunctionFacts(),
         virtualisation="kvm",
     )
     return replace(observation, **changes)
@@ -170,6 +172,12 @@ TABLE = [
         Phase.STOPPING, "", 4.0),
     Row("asked again", replace(STOP, stop_since_s=NOW_S - 5, stop_asked_s=NOW_S - 5),
         seen(domain(), attached=frozenset({ME})), ["Shutdown"],
+        Phase.STOPPING, "", 4.0),
+    Row("asked again as soon as its helper can hear it", replace(STOP, stop_since_s=NOW_S - 2, stop_asked_s=NOW_S - 2),
+        seen(domain(), attached=frozenset({ME}), guests={ME: GUEST}), ["Shutdown"],
+        Phase.STOPPING, "", 4.0, more=lambda p: p.actions[0].helper),  # type: ignore[union-attr]
+    Row("its helper was asked, waiting", replace(STOP, stop_since_s=NOW_S - 2, stop_asked_s=NOW_S - 2, stop_heard=True),
+        seen(domain(), attached=frozenset({ME}), guests={ME: GUEST}), [],
         Phase.STOPPING, "", 4.0),
     Row("grace is over", replace(STOP, stop_since_s=NOW_S - 10, stop_asked_s=NOW_S - 1), seen(domain()), ["Destroy"],
         Phase.STOPPING),
@@ -386,5 +394,6 @@ def test_what_is_remembered_of_outcomes() -> None:
     assert started.started == Started("boot-1", NOW_S)
     assert started.starts == 1
     assert after(STOP, act.Shutdown(ME, False, "r")).stop_asked_s == NOW_S
+    assert [after(STOP, act.Shutdown(ME, helper, "r")).stop_heard for helper in (False, True)] == [False, True]
     # one that was seen running already is not counted twice
     assert decide(started, seen(domain())).record.starts == 1

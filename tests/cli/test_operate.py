@@ -88,7 +88,7 @@ def test_pause_resume_and_stop_by_force(fleet: Fleet, name: str) -> None:
 def test_no_wait_answers_at_once_and_one_operation_excludes_another(fleet: Fleet, name: str) -> None:
     make(fleet, name)
     told = fleet.run("restart", name, "--no-wait").ok()
-    assert "was asked for" in told and "operation/restart-" in told
+    assert "was asked for" in told and f"operation/{name}-0.restart-" in told
     other = fleet.run("reset", name, "--no-wait")
     assert other.code in (0, 7)
     operation = told.split("operation/")[1].split()[0]

@@ -6,9 +6,6 @@ from pathlib import Path
 import pytest
 
 from support.contract import Bench, real_bench, simulated_bench
-from support.real_host import sandbox
-
-__all__ = ["sandbox"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

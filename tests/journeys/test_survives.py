@@ -35,7 +35,7 @@ def host(fleet: RealFleet) -> dict[str, Any]:
 
 
 def conditions(fleet: RealFleet) -> dict[str, str]:
-    return {c["type"]: c["status"] for c in host(fleet)["conditions"]}
+    return {c["type"]: c["status"] for c in host(fleet).get("conditions", ())}
 
 
 @pytest.mark.timeout(900)
@@ -119,19 +119,19 @@ def test_libvirtd_hangs_for_a_minute_and_dies_and_no_vm_notices(real_fleet: Real
             assert host(fleet)["phase"] == "Ready", fleet.tails()
             longest_s, asked = max(longest_s, time.monotonic() - began_s), asked + 1
             time.sleep(2)
-        assert conditions(fleet)["Hypervisor"] == "False"
+        assert conditions(fleet).get("Hypervisor") == "False"
         assert fleet.instance("late")["status"]["phase"] in ("Placed", "Unknown", "Preparing")
     finally:
         os.kill(fleet.sandbox.pid, signal.SIGCONT)
     assert asked >= 5 and longest_s < 10, f"{asked} answers, the longest in {longest_s:.1f} s"
     fleet.until_running("late")
-    fleet.until("libvirtd is reached again", lambda: conditions(fleet)["Hypervisor"] == "True")
+    fleet.until("libvirtd is reached again", lambda: conditions(fleet).get("Hypervisor") == "True")
     assert of(fleet, "calm") == before
     assert qemus.items() <= fleet.qemus().items()
     qemus = fleet.qemus()
 
     os.kill(fleet.sandbox.pid, signal.SIGKILL)
-    fleet.until("its end is noticed", lambda: conditions(fleet)["Hypervisor"] == "False")
+    fleet.until("its end is noticed", lambda: conditions(fleet).get("Hypervisor") == "False")
     fleet.run("delete", "env", "late", "--no-wait").ok()
     assert host(fleet)["phase"] == "Ready"
     assert fleet.qemus() == qemus
@@ -141,7 +141,7 @@ def test_libvirtd_hangs_for_a_minute_and_dies_and_no_vm_notices(real_fleet: Real
     fleet.until("the VM is known again", lambda: of(fleet, "calm") == before)
     assert fleet.qemus() == {before[0]: before[1]}
     said = fleet.agent.log.read_bytes()[log:]
-    assert b"session ended" not in said, "the stream broke off"
+    assert b"session ended" not in said, f"the stream broke off: {said.decode(errors='replace')[:20000]}"
     fleet.run("delete", "env", "calm", timeout_s=330).ok()
     assert fleet.traces_of(before[0]) == []
 

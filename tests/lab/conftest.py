@@ -26,5 +26,5 @@ def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         if reporter is not None:
             reporter.write_line(f"lab: {text}")
 
-    with server_up(tmp_path_factory.mktemp("lab"), say, hardware="") as made:
+    with server_up(tmp_path_factory.mktemp("lab"), say) as made:
         yield made

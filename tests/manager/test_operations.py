@@ -10,6 +10,7 @@ from casemate_core.spec.environment import Environment, UpdateStrategy
 from casemate_core.spec.instance import DesiredInstance, InstanceState, Phase, Run
 from casemate_core.spec.operation import OrderPhase, OrderState
 from casemate_manager import views
+from casemate_manager.access import environment_in
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.commands import Due, Expire, HostGone, OperateAnswer, OperateInstances
 from casemate_manager.fleet.requests import KeyReused
@@ -306,3 +307,30 @@ def test_a_lifetime_ends_an_environment_with_notice(host: Host) -> None:
     host.settle()
     host.obey("h1")
     assert not host.state.environments and not host.state.lifetimes
+
+
+def test_an_operation_is_of_its_environment(host: Host) -> None:
+    host.apply(environment())
+    host.up()
+    (ref,) = host.operate("hello", "restart").operations
+    assert ref.name.startswith("hello-0.restart-")
+    assert environment_in("Operation", ref.name) == "hello"
+
+
+def test_what_cloud_init_complains_about_is_a_condition(host: Host) -> None:
+    host.apply(environment())
+    one = host.wanted()["hello-0"]
+
+    def told(status: str, message: str = "") -> tuple[str, str, str] | None:
+        state = InstanceState(
+            one.uid, one.generation, Phase.RUNNING, pid=1, cloud_init=status, cloud_init_message=message
+        )
+        host.tell("h1", 1, state)
+        view = views.instance_view(host.state, host.observed, host.state.instances[one.uid])
+        found = [(c.status, c.reason, c.message) for c in view.conditions if c.type == "CloudInit"]
+        return found[0] if found else None
+
+    assert told("none") is None
+    assert told("running") == ("Unknown", "Running", "")
+    assert told("done") == ("True", "Done", "")
+    assert told("error", "no such module") == ("False", "Error", "no such module")

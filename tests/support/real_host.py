@@ -1,11 +1,10 @@
-"""A real host for tests: a private libvirtd of the session, and drivers on folders of the test.
+"""A real host for tests: drivers on folders of the test, and the session's private libvirtd (`support.libvirtd`).
 
-``from support.real_host import sandbox, real_host`` in a conftest.py makes the fixtures. Everything carries the sandbox's
-scope and lies under pytest's temporary folder, so that what a test forgot is found and removed.
+``from support.real_host import real_host`` in a conftest.py makes the fixture. Everything carries the sandbox's scope and
+lies under pytest's temporary folder, so that what a test forgot is found and removed.
 """
 
-import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from casemate_agent import sandbox as sandboxes
 from casemate_agent.drivers.fetch import SourceRules
 from casemate_agent.drivers.image import ImageStore
-from casemate_agent.drivers.libvirt import EventLoop, LibvirtHypervisor, LibvirtSettings
+from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
@@ -90,16 +89,6 @@ async def drivers_on(sandbox: sandboxes.Sandbox, folder: Path) -> AsyncIterator[
                 await hypervisor.destroy(facts.uuid, 20)
                 await hypervisor.undefine(facts.uuid, 20)
             await networks.remove_all(20)
-
-
-@pytest.fixture(scope="session")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sandboxes.Sandbox]:
-    """The session's private libvirtd."""
-    folder = tmp_path_factory.mktemp("v", numbered=False)
-    EventLoop.ensure()
-    yield sandboxes.up(folder / "lv")
-    sandboxes.down(folder / "lv")
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -6,11 +6,14 @@ from hypothesis import strategies as st
 
 from casemate_core.claims import Claim
 from casemate_core.spec import instance as i
+from casemate_core.spec.operation import Order, OrderPhase, OrderState, Verb
 from casemate_core.spec.views import Condition
 from casemate_core.topology_loaders import from_line
-from casemate_wire import stream
+from casemate_wire import schema, stream
 from casemate_wire.codec import hosts
+from casemate_wire.codec.views import boot_word
 from casemate_wire.v1 import hosts_pb2
+from casemate_wire.v1.environment_pb2 import InstanceStatus
 
 UID = "0c1d2e3f-0000-4000-8000-000000000001"
 words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=40)
@@ -27,6 +30,10 @@ nics = st.builds(
     i.Nic, words, st.binary(min_size=6, max_size=6).map(lambda b: b.hex(":")), addresses, st.integers(1, 32), addresses,
     st.lists(addresses, max_size=2).map(tuple), st.integers(576, 9000), words,
 )  # fmt: skip
+orders = st.builds(
+    Order, uids, st.sampled_from(Verb), times, st.none() | times, counts, words, st.booleans()
+)  # fmt: skip
+order_states = st.builds(OrderState, uids, st.sampled_from(OrderPhase), words, words, times, times)
 claims = st.builds(Claim, uids, st.integers(0, 9), st.integers(0, 9), disk_mib=st.integers(0, 10**6))
 desired = st.builds(
     i.DesiredInstance, uid=uids, tenant=words, environment=words, name=words, ordinal=counts, generation=counts, run=st.sampled_from(i.Run),
@@ -34,7 +41,8 @@ desired = st.builds(
     placement=st.builds(i.Placement, claims, counts, counts, words), archives=st.lists(images, max_size=2).map(tuple),
     nics=st.lists(nics, max_size=2).map(tuple), pods=st.just(({"metadata": {"name": "web"}, "spec": {"n": 1}},)),
     ssh_keys=st.lists(words, max_size=2).map(tuple), user_data=words, virtualisation=st.sampled_from(i.Virtualisation),
-    cpu_policy=words, page_kib=counts, peers=st.lists(st.builds(i.Peer, words, addresses), max_size=2).map(tuple),
+    cpu_policy=words, page_kib=counts, peers=st.lists(st.builds(i.Peer, words, addresses), max_size=2).map(tuple), order=st.none() | orders, disk=counts,
+    on_crash=st.sampled_from(["restart", "leave"]), crash_limit=counts, stop_grace_s=st.none() | times,
 )  # fmt: skip
 networks = st.builds(
     i.HostNetwork, words, words, st.ip_addresses(v=4).map(lambda a: f"{a}/32"), addresses, st.integers(576, 9000)
@@ -60,7 +68,7 @@ pods = st.builds(
 )
 states = st.builds(
     i.InstanceState, uids, counts, st.sampled_from(i.Phase), words, words, st.sampled_from(["", "kvm", "tcg"]), words, counts, counts, times,
-    st.booleans(), words, st.lists(pods, max_size=2).map(tuple), counts, counts, st.none() | claims,
+    st.booleans(), words, st.lists(pods, max_size=2).map(tuple), counts, counts, st.none() | claims, st.none() | order_states, words,
 )  # fmt: skip
 reports = st.builds(
     stream.HostReport, counts, st.lists(claims, max_size=2).map(tuple), st.lists(words, max_size=2).map(tuple),
@@ -127,3 +135,27 @@ def test_an_instance_without_shape_is_refused(field: str, value: str | None) -> 
         setattr(message.desired.instances[0], field, value)
     with pytest.raises(hosts.BadMessage):
         hosts.to_host_from_wire(message)
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        (i.InstanceState("u", 1, i.Phase.PREPARING), "off"),
+        (i.InstanceState("u", 1, i.Phase.STOPPED), "off"),
+        (i.InstanceState("u", 1, i.Phase.STARTING, pid=7), "firmware"),
+        (i.InstanceState("u", 1, i.Phase.RUNNING, pid=7, guest_boot_id="b"), "userland"),
+        (
+            i.InstanceState("u", 1, i.Phase.RUNNING, pid=7, guest_boot_id="b", guest_ready=True, cloud_init="running"),
+            "cloud-init",
+        ),
+        (
+            i.InstanceState("u", 1, i.Phase.RUNNING, pid=7, guest_boot_id="b", guest_ready=True, cloud_init="done"),
+            "pods",
+        ),
+        (i.InstanceState("u", 1, i.Phase.READY, pid=7, guest_boot_id="b", guest_ready=True), "up"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.phase.value,
+)
+def test_how_far_a_guest_has_booted(state: i.InstanceState, word: str) -> None:
+    assert boot_word(state) == word
+    assert word in schema.words(InstanceStatus.DESCRIPTOR.fields_by_name["boot"])

@@ -91,7 +91,7 @@ def test_a_good_manifest_comes_back_with_its_defaults() -> None:
         ("metadata.labels.tier", 3, "metadata.labels.tier: '3' is not text; write \"3\" in quotes"),
         ("spec.gpus", [{"count": 1}], "spec.gpus: is not served by this release"),
         ("spec.nics", {}, "spec.nics: '{}' is not a list"),
-        ("spec.nics.0.type", "sriov", "spec.nics[0].type: 'sriov' is not served"),
+        ("spec.nics.0.vlan", 100, "spec.nics[0].vlan: '100' is for virtual functions"),
         ("spec.pods.0.spec.hostPID", True, "spec.pods[0].spec.hostPID: is not a supported Pod field"),
         ("spec.pods.0.spec.containers.0.image", None, "spec.pods[0].spec.containers[0].image: is missing"),
         ("spec.pods.0.spec.containers.0.lifecycle", {}, "containers[0].lifecycle: is not a supported Pod field"),

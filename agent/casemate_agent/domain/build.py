@@ -5,12 +5,13 @@ from xml.etree.ElementTree import Element, indent, register_namespace, tostring
 from casemate_agent.domain.cpu import add_cpu_model, add_vcpus
 from casemate_agent.domain.devices import add_channels, add_console, add_disks, add_interfaces, add_small
 from casemate_agent.domain.elements import add, plain_words
+from casemate_agent.domain.functions import add_functions
 from casemate_agent.domain.memory import add_balloon, add_memory, add_memory_backing
 from casemate_agent.domain.metadata import NAMESPACE, add_metadata
 from casemate_agent.domain.names import check_uid, domain_name
 from casemate_agent.domain.shape import HostShape
 from casemate_agent.drivers.ports import DomainFiles
-from casemate_core.spec.instance import DesiredInstance
+from casemate_core.spec.instance import DesiredInstance, bridged
 
 register_namespace("casemate", NAMESPACE)
 
@@ -40,7 +41,8 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     add(devices, "emulator", text=shape.emulator)
     add_disks(devices, files, shape)
     add_small(devices)
-    add_interfaces(devices, desired.nics, desired.uid, shape)
+    add_interfaces(devices, bridged(desired.nics), desired.uid, shape)
+    add_functions(devices, files.functions)
     add_channels(devices, desired, shape)
     add_console(devices, desired, shape)
     add_balloon(devices, desired)

@@ -34,6 +34,7 @@ def unobserved(what: str, took_s: float, error: str) -> None:
 class _Job:
     call: Callable[[], Any]
     discard: Callable[[Any], None] | None
+    unused: Callable[[], None] | None
     future: Future[Any] = field(default_factory=Future)
     lock: threading.Lock = field(default_factory=threading.Lock)
     started: bool = False
@@ -62,21 +63,31 @@ class DeadlineExecutor:
         return self._stuck
 
     async def run(
-        self, what: str, call: Callable[[], T], deadline_s: float, discard: Callable[[T], None] | None = None
+        self,
+        what: str,
+        call: Callable[[], T],
+        deadline_s: float,
+        discard: Callable[[T], None] | None = None,
+        unused: Callable[[], None] | None = None,
     ) -> T:
         """What ``call`` returns. Raises what it raises; DeadlineExceeded after ``deadline_s``; Unavailable when too many hang.
 
         When the waiting task is cancelled the call is abandoned too. ``discard`` gets the result of an abandoned call, in
-        its thread.
+        its thread. ``unused`` is called on the event loop where ``call`` never begins.
         """
-        job = _Job(call, discard)
-        with self._lock:
-            if self._closed:
-                raise Unavailable(f"{self._name} is closed")
-            if self._stuck >= self._max_stuck:
-                raise Unavailable(f"{what}: {self._stuck} calls of {self._name} hang already")
-            self._jobs.put(job)
-            self._spawn_if_short()
+        job = _Job(call, discard, unused)
+        try:
+            with self._lock:
+                if self._closed:
+                    raise Unavailable(f"{self._name} is closed")
+                if self._stuck >= self._max_stuck:
+                    raise Unavailable(f"{what}: {self._stuck} calls of {self._name} hang already")
+                self._jobs.put(job)
+                self._spawn_if_short()
+        except Unavailable:
+            if unused is not None:
+                unused()
+            raise
         limit = asyncio.timeout(deadline_s)
         begun_s, error = asyncio.get_running_loop().time(), ""
         try:
@@ -107,8 +118,11 @@ class DeadlineExecutor:
             if job.finished or job.abandoned:
                 return
             job.abandoned = True
-            if not job.started:
-                return
+            began = job.started
+        if not began:
+            if job.unused is not None:
+                job.unused()
+            return
         with self._lock:
             self._stuck += 1
             self._spawn_if_short()

@@ -3,23 +3,15 @@
 For: ``ports.Hypervisor``. What may live here: calls of libvirt-python, the one connection and its events, the translation
 of errors. What a domain looks like is ``casemate_agent.domain``; what to do with it is decided elsewhere.
 
-Theory of operation. libvirt-python blocks, so every call runs in a ``DeadlineExecutor``; objects of libvirt live and die in
-its threads only, because letting go of a connection is itself a call that may hang. libvirt's own event loop runs in one
-daemon thread for the whole process. It is apart from asyncio on purpose: keep-alive answers and the detection of a dead
-libvirtd must work while our loop is busy, and libvirt allows one event implementation for a process's whole life, which
-an asyncio loop is not.
-
-One connection is kept. When libvirt says that it closed (keep-alive sees a libvirtd that hangs after about 15 s) or a call
-finds it broken, it is dropped, and a task opens a new one with growing pauses; meanwhile calls fail at once with
-Unavailable, so that a libvirtd that is away for a minute costs nobody more than that. When it is back, one event with an
-empty uuid says: look at everything again.
+Theory of operation. Connections, their one call at a time, deadlines and the ways in which libvirtd can be away are in
+``virtlines``. What is here asks and reads: lifecycle events become ``DomainEvent``; when connections are back after a loss,
+one event with an empty uuid says: look at everything again.
 """
 
 import asyncio
 import logging
 import os
-import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -38,21 +30,15 @@ from casemate_agent.drivers.deadline import DeadlineExecutor, Observe, unobserve
 from casemate_agent.drivers.files import write_private
 from casemate_agent.drivers.kvm import Virtualisation, probe
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase, DomainStats
+from casemate_agent.drivers.virtlines import Lines, Remaining
 from casemate_core.cpuset import EMPTY, CpuSet
-from casemate_core.errors import DeadlineExceeded, InternalError, MachineError, NotFound, Unavailable
+from casemate_core.errors import InternalError, NotFound
 from casemate_core.spec.instance import DesiredInstance
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEFAULT_URI = "qemu:///system"
-#: Seconds between keep-alive messages, and how many may stay unanswered.
-KEEPALIVE_INTERVAL_S = 5
-KEEPALIVE_COUNT = 2
-#: An open connection answers in milliseconds; the first one after libvirtd's start probes QEMU for up to 10 s.
-OPEN_DEADLINE_S = 30.0
-FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 5.0
 #: Events kept for a reader that is slow; beyond it they become one "look at everything".
 MAX_QUEUED_EVENTS = 1024
 
@@ -85,56 +71,6 @@ STOPPED_WORDS = {
     libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED: "saved",
     libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED: "failed to start",
 }
-#: Errors that say that the connection, not the call, is broken.
-BROKEN = {
-    libvirt.VIR_ERR_NO_CONNECT,
-    libvirt.VIR_ERR_INVALID_CONN,
-    libvirt.VIR_ERR_RPC,
-    libvirt.VIR_ERR_AUTH_FAILED,
-    libvirt.VIR_ERR_AUTH_UNAVAILABLE,
-}
-#: Errors that say that our XML is wrong.
-OUR_FAULT = {libvirt.VIR_ERR_XML_ERROR, libvirt.VIR_ERR_XML_DETAIL, libvirt.VIR_ERR_XML_INVALID_SCHEMA}
-
-
-class HypervisorFailed(MachineError):
-    """libvirt or QEMU refused; ``code`` is libvirt's (virErrorNumber)."""
-
-    reason = "HypervisorFailed"
-
-    def __init__(self, what: str, text: str, code: int) -> None:
-        self.code = code
-        super().__init__(f"{what}: {text}")
-
-
-class _Broken(Unavailable):
-    """The connection to libvirtd is gone."""
-
-
-class EventLoop:
-    """libvirt's event loop: one daemon thread, for as long as the process lives."""
-
-    _lock = threading.Lock()
-    _running = False
-
-    @classmethod
-    def ensure(cls) -> None:
-        """Have it run. Every later call does nothing."""
-        with cls._lock:
-            if cls._running:
-                return
-            # libvirt writes each error to stderr unless told not to; we raise them.
-            libvirt.registerErrorHandler(lambda _context, _error: None, None)
-            libvirt.virEventRegisterDefaultImpl()
-            # Without any timer the loop would sleep until the first descriptor shows up, and miss those added meanwhile.
-            libvirt.virEventAddTimeout(1000, lambda _timer, _opaque: None, None)
-            threading.Thread(target=cls._run, name="libvirt-events", daemon=True).start()
-            cls._running = True
-
-    @staticmethod
-    def _run() -> None:
-        while True:
-            libvirt.virEventRunDefaultImpl()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +94,7 @@ class LibvirtHypervisor:
     def __init__(self, settings: LibvirtSettings, observe: Observe = unobserved) -> None:
         self._settings = settings
         self._calls = DeadlineExecutor("libvirt", observe=observe)
-        self._connection: Any = None
-        self._connected = asyncio.Event()
-        self._lost = asyncio.Event()
-        self._why_away = "not connected yet"
-        self._keeper: asyncio.Task[None] | None = None
+        self._lines = Lines(settings.uri, self._calls, self._on_lifecycle, self._on_back)
         self._readers: set[asyncio.Queue[DomainEvent]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shape: HostShape | None = None
@@ -172,33 +104,28 @@ class LibvirtHypervisor:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        EventLoop.ensure()
-        self._keeper = self._loop.create_task(self._keep_connected(), name="libvirt connection")
+        self._lines.begin()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._keeper is not None
-        self._keeper.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._keeper
-        await self._drop("closed")
+        await self._lines.end()
         self._calls.close()
 
     # --- the port -----------------------------------------------------------------------------------------------------
 
     async def domains(self, deadline_s: float) -> tuple[DomainFacts, ...]:
-        return await self._call("list domains", self._domains, deadline_s)
+        return await self._lines.call("list domains", self._domains, deadline_s)
 
     async def descriptions(self, deadline_s: float) -> Mapping[str, str]:
-        return await self._call("domain descriptions", self._descriptions, deadline_s)
+        return await self._lines.call("domain descriptions", self._descriptions, deadline_s)
 
     async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
-        return await self._call("domain statistics", self._stats, deadline_s)
+        return await self._lines.call("domain statistics", self._stats, deadline_s)
 
     async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
-        async with _Remaining(deadline_s) as left:
+        async with Remaining(deadline_s) as left:
             shape = await self.shape(left())
-            await self._call("define domain", lambda c: self._define(c, desired, files, shape), left())
+            await self._lines.call("define domain", lambda c: self._define(c, desired, files, shape), left())
 
     async def start(self, uid: str, deadline_s: float) -> None:
         def start(connection: Any) -> None:
@@ -214,7 +141,7 @@ class LibvirtHypervisor:
                     if not domain.isActive():
                         raise
 
-        await self._call("start domain", start, deadline_s)
+        await self._lines.call("start domain", start, deadline_s)
 
     async def shutdown(self, uid: str, deadline_s: float) -> None:
         def shutdown(connection: Any) -> None:
@@ -222,7 +149,7 @@ class LibvirtHypervisor:
             if domain is not None and domain.isActive():
                 domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
 
-        await self._call("shut down domain", shutdown, deadline_s)
+        await self._lines.call("shut down domain", shutdown, deadline_s)
 
     async def destroy(self, uid: str, deadline_s: float) -> None:
         def destroy(connection: Any) -> None:
@@ -234,7 +161,7 @@ class LibvirtHypervisor:
                     if domain.isActive():
                         raise
 
-        await self._call("destroy domain", destroy, deadline_s)
+        await self._lines.call("destroy domain", destroy, deadline_s)
 
     async def suspend(self, uid: str, deadline_s: float) -> None:
         def suspend(connection: Any) -> None:
@@ -242,7 +169,7 @@ class LibvirtHypervisor:
             if domain is not None and domain.isActive() and domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
                 domain.suspend()
 
-        await self._call("suspend domain", suspend, deadline_s)
+        await self._lines.call("suspend domain", suspend, deadline_s)
 
     async def resume(self, uid: str, deadline_s: float) -> None:
         def resume(connection: Any) -> None:
@@ -250,7 +177,7 @@ class LibvirtHypervisor:
             if domain is not None and domain.isActive() and domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
                 domain.resume()
 
-        await self._call("resume domain", resume, deadline_s)
+        await self._lines.call("resume domain", resume, deadline_s)
 
     async def reset(self, uid: str, deadline_s: float) -> None:
         def reset(connection: Any) -> None:
@@ -259,7 +186,7 @@ class LibvirtHypervisor:
                 raise NotFound("running domain", uid)
             domain.reset()
 
-        await self._call("reset domain", reset, deadline_s)
+        await self._lines.call("reset domain", reset, deadline_s)
 
     async def undefine(self, uid: str, deadline_s: float) -> None:
         def undefine(connection: Any) -> None:
@@ -274,7 +201,7 @@ class LibvirtHypervisor:
             self._record_path(uid).unlink(missing_ok=True)
             Path(channel_path(self._settings.run_dir, uid)).unlink(missing_ok=True)
 
-        await self._call("undefine domain", undefine, deadline_s)
+        await self._lines.call("undefine domain", undefine, deadline_s)
 
     def events(self) -> AsyncIterator[DomainEvent]:
         # Registered now, not when the first event is asked for: nothing in between is missed.
@@ -283,7 +210,7 @@ class LibvirtHypervisor:
         return self._read(reader)
 
     async def virtualisation(self, deadline_s: float) -> str:
-        async with _Remaining(deadline_s) as left, self._probing:
+        async with Remaining(deadline_s) as left, self._probing:
             if self._virtualisation is None:
                 cache = Path(self._settings.probe_cache)
                 # Not on the connection's threads: it runs QEMU, and nothing of libvirt.
@@ -299,7 +226,7 @@ class LibvirtHypervisor:
 
     async def capabilities(self, deadline_s: float) -> str:
         """libvirt's XML about the host."""
-        return await self._call("read capabilities", lambda c: str(c.getCapabilities()), deadline_s)
+        return await self._lines.call("read capabilities", lambda c: str(c.getCapabilities()), deadline_s)
 
     async def console_path(self, uid: str, deadline_s: float) -> str:
         """The pty of a running domain's serial port; empty where it does not run, or has none."""
@@ -310,16 +237,16 @@ class LibvirtHypervisor:
                 return ""
             return serial_path(domain.XMLDesc(0))
 
-        return await self._call("find the console", look, deadline_s)
+        return await self._lines.call("find the console", look, deadline_s)
 
     # --- what domains here are made with ------------------------------------------------------------------------------
 
     async def shape(self, deadline_s: float) -> HostShape:
         """What of this host the XML of its domains depends on; asked of libvirt once."""
         if self._shape is None:
-            async with _Remaining(deadline_s) as left:
+            async with Remaining(deadline_s) as left:
                 kind = "kvm" if await self.virtualisation(left()) == "kvm" else "qemu"
-                machine, emulator = await self._call("read capabilities", lambda c: _machine(c, kind), left())
+                machine, emulator = await self._lines.call("read capabilities", lambda c: _machine(c, kind), left())
             self._shape = HostShape(
                 kind=kind,
                 machine=machine,
@@ -437,129 +364,12 @@ class LibvirtHypervisor:
         words = EVENT_WORDS.get(event, f"event {event}")
         if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             words = f"{words}: {STOPPED_WORDS.get(detail, detail)}"
-        self._threadsafe(self._publish, DomainEvent(domain.UUIDString(), domain.name(), words))
-
-    def _on_close(self, _connection: Any, reason: int, _opaque: Any) -> None:
-        """In libvirt's thread."""
-        words = {
-            libvirt.VIR_CONNECT_CLOSE_REASON_ERROR: "an error on the socket",
-            libvirt.VIR_CONNECT_CLOSE_REASON_EOF: "libvirtd ended",
-            libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE: "libvirtd does not answer",
-            libvirt.VIR_CONNECT_CLOSE_REASON_CLIENT: "closed",
-        }
-        self._threadsafe(self._mark_lost, words.get(reason, f"reason {reason}"))
-
-    def _threadsafe(self, call: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(call, *arguments)
+            self._loop.call_soon_threadsafe(self._publish, DomainEvent(domain.UUIDString(), domain.name(), words))
 
-    # --- the connection -----------------------------------------------------------------------------------------------
-
-    def _mark_lost(self, why: str) -> None:
-        if self._connected.is_set():
-            log.warning("connection to libvirt lost: %s", why)
-        self._why_away = why
-        self._connected.clear()
-        self._lost.set()
-
-    async def _keep_connected(self) -> None:
-        """Open the connection, wait until it is lost, and again."""
-        pause_s, opened_before = FIRST_PAUSE_S, False
-        while True:
-            self._lost.clear()
-            try:
-                self._connection = await self._calls.run("connect", self._open, OPEN_DEADLINE_S, discard=_close)
-            except (MachineError, libvirt.libvirtError) as error:
-                self._why_away = str(error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-                continue
-            pause_s = FIRST_PAUSE_S
-            if not self._lost.is_set():
-                self._connected.set()
-                if opened_before:
-                    log.info("connection to libvirt is back")
-                    self._publish(DomainEvent("", "", "the connection to libvirt is back"))
-                opened_before = True
-            await self._lost.wait()
-            await self._drop(self._why_away)
-
-    def _open(self) -> Any:
-        connection = libvirt.open(self._settings.uri)
-        try:
-            connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
-            connection.registerCloseCallback(self._on_close, None)
-            connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None)
-        except BaseException:
-            _close(connection)
-            raise
-        return connection
-
-    async def _drop(self, why: str) -> None:
-        """Let go of the connection in a thread of its own: closing it is a call, too."""
-        connection, self._connection = self._connection, None
-        self._connected.clear()
-        self._why_away = why
-        if connection is not None:
-            holder = [connection]
-            del connection
-            with suppress(MachineError):
-                await self._calls.run("close the connection", lambda: _close(holder.pop()), 5.0)
-
-    async def _call(self, what: str, call: Callable[[Any], T], deadline_s: float) -> T:
-        """Run ``call`` with the connection in a thread; translate its errors."""
-        async with _Remaining(deadline_s) as left:
-            if not self._connected.is_set() and self._why_away == "not connected yet":
-                # Right after the start; later a lost connection is told at once.
-                try:
-                    await asyncio.wait_for(self._connected.wait(), left())
-                except TimeoutError:
-                    raise Unavailable(f"{what}: libvirt: {self._why_away}") from None
-            connection = self._connection
-            if not self._connected.is_set() or connection is None:
-                raise Unavailable(f"{what}: libvirt is away: {self._why_away}")
-            try:
-                return await self._calls.run(what, lambda: _translated(what, call, connection), left())
-            except _Broken as error:
-                if connection is self._connection:
-                    self._mark_lost(str(error))
-                raise
-
-
-class _Remaining:
-    """What is left of a deadline over several steps."""
-
-    def __init__(self, deadline_s: float) -> None:
-        self._end = asyncio.get_running_loop().time() + deadline_s
-
-    async def __aenter__(self) -> Callable[[], float]:
-        return self._left
-
-    async def __aexit__(self, *_: object) -> None:
-        return None
-
-    def _left(self) -> float:
-        left = self._end - asyncio.get_running_loop().time()
-        if left <= 0:
-            raise DeadlineExceeded("no time left")
-        return left
-
-
-def _translated(what: str, call: Callable[[Any], T], connection: Any) -> T:
-    try:
-        return call(connection)
-    except libvirt.libvirtError as error:
-        code, domain = error.get_error_code(), error.get_error_domain()
-        text = error.get_error_message() or str(error)
-        # ``from None``: the error's traceback holds libvirt's objects, and they must not leave this thread.
-        if code in OUR_FAULT:
-            raise InternalError(f"{what}: {text}") from None
-        if code in BROKEN or domain == libvirt.VIR_FROM_RPC or "client socket is closed" in text:
-            raise _Broken(f"{what}: {text}") from None
-        if code == libvirt.VIR_ERR_NO_DOMAIN:
-            raise NotFound("domain", text) from None
-        raise HypervisorFailed(what, text, code) from None
+    def _on_back(self) -> None:
+        self._publish(DomainEvent("", "", "the connection to libvirt is back"))
 
 
 def _lookup(connection: Any, uid: str) -> Any:
@@ -569,17 +379,6 @@ def _lookup(connection: Any, uid: str) -> Any:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
             return None
         raise
-
-
-def _close(connection: Any) -> None:
-    # Callbacks hold the connection: while one is registered, closing it only counts down.
-    for number in list(getattr(connection, "domainEventCallbackID", ())):
-        with suppress(libvirt.libvirtError):
-            connection.domainEventDeregisterAny(number)
-    with suppress(libvirt.libvirtError):
-        connection.unregisterCloseCallback()
-    with suppress(libvirt.libvirtError):
-        connection.close()
 
 
 def _machine(connection: Any, kind: str) -> tuple[str, str]:

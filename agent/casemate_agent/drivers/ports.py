@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from casemate_agent.doctor.facts import HostSurvey
 from casemate_agent.drivers.gpuports import Gpus
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
+from casemate_agent.functions import FunctionFacts, Grant, Stamp
 from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
 from casemate_core.topology import Topology
@@ -87,6 +88,8 @@ class DomainFiles:
     kernel: str = ""
     initrd: str = ""
     cmdline: str = ""
+    #: PCI addresses of the functions that are passed through, VFs in the order of their interfaces, then devices.
+    functions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,6 +469,36 @@ class Guests(GuestSides, Protocol):
         ...
 
 
+# --- functions that are given away -------------------------------------------------------------------------------------
+
+
+class Functions(Protocol):
+    """Virtual functions and other PCI functions. Types and contract: :mod:`casemate_agent.functions`."""
+
+    async def observe(self, deadline_s: float) -> FunctionFacts:
+        """All of them as they are. Changes nothing."""
+        ...
+
+    async def make_pools(self, deadline_s: float) -> None:
+        """Cut the ports that are to be cut. One that has VFs already keeps them, whatever their number."""
+        ...
+
+    async def give(self, grant: Grant, deadline_s: float) -> tuple[str, ...]:
+        """Have these functions in the state asked for, read back, and bound for the domain; their PCI addresses in order.
+
+        What somebody else has, or holds open, is refused and left as it is: HeldByOther, GroupNotViable, VfMismatch."""
+        ...
+
+    async def take_back(self, stamp: Stamp, keys: tuple[str, ...], deadline_s: float) -> None:
+        """Clean and unbind those of ``keys`` that carry this stamp or an older one of its owner; read back. Raises
+        HeldByOther where a process still has one open."""
+        ...
+
+    async def clean(self, key: str, deadline_s: float) -> None:
+        """Clean a VF that nobody has. Raises HeldByOther where somebody has it after all."""
+        ...
+
+
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
@@ -508,3 +541,4 @@ class Drivers:
     consoles: Consoles
     serials: SerialLogs
     gpus: Gpus
+    functions: Functions

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainPhase, Drivers, GuestEvent, GuestGone
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name, uuid_of
+from casemate_agent.drivers.simulated_functions import Cards
 from casemate_agent.drivers.simulated_guest import SimulatedGuest
 from casemate_agent.drivers.simulated_ports import Lease, drivers_of
+from casemate_agent.functions import CLEAN, grant_of
 from casemate_agent.gpu.readings import GpuFault
-from casemate_core.spec.instance import HostNetwork
+from casemate_core.spec.instance import HostNetwork, bridged
 from casemate_core.topology import Topology
 
 __all__ = ["ACTIVE", "Faults", "SimulatedHost", "SimulatedPace", "tap_name"]
@@ -45,7 +47,7 @@ class SimulatedPace:
 class Faults:
     """What is wrong with the machine at the moment."""
 
-    #: Ports whose calls do not return: ``hypervisor``, ``images``, ``networks``, ``machine``, ``guests``.
+    #: Ports whose calls do not return: ``hypervisor``, ``images``, ``networks``, ``machine``, ``guests``, ``functions``.
     hung: set[str] = field(default_factory=set)
     #: Method name -> how many calls of it fail.
     failing: Counter[str] = field(default_factory=Counter)
@@ -85,6 +87,7 @@ class SimulatedHost:
         self.serial: dict[str, list[tuple[float, bytes]]] = {}
         #: What its GPUs have told of themselves.
         self.xids: list[GpuFault] = []
+        self.cards = Cards()
         self._pids = 1000
         self._guest_boots = 0
         self._lease: Lease | None = None
@@ -115,6 +118,7 @@ class SimulatedHost:
             self.end(uid, DomainPhase.SHUT_OFF, "host rebooted")
         self.bridges.clear()
         self.guards.clear()
+        self.cards.reboot()
 
     def crash_domain(self, uid: str) -> None:
         """Its QEMU is killed."""
@@ -154,11 +158,30 @@ class SimulatedHost:
                 found.append(f"{uid} runs without its disk or its seed")
             if desired.image.file.digest not in self.images:
                 found.append(f"{uid} runs without its image")
-            for index, nic in enumerate(desired.nics):
+            for index, nic in enumerate(bridged(desired.nics)):
                 if nic.network not in self.bridges:
                     found.append(f"{uid} runs without bridge of network {nic.network}")
                 if self.guards.get(tap_name(uid, index)) != (nic.mac, nic.address):
                     found.append(f"{uid} runs with a tap that is not guarded")
+            found += self._check_functions(uid, domain)
+        return found
+
+    def _check_functions(self, uid: str, domain: SimulatedDomain) -> list[str]:
+        assert domain.desired is not None
+        grant, found = grant_of(domain.desired), []
+        for key in domain.functions:
+            stamp = self.cards.stamps.get(key)
+            if stamp is None or stamp.owner != uid:
+                found.append(f"{uid} runs with function {key}, stamped {stamp.owner if stamp else 'by nobody'}")
+            if key not in self.cards.bound:
+                found.append(f"{uid} runs with function {key}, which is not bound")
+            for other, more in self.domains.items():
+                if other != uid and more.facts.phase in ACTIVE and key in more.functions:
+                    found.append(f"{uid} and {other} both run with function {key}")
+        for vf in grant.vfs:
+            if vf.key in domain.functions:
+                told = vf.state.differences(self.cards.states.get(vf.key, CLEAN))
+                found += [f"{uid} runs with VF {vf.key}: {line}" for line in told]
         return found
 
     # --- for its drivers ---

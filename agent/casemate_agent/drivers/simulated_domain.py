@@ -33,6 +33,8 @@ class SimulatedDomain:
     desired: DesiredInstance | None = None
     files: DomainFiles | None = None
     guest: SimulatedGuest | None = None
+    #: Keys of the functions that it holds open while it runs.
+    functions: tuple[str, ...] = ()
 
 
 def simulated_stats(domain: SimulatedDomain) -> DomainStats:

@@ -30,13 +30,15 @@ from casemate_agent.drivers.ports import (
 )
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, simulated_stats, tap_name
+from casemate_agent.drivers.simulated_functions import SimulatedFunctions
 from casemate_agent.drivers.simulated_gpus import SimulatedGpus
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
+from casemate_agent.functions import grant_of
 from casemate_agent.records import to_metadata
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
-from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic
+from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, bridged
 
 if TYPE_CHECKING:
     from casemate_agent.drivers.simulated import SimulatedHost
@@ -135,7 +137,7 @@ class _Hypervisor:
             pid=old.facts.pid if old else 0,
             vcpus=desired.cpus,
             memory_mib=desired.memory_mib,
-            taps=tuple(tap_name(uid, index) for index in range(len(desired.nics))),
+            taps=tuple(tap_name(uid, index) for index in range(len(bridged(desired.nics)))),
             files=tuple(f for f in (files.root, files.seed, files.kernel, files.initrd) if f),
             channel_path=f"/simulated/{uid}.sock",
             vcpu_pins=tuple(frozenset({thread}) for thread in desired.placement.claim.vcpus),
@@ -160,10 +162,19 @@ class _Hypervisor:
             ("its seed", uid in host.seeds),
             ("its image", desired.image.file.digest in host.images),
             *((f"archive {a.name}", a.file.digest in host.images) for a in desired.archives),
-            *((f"bridge of network {nic.network}", nic.network in host.bridges) for nic in desired.nics),
+            *((f"bridge of network {nic.network}", nic.network in host.bridges) for nic in bridged(desired.nics)),
+            *((f"function {key}, bound for it,", key in host.cards.bound) for key in grant_of(desired).keys),
         ):
             if not ok:
                 raise MachineError(f"{what} does not exist")
+        facts = host.cards.facts(host.topology)
+        places = {key: vf.address for key, vf in facts.vfs.items()}
+        places |= {key: device.address for key, device in facts.devices.items()}
+        wanted = grant_of(desired).keys
+        given = domain.files.functions if domain.files is not None else ()
+        if given != tuple(places[key] for key in wanted):
+            raise MachineError(f"{uid} was defined with functions at {given}, which is not where they are")
+        domain.functions = wanted
         domain.facts = replace(domain.facts, phase=DomainPhase.RUNNING, pid=host.new_pid(), frozen=False)
         domain.guest = host.boot_guest(uid)
         host.tell(uid, "started")
@@ -391,7 +402,7 @@ class _Networks:
     async def remove_network(self, name: str, deadline_s: float) -> None:
         def remove() -> None:
             for domain in self._host.domains.values():
-                used = domain.desired is not None and any(nic.network == name for nic in domain.desired.nics)
+                used = domain.desired is not None and any(nic.network == name for nic in bridged(domain.desired.nics))
                 if used and domain.facts.phase in ACTIVE:
                     raise MachineError(f"bridge of network {name} is in use")
             self._host.bridges.pop(name, None)
@@ -573,4 +584,5 @@ def drivers_of(lease: Lease) -> Drivers:
         guests=_Guests(lease),
         consoles=_Consoles(lease),
         serials=_Serials(lease),
+        functions=SimulatedFunctions(lease),
     )

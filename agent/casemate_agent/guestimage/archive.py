@@ -19,7 +19,11 @@ _HELLO = b"""#!/bin/sh
 # Answers every request on port 8080 with a greeting and the name of the pod that gave it.
 echo "Hello from $(hostname)" > /www/index.html
 echo "hello: serving on port 8080 as $(hostname)"
-exec httpd -f -v -p 8080 -h /www
+# The first process of a container hears no signal that it does not ask for; a server that does would wait for its grace.
+trap 'kill $server' TERM
+httpd -f -v -p 8080 -h /www &
+server=$!
+wait $server
 """
 
 

@@ -1,6 +1,5 @@
 """The end of a private fleet: instances, processes, files, in this order, and a look whether anything is left."""
 
-import os
 import shutil
 import sys
 import time
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from casemate_cli import term
-from casemate_cli.dev import processes, steps
+from casemate_cli.dev import processes, state, steps
 from casemate_cli.dev.state import Fleet, Folder
 from casemate_cli.failure import Failure
 from casemate_cli.term import Progress
@@ -82,11 +81,13 @@ def _left(client: "Client") -> list[str]:
 
 
 def _remove_folder(root: Path) -> None:
-    """Remove the fleet's folder; the folders above it go where they are empty."""
+    """Remove the fleet's folder; the default one's parent, which is Casemate's own, goes too where nothing else is in it."""
     if root.exists():
         shutil.rmtree(root)
     root.with_name(root.name + ".lock").unlink(missing_ok=True)
+    if root != state.default_folder():
+        return  # a folder that a person named lies in one of theirs
     try:
-        os.rmdir(root.parent)
-    except OSError:  # not empty, or not there: other fleets' folders
+        root.parent.rmdir()
+    except OSError:  # not empty, or not there
         return

@@ -6,13 +6,14 @@ is signed. How many requests are worked on at once is bounded, for here anyone m
 
 import asyncio
 import hashlib
+import logging
 import secrets
 from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
 
-from casemate_core.errors import Conflict, InternalError, Unavailable
+from casemate_core.errors import CallerError, Conflict, InternalError, Unavailable, shown
 from casemate_core.spec.fleet import Taint
 from casemate_manager import pki
 from casemate_manager.api.errors import unary
@@ -38,6 +39,8 @@ from casemate_wire.v1 import enrolment_pb2, enrolment_pb2_grpc, join_pb2_grpc
 from casemate_wire.v1 import join_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
+log = logging.getLogger("casemate.enrolment")
+
 #: Requests for certificates that are worked on at once, and that wait.
 AT_ONCE: Final = 32
 WAITING: Final = 4096
@@ -88,7 +91,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         def command(key: str, authority: str, expires_s: float) -> Command:
             return UseToken(request.token, request.secret, key, authority, expires_s, self._joining.seed())
 
-        return await self._certificate(request.certificate_request, command)
+        return await self._certificate(context, f"token {shown(request.token)}", request.certificate_request, command)
 
     @unary
     async def Renew(self, request: enrolment_pb2.RenewRequest, context: Context) -> enrolment_pb2.Certificates:
@@ -97,10 +100,10 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
         def command(key: str, authority: str, expires_s: float) -> Command:
             return RenewEnrolment(request.host, key, authority, expires_s)
 
-        return await self._certificate(request.certificate_request, command)
+        return await self._certificate(context, f"host {shown(request.host)}", request.certificate_request, command)
 
     async def _certificate(
-        self, request: bytes, command: Callable[[str, str, float], Command]
+        self, context: Context, who: str, request: bytes, command: Callable[[str, str, float], Command]
     ) -> enrolment_pb2.Certificates:
         """Ask the fleet, and sign after its commit."""
         if self._waiting >= WAITING:
@@ -112,6 +115,9 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
                 key = pki.read_request(request)
                 now_s, signing = joining.clock(), joining.authorities.signing
                 answer: Answer = await joining.submit(command(pki.key_id(key), signing.pin, now_s + pki.HOST_S))
+        except CallerError as error:
+            log.warning("no certificate for %s at %s: %s", who, context.peer(), str(error))
+            raise
         finally:
             self._waiting -= 1
         if not isinstance(answer, Enrolled):

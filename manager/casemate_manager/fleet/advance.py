@@ -104,7 +104,7 @@ def _make_missing(draft: Draft, record: EnvironmentRecord) -> bool:
         uid = make_uid("instance", environment.meta.uid, str(ordinal), str(draft.revision))
         try:
             nics = tuple(
-                draft.nic(uid, i, state.networks[nic.network], nic.type) for i, nic in enumerate(environment.spec.nics)
+                draft.nic(uid, i, state.networks[nic.network], nic) for i, nic in enumerate(environment.spec.nics)
             )
         except AddressesExhausted as error:
             draft.event(_ref(environment), error.reason, str(error), warning=True)
@@ -203,9 +203,20 @@ def _put_with_nics(draft: Draft, record: EnvironmentRecord, instance: InstanceRe
             network = state.networks[wanted.network]
             if index < len(instance.nics) and instance.nics[index].network == wanted.network:
                 kept = instance.nics[index]
-                nics.append(replace(kept, dns=network.spec.dns, mtu=network.spec.mtu, type=wanted.type))
+                nics.append(
+                    replace(
+                        kept,
+                        dns=network.spec.dns,
+                        mtu=network.spec.mtu,
+                        type=wanted.type,
+                        vlan=wanted.vlan,
+                        trust=wanted.trust,
+                        min_rate_mbps=wanted.min_rate_mbps,
+                        max_rate_mbps=wanted.max_rate_mbps,
+                    )
+                )
             else:
-                nics.append(draft.nic(instance.meta.uid, index, network, wanted.type))
+                nics.append(draft.nic(instance.meta.uid, index, network, wanted))
     except AddressesExhausted as error:
         draft.event(instance_ref(instance), error.reason, str(error), warning=True)
         nics = list(instance.nics)

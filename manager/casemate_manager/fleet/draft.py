@@ -10,6 +10,7 @@ from collections.abc import Container
 from dataclasses import replace
 
 from casemate_core.errors import CasemateError
+from casemate_core.spec.environment import NicSpec
 from casemate_core.spec.fleet import Network
 from casemate_core.spec.instance import Nic
 from casemate_core.spec.meta import Meta
@@ -176,7 +177,7 @@ class Draft:
 
     # --- addresses ----------------------------------------------------------------------------------------------------
 
-    def nic(self, uid: str, index: int, network: Network, kind: str) -> Nic:
+    def nic(self, uid: str, index: int, network: Network, wanted: NicSpec) -> Nic:
         """A new interface: MAC by the instance's uid, next free address. Raises AddressesExhausted."""
         subnet = ipaddress.IPv4Network(network.spec.subnet)
         name = network.meta.name
@@ -188,7 +189,11 @@ class Draft:
             network.gateway,
             network.spec.dns,
             network.spec.mtu,
-            kind,
+            wanted.type,
+            wanted.vlan,
+            wanted.trust,
+            wanted.min_rate_mbps,
+            wanted.max_rate_mbps,
         )
 
     def _mac(self, uid: str, index: int) -> str:

@@ -247,6 +247,14 @@ def _check_environment(given: _Given, one: Environment) -> Iterator[Violation]:
     for i, nic in enumerate(spec.nics):
         if nic.network not in given.networks:
             yield Violation(f"spec.nics[{i}].network", nic.network, "is not known", _one_of("network", given.networks))
+        elif (kind := given.networks[nic.network].spec.type) != _NETWORK_OF[nic.type]:
+            fitting = {n for n, net in given.networks.items() if net.spec.type == _NETWORK_OF[nic.type]}
+            yield Violation(
+                f"spec.nics[{i}].network",
+                nic.network,
+                f"is a network of type {kind}, and the interface is of type {nic.type}",
+                _one_of(f"network of type {_NETWORK_OF[nic.type]}", fitting),
+            )
     for path, name, key in references(spec.pods):
         secret = given.secrets.get(tenant_key(one.meta.tenant, name))
         if secret is None:
@@ -258,6 +266,10 @@ def _check_environment(given: _Given, one: Environment) -> Iterator[Violation]:
         yield Violation(
             "metadata.name", one.meta.name, "leaves no room for the number of an instance", "use a shorter name"
         )
+
+
+#: Type of an interface to the type of network that it attaches to.
+_NETWORK_OF = {"bridge": "nat", "sriov": "physical"}
 
 
 def _check_secret(state: State, one: Secret) -> Iterator[Violation]:

@@ -127,7 +127,8 @@ def _ask(draft: Draft, instance: InstanceRecord, verb: Verb, command: OperateIns
     state, uid = draft.state, make_uid("operation", instance.meta.uid, command.seed)
     placement = state.placement_of(instance.meta.uid)
     meta = Meta(
-        f"{verb.value}-{uid[:8]}{uid[9:13]}",
+        # begins with its instance's, as a pod's does: who may see that instance may see it
+        f"{instance.meta.name}.{verb.value}-{uid[:8]}{uid[9:13]}",
         instance.meta.tenant,
         uid=uid,
         generation=1,

@@ -14,15 +14,17 @@ from casemate_core.fit import (
     CellPolicy,
     CpuPolicy,
     CpuRequest,
+    DeviceRequest,
     EmulatorPolicy,
     Fit,
     MemoryRequest,
+    NicRequest,
     Refusal,
     Request,
     ThreadPolicy,
     fit,
 )
-from casemate_core.spec.environment import Environment, EnvironmentSpec, Toleration
+from casemate_core.spec.environment import Environment, EnvironmentSpec, NicSpec, Toleration
 from casemate_core.spec.fleet import Taint
 from casemate_manager.fleet.observed import HostSeen, Observed
 from casemate_manager.fleet.records import HostRecord, InstanceRecord
@@ -124,7 +126,20 @@ def request_of(spec: EnvironmentSpec) -> Request:
             spec.memory.size_mib, spec.memory.max_mib, spec.memory.hugepages_kib, CellPolicy(spec.memory.cells)
         ),
         spec.disk_mib,
+        nics=tuple(NicRequest(nic.network, needs=_needs(nic)) for nic in spec.nics if nic.type == "sriov"),
+        devices=tuple(DeviceRequest(tuple(sorted(d.labels.items())), d.count, d.near) for d in spec.devices),
     )
+
+
+def _needs(nic: NicSpec) -> tuple[str, ...]:
+    """What the port must be able to give its VF: said at the placement, not when the host tries it."""
+    asked = {
+        "vlan": nic.vlan,
+        "trust": nic.trust,
+        "min-rate": nic.min_rate_mbps,
+        "rate": nic.max_rate_mbps,
+    }
+    return tuple(name for name, value in asked.items() if value)
 
 
 class ScanPlacer:

@@ -196,6 +196,7 @@ class State:
             lifetime_s=now.lifetime_s,
             protected=now.protected,
             update_strategy=now.update_strategy,
+            devices=restart.devices,
         )
 
     def _spec_at(self, record: EnvironmentRecord, generation: int, current: int) -> EnvironmentSpec:

@@ -19,6 +19,9 @@ MIN_MEMORY_MIB = 64
 MAX_MEMORY_MIB = 64 * 1024 * 1024
 MAX_DISK_MIB = 64 * 1024 * 1024
 MAX_NICS = 16
+MAX_DEVICES = 16
+MAX_VLAN = 4094
+MAX_RATE_MBPS = 1_000_000
 MAX_ARCHIVES = 8
 MAX_SSH_KEYS = 32
 MAX_USER_DATA_BYTES = 64 * 1024
@@ -61,6 +64,20 @@ class NicSpec:
 
     network: str = DEFAULT_NETWORK
     type: str = "bridge"
+    #: Of a virtual function (type ``sriov``); 0: none. Rates in Mbit/s.
+    vlan: int = 0
+    trust: bool = False
+    min_rate_mbps: int = 0
+    max_rate_mbps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """Other PCI functions as asked for: ``count`` of those that carry all of ``labels``."""
+
+    labels: Mapping[str, str]
+    count: int = 1
+    near: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +148,7 @@ class EnvironmentSpec:
     protected: bool = False
     #: None: changes wait until an instance is stopped or rebuilt.
     update_strategy: UpdateStrategy | None = None
+    devices: tuple[DeviceSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +174,10 @@ def check_environment(env: Environment) -> Iterator[Violation]:
     yield from _at_most("spec.nics", len(spec.nics), MAX_NICS)
     for i, nic in enumerate(spec.nics):
         yield from check_name(f"spec.nics[{i}].network", nic.network)
-        if nic.type == "sriov":
-            yield Violation(f"spec.nics[{i}].type", nic.type, "is not served by this release", "write bridge")
+        yield from _check_nic(f"spec.nics[{i}]", nic)
+    yield from _at_most("spec.devices", len(spec.devices), MAX_DEVICES)
+    for i, device in enumerate(spec.devices):
+        yield from _check_device(f"spec.devices[{i}]", device)
     yield from _at_most("spec.archives", len(spec.archives), MAX_ARCHIVES)
     for i, archive in enumerate(spec.archives):
         yield from check_name(f"spec.archives[{i}]", archive)
@@ -204,6 +224,38 @@ def _check_life(spec: EnvironmentSpec) -> Iterator[Violation]:
         )
     if spec.update_strategy is not None:
         yield from _between("spec.updateStrategy.maxUnavailable", spec.update_strategy.max_unavailable, 1, MAX_REPLICAS)
+
+
+def _check_nic(path: str, nic: NicSpec) -> Iterator[Violation]:
+    if nic.type != "sriov":
+        for name, value in (
+            ("vlan", nic.vlan),
+            ("trust", nic.trust),
+            ("minRate", nic.min_rate_mbps),
+            ("maxRate", nic.max_rate_mbps),
+        ):
+            if value:
+                yield Violation(
+                    f"{path}.{name}", str(value).lower(), "is for virtual functions", "write type: sriov, or remove it"
+                )
+        return
+    yield from _between(f"{path}.vlan", nic.vlan, 0, MAX_VLAN)
+    for name, rate in (("minRate", nic.min_rate_mbps), ("maxRate", nic.max_rate_mbps)):
+        if not 0 <= rate <= MAX_RATE_MBPS:
+            yield Violation(
+                f"{path}.{name}", f"{rate}Mbit", "is out of range", f"write 1Mbit to {MAX_RATE_MBPS // 1000}Gbit"
+            )
+    if nic.max_rate_mbps and nic.min_rate_mbps > nic.max_rate_mbps:
+        yield Violation(
+            f"{path}.minRate", f"{nic.min_rate_mbps}Mbit", "is above the highest rate", "write at most maxRate"
+        )
+
+
+def _check_device(path: str, device: DeviceSpec) -> Iterator[Violation]:
+    yield from check_labels(f"{path}.labels", device.labels)
+    if not device.labels:
+        yield Violation(f"{path}.labels", "", "is empty", "name what it is, for example {type: fec}")
+    yield from _between(f"{path}.count", device.count, 1, 64)
 
 
 def _check_cpu(cpu: Cpu) -> Iterator[Violation]:

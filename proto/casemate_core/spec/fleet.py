@@ -117,8 +117,8 @@ def check_network(network: Network) -> Iterator[Violation]:
     """Violations of the rules of meaning."""
     spec = network.spec
     yield from check_meta("Network", network.meta)
-    if spec.type != "nat":
-        yield Violation("spec.type", shown(spec.type), "is not served by this release", "write nat")
+    if spec.type not in ("nat", "physical"):
+        yield Violation("spec.type", shown(spec.type), "is not served by this release", "write nat or physical")
     try:
         subnet = ipaddress.IPv4Network(spec.subnet)
     except ValueError:

@@ -83,6 +83,16 @@ class Nic:
     dns: tuple[str, ...] = ()
     mtu: int = 1500
     type: str = "bridge"
+    #: Of a virtual function (type ``sriov``). Rates in Mbit/s, 0: no limit.
+    vlan: int = 0
+    trust: bool = False
+    min_rate_mbps: int = 0
+    max_rate_mbps: int = 0
+
+
+def bridged(nics: tuple[Nic, ...]) -> tuple[Nic, ...]:
+    """The interfaces that have a tap on a bridge of the host, in their order; the others are passed through."""
+    return tuple(nic for nic in nics if nic.type != "sriov")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,18 @@
 """Environment ⇄ message. Both directions are total over the fields that this release serves."""
 
-from casemate_core.quantity import format_bytes, format_mib, format_seconds, parse_bytes, parse_mib, parse_seconds
+from casemate_core.quantity import (
+    format_bytes,
+    format_mib,
+    format_seconds,
+    parse_bits_per_second,
+    parse_bytes,
+    parse_mib,
+    parse_seconds,
+)
 from casemate_core.spec.environment import (
     Affinity,
     Cpu,
+    DeviceSpec,
     Environment,
     EnvironmentSpec,
     Memory,
@@ -36,7 +45,8 @@ def from_message(message: pb.Environment) -> Environment:
                 hugepages_kib=parse_bytes(spec.memory.hugepages) // 1024 if spec.memory.hugepages else 0,
                 cells=spec.memory.cells or "prefer",
             ),
-            nics=tuple(NicSpec(n.network, n.type or "bridge") for n in spec.nics) or (NicSpec(),),
+            nics=tuple(map(_nic_from_message, spec.nics)) or (NicSpec(),),
+            devices=tuple(DeviceSpec(dict(d.labels), d.count or 1, d.near) for d in spec.devices),
             image=spec.image,
             archives=tuple(spec.archives),
             disk_mib=parse_mib(spec.disk.size) if spec.disk.size else 0,
@@ -71,6 +81,33 @@ def from_message(message: pb.Environment) -> Environment:
     )
 
 
+def _nic_from_message(message: pb.Nic) -> NicSpec:
+    return NicSpec(
+        message.network,
+        message.type or "bridge",
+        message.vlan,
+        message.trust,
+        _mbps(message.min_rate),
+        _mbps(message.max_rate),
+    )
+
+
+def _mbps(text: str) -> int:
+    """A rate in whole Mbit/s, rounded up: a limit that a guest asked for is not lowered."""
+    return -(-parse_bits_per_second(text) // 10**6) if text else 0
+
+
+def _nic_to_message(nic: NicSpec) -> pb.Nic:
+    return pb.Nic(
+        network=nic.network,
+        type=nic.type,
+        vlan=nic.vlan,
+        trust=nic.trust,
+        min_rate=f"{nic.min_rate_mbps}Mbit" if nic.min_rate_mbps else "",
+        max_rate=f"{nic.max_rate_mbps}Mbit" if nic.max_rate_mbps else "",
+    )
+
+
 def to_message(env: Environment, status: EnvironmentStatus | None = None) -> pb.Environment:
     """The value with all its defaults written out, and its status where there is one."""
     spec = env.spec
@@ -91,7 +128,8 @@ def to_message(env: Environment, status: EnvironmentStatus | None = None) -> pb.
                 hugepages=format_bytes(spec.memory.hugepages_kib * 1024) if spec.memory.hugepages_kib else "",
                 cells=spec.memory.cells,
             ),
-            nics=[pb.Nic(network=n.network, type=n.type) for n in spec.nics],
+            nics=[_nic_to_message(n) for n in spec.nics],
+            devices=[pb.DeviceRequest(labels=d.labels, count=d.count, near=d.near) for d in spec.devices],
             image=spec.image,
             archives=spec.archives,
             pods=[struct(p) for p in spec.pods],

@@ -11,6 +11,7 @@ from typing import TypeVar, assert_never
 
 from casemate_core.claims import Claim
 from casemate_core.errors import CallerError, CasemateError, shown
+from casemate_core.spec.environment import MAX_RATE_MBPS, MAX_VLAN
 from casemate_core.spec.instance import (
     DIGEST,
     ContainerState,
@@ -204,6 +205,10 @@ def instance_to_message(value: DesiredInstance) -> pb.DesiredInstance:
                 dns=n.dns,
                 mtu=n.mtu,
                 type=n.type,
+                vlan=n.vlan,
+                trust=n.trust,
+                min_rate_mbps=n.min_rate_mbps,
+                max_rate_mbps=n.max_rate_mbps,
             )
             for n in value.nics
         ],
@@ -310,7 +315,17 @@ def _nic_from_message(n: pb.HostNic) -> Nic:
         dns=tuple(str(ipaddress.ip_address(d)) for d in n.dns),
         mtu=_mtu(n.mtu),
         type=n.type,
+        vlan=_bounded(n.vlan, MAX_VLAN, "VLAN"),
+        trust=n.trust,
+        min_rate_mbps=_bounded(n.min_rate_mbps, MAX_RATE_MBPS, "rate"),
+        max_rate_mbps=_bounded(n.max_rate_mbps, MAX_RATE_MBPS, "rate"),
     )
+
+
+def _bounded(number: int, most: int, what: str) -> int:
+    if not 0 <= number <= most:
+        raise BadMessage(f"{what} {number} is outside 0..{most}")
+    return number
 
 
 def _file_to_message(file: File | None) -> pb.HostFile | None:

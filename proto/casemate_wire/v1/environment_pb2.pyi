@@ -346,7 +346,9 @@ class Nic(_message.Message):
     network: _builtins.str
     """Name of a Network."""
     type: _builtins.str
-    """`bridge`: a virtio device on a bridge of the host. `sriov`: a virtual function passed through."""
+    """`bridge`: a virtio device on a bridge of the host. `sriov`: a virtual function of a port that reaches the network of
+    this name, passed through; the network is of type `physical`.
+    """
     vlan: _builtins.int
     """VLAN tag of the virtual function, 1 to 4094."""
     trust: _builtins.bool

@@ -434,7 +434,9 @@ class NetworkSpec(_message.Message):
     PHYSICAL_FIELD_NUMBER: _builtins.int
     VLAN_FIELD_NUMBER: _builtins.int
     type: _builtins.str
-    """`nat`: a bridge on each host, behind the host's own address. `physical` and `vxlan` follow."""
+    """`nat`: a bridge on each host, behind the host's own address. `physical`: a network outside, which the hosts' ports
+    reach; for interfaces of type `sriov`. `vxlan` follows.
+    """
     subnet: _builtins.str
     """IPv4 network from which the manager gives addresses, for example `10.99.0.0/16`."""
     gateway: _builtins.str

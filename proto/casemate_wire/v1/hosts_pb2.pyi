@@ -613,6 +613,10 @@ class HostNic(_message.Message):
     DNS_FIELD_NUMBER: _builtins.int
     MTU_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
+    VLAN_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
+    MIN_RATE_MBPS_FIELD_NUMBER: _builtins.int
+    MAX_RATE_MBPS_FIELD_NUMBER: _builtins.int
     network: _builtins.str
     mac: _builtins.str
     address: _builtins.str
@@ -620,6 +624,11 @@ class HostNic(_message.Message):
     gateway: _builtins.str
     mtu: _builtins.int
     type: _builtins.str
+    vlan: _builtins.int
+    """Of a virtual function. Rates in Mbit/s, 0: no limit."""
+    trust: _builtins.bool
+    min_rate_mbps: _builtins.int
+    max_rate_mbps: _builtins.int
     @_builtins.property
     def dns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -633,10 +642,14 @@ class HostNic(_message.Message):
         dns: _abc.Iterable[_builtins.str] | None = ...,
         mtu: _builtins.int = ...,
         type: _builtins.str = ...,
+        vlan: _builtins.int = ...,
+        trust: _builtins.bool = ...,
+        min_rate_mbps: _builtins.int = ...,
+        max_rate_mbps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "dns", b"dns", "gateway", b"gateway", "mac", b"mac", "mtu", b"mtu", "network", b"network", "prefix_length", b"prefix_length", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "dns", b"dns", "gateway", b"gateway", "mac", b"mac", "max_rate_mbps", b"max_rate_mbps", "min_rate_mbps", b"min_rate_mbps", "mtu", b"mtu", "network", b"network", "prefix_length", b"prefix_length", "trust", b"trust", "type", b"type", "vlan", b"vlan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

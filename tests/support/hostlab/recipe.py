@@ -23,8 +23,8 @@ EXCLUDED_PATHS = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*",
 #: Of the project's lock, what the agent needs and Debian does not bring. libvirt-python is published as source only: the
 #: server has Debian's own.
 WHEELS = (
-    "aiohappyeyeballs aiohttp aiosignal attrs click frozenlist googleapis-common-protos grpcio grpcio-status idna "
-    "markdown-it-py mdurl msgspec multidict nvidia-ml-py prometheus-client propcache protobuf psutil pycdlib pygments "
+    "aiohappyeyeballs aiohttp aiosignal attrs cffi click cryptography frozenlist googleapis-common-protos grpcio grpcio-status idna "
+    "markdown-it-py mdurl msgspec multidict nvidia-ml-py prometheus-client propcache protobuf psutil pycdlib pycparser pygments "
     "pyroute2 pyyaml rich typing-extensions yarl"
 ).split()
 
@@ -50,7 +50,8 @@ MASKED_UNITS = (
     "systemd-journal-flush.service systemd-tpm2-setup.service systemd-tpm2-setup-early.service ldconfig.service "
     "systemd-hwdb-update.service systemd-journal-catalog-update.service systemd-firstboot.service "
     "systemd-machine-id-commit.service systemd-binfmt.service getty@tty1.service sshd-keygen.service "
-    "libvirt-guests.service systemd-logind.service systemd-timesyncd.service e2scrub_reap.service "
+    "serial-getty@ttyS0.service libvirt-guests.service systemd-logind.service systemd-timesyncd.service "
+    "e2scrub_reap.service "
     "systemd-remount-fs.service dev-mqueue.mount sys-kernel-debug.mount sys-kernel-tracing.mount "
     "sys-fs-fuse-connections.mount sys-kernel-config.mount modprobe@configfs.service modprobe@drm.service "
     "modprobe@efi_pstore.service modprobe@fuse.service polkit.service remote-fs.target"
@@ -71,8 +72,6 @@ FILES = {
     "MaxSessions 64\nHostKey /etc/ssh/ssh_host_ed25519_key\n",
     "etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=volatile\nRuntimeMaxUse=32M\n",
     "etc/systemd/system.conf.d/lab.conf": "[Manager]\nDefaultTimeoutStartSec=300s\nDefaultDeviceTimeoutSec=300s\n",
-    "etc/systemd/system/serial-getty@ttyS0.service.d/lab.conf": "[Service]\nExecStart=\n"
-    "ExecStart=-/sbin/agetty --autologin root --keep-baud 115200 ttyS0 vt100\n",
     # Python is started often and each start looks for byte code: it is all there already.
     "etc/environment": "PYTHONDONTWRITEBYTECODE=1\n",
 }

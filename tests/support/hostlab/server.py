@@ -7,6 +7,7 @@ agent dials the server's own loopback; ssh carries that port to the manager's, s
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ WantedBy=multi-user.target
 AGENT = """name = "@HOST@"
 manager = "127.0.0.1:@PORT@"
 insecure_loopback = true
-log_level = "debug"
+log_level = "info"
 stop_grace_s = 20
 """
 HARDWARE = f"""
@@ -68,8 +69,48 @@ vendor = "1b36"
 device = "0005"
 labels = {{ type = "probe" }}
 """
-#: The tiny guest and its empty disk, as an image of the fleet.
-IMAGE = "tiny"
+FLEET = """apiVersion: casemate/v1
+kind: Image
+metadata: {name: tiny}
+spec:
+  source: file:///var/lib/casemate/library/empty.img
+  digest: "sha256:@DISK@"
+  format: raw
+  size: 16Mi
+  kernel: {source: file:///var/lib/casemate/library/guest.elf, digest: "sha256:@KERNEL@"}
+---
+apiVersion: casemate/v1
+kind: Network
+metadata: {name: fronthaul}
+spec: {type: physical, subnet: 10.71.0.0/24}
+"""
+ENVIRONMENT = """apiVersion: casemate/v1
+kind: Environment
+metadata: {name: @NAME@}
+spec:
+  cpu: {count: 1}
+  memory: {size: 64Mi}
+  image: tiny
+  disk: {size: 16Mi}
+  virtualisation: any
+@SPEC@
+"""
+#: Run in the server: the driver's own look at the functions, as JSON.
+LOOK = """
+import asyncio, json
+from dataclasses import asdict
+from pathlib import Path
+from casemate_agent.config import load
+from casemate_agent.drivers.sriov import HostFunctions
+async def look():
+    config = load("/etc/casemate/agent.toml", {})
+    functions = HostFunctions(Path(config.run_dir), config.ports, config.devices)
+    try:
+        return await functions.observe(30)
+    finally:
+        await functions.aclose()
+print(json.dumps(asdict(asyncio.run(look()))))
+"""
 
 
 @dataclass(slots=True)
@@ -134,7 +175,37 @@ class Server:
 
     def log(self, lines: int = 60) -> str:
         """The end of the agent's log."""
-        return self.machine.run(f"journalctl -u casemate-agent -n {lines} --no-pager -o cat", check=False)
+        ask = f"systemctl status casemate-agent --no-pager -n 0; journalctl -u casemate-agent -n {lines} --no-pager -o cat"
+        return self.machine.run(ask, check=False)
+
+    def make_fleet(self) -> None:
+        """The image of the tiny guest and the physical network that the ports reach."""
+        digest = self.machine.run("cd /var/lib/casemate/library && sha256sum empty.img guest.elf").split()
+        self.casemate("apply", "-f", "-", stdin=FLEET.replace("@DISK@", digest[0]).replace("@KERNEL@", digest[2])).ok()
+
+    def apply(self, name: str, spec: str) -> None:
+        """An environment of one instance of the tiny guest."""
+        self.casemate("apply", "-f", "-", stdin=ENVIRONMENT.replace("@NAME@", name).replace("@SPEC@", spec)).ok()
+
+    def started(self, name: str, timeout_s: float = 120) -> dict[str, Any]:
+        """The one instance of an environment, once its domain runs."""
+
+        def runs() -> dict[str, Any]:
+            found = self.get("instance", f"{name}-0")
+            return found if found.get("status", {}).get("pid") else {}
+
+        found: dict[str, Any] = self.until(f"{name} runs", runs, timeout_s)
+        return found
+
+    def deleted(self, name: str, timeout_s: float = 120) -> None:
+        """End an environment, and wait until nothing of it is left."""
+        self.casemate("delete", "env", name, "--ignore-not-found", "--no-wait").ok()
+        self.until(f"{name} is gone", lambda: not self.get("env", name), timeout_s)
+
+    def functions(self) -> dict[str, Any]:
+        """Virtual functions and devices as the agent's own driver reads them, from outside of the agent."""
+        found: dict[str, Any] = json.loads(self.machine.run(f"python3 -c {shlex.quote(LOOK)}", timeout_s=60))
+        return found
 
     def until(self, what: str, met: Callable[[], Any], timeout_s: float = 90) -> Any:
         """What ``met`` answers as soon as it is true. Raises LabFailed, with the agent's log."""
