@@ -70,6 +70,15 @@ class TakeBack:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """Bind the vCPUs of a running domain to their threads again."""
+
+    uid: str
+    threads: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Define:
     """Define the domain of an instance, its whole record in the metadata."""
 
@@ -231,6 +240,7 @@ Action = (
     | CreateOverlay
     | WriteSeed
     | Guard
+    | Pin
     | GiveFunctions
     | TakeBack
     | Define

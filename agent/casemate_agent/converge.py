@@ -31,9 +31,10 @@ from casemate_agent.actions import Action
 from casemate_agent.admission import Admission
 from casemate_agent.backoff import delay_s
 from casemate_agent.drafting import ACTIVE, Draft, InstancePlan, Settings
-from casemate_agent.drivers.ports import DomainPhase
+from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.functions import Grant, grant_of
 from casemate_agent.giving import drifted, missing, to_give_back
+from casemate_agent.pinning import moved
 from casemate_agent.records import (
     Failure,
     GuestView,
@@ -238,6 +239,16 @@ def _keep_functions(d: Draft, applied: DesiredInstance) -> None:
             d.actions.append(act.GiveFunctions(applied, "somebody changed them"))
 
 
+def _keep_pins(d: Draft, domain: DomainFacts, applied: DesiredInstance) -> None:
+    """Dedicated vCPUs that somebody moved: drift, and bound again."""
+    claim = applied.placement.claim
+    if told := moved(claim, d.observed.affinities.get(domain.pid, ())):
+        d.drift += [f"{line} ({d.record.uid})" for line in told]
+        for line in told:
+            d.note("AffinityChanged", line.partition(": ")[2], "Warning")
+        d.actions.append(act.Pin(d.record.uid, claim.vcpus, "somebody moved its vCPUs"))
+
+
 def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     """The domain runs and should: keep its connection, its guard and its pods as they should be."""
     domain, r, guest = d.domain, d.record, d.guest
@@ -254,6 +265,7 @@ def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
         d.drift.append(f"MetadataUnreadable: domain {domain.name}: its record cannot be read; it is left as it is")
     else:
         _keep_functions(d, applied)
+        _keep_pins(d, domain, applied)
     wanted = pods_revision(desired)
     if r.adopted:
         wanted = guest.revision  # rebuilt from a domain, which does not say which pods: the guest knows, and goes on

@@ -247,6 +247,8 @@ class Executor:
                 addresses = await drivers.functions.give(grant, deadline_s / 2) if grant else ()
                 files = replace(images.files(desired), functions=addresses)
                 await hypervisor.define(desired, files, deadline_s / 2)
+            case act.Pin(uid=uid, threads=threads):
+                await hypervisor.pin(uid, threads, deadline_s)
             case act.GiveFunctions(desired=desired):
                 await drivers.functions.give(grant_of(desired), deadline_s)
             case act.TakeBack(stamp=stamp, keys=keys):

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from casemate_agent.drivers.ports import Drivers, MachineFacts
 from casemate_agent.functions import FunctionFacts
+from casemate_agent.pinning import watched
 from casemate_agent.records import GuestView, InstanceRecord, Observation
 from casemate_core.errors import CasemateError
 
@@ -39,6 +40,7 @@ class Observer:
     _machine: MachineFacts | None = None
     _virtualisation: str = ""
     _functions: FunctionFacts | None = None
+    _affinities: dict[int, tuple[frozenset[int], ...]] = field(default_factory=dict)
     _taps: dict[tuple[str, int], str] = field(default_factory=dict)
     _silent_since_s: dict[str, float] = field(default_factory=dict)
     _network_problem: str | None = None
@@ -53,15 +55,28 @@ class Observer:
     async def changed(self) -> bool:
         """Read the machine's facts and its functions again; whether they are others than before. What gives no answer
         holds as it was."""
-        machine, functions = await asyncio.gather(
+        machine, functions, affinities = await asyncio.gather(
             self._ask("machine", self.drivers.machine.observe, self.deadline_s, {}),
             self._ask("functions", self.drivers.functions.observe, self.deadline_s, {}),
+            self._look_at_pins(tuple(self._affinities)),
         )
-        before = self._machine, self._functions
+        before = self._machine, self._functions, self._affinities
+        self._affinities = affinities
         # The object of equal facts is kept: what is derived from it once is derived once.
         self._machine = machine if machine is not None and machine != self._machine else self._machine
         self._functions = functions if functions is not None else self._functions
-        return before != (self._machine, self._functions)
+        return before != (self._machine, self._functions, self._affinities)
+
+    async def _look_at_pins(self, pids: tuple[int, ...]) -> dict[int, tuple[frozenset[int], ...]]:
+        """Where the vCPUs of these processes may run; a process that is gone is left out."""
+        if not pids:
+            return {}
+
+        async def ask(deadline_s: float) -> Mapping[int, tuple[frozenset[int], ...]]:
+            return await self.drivers.hypervisor.affinities(pids, deadline_s)
+
+        found = await self._ask("hypervisor", ask, self.deadline_s, {}) or {}
+        return {pid: affinity for pid, affinity in found.items() if affinity}
 
     @property
     def uncut(self) -> bool:
@@ -88,6 +103,7 @@ class Observer:
             self._check_network(now_s),
         )
         self._functions = functions if functions is not None else self._functions
+        self._affinities = await self._look_at_pins(tuple(d.pid for d in domains or () if d.owned and watched(d)))
         self._silent_since_s = {port: self._silent_since_s.get(port, now_s) for port in silent}
         guarded: dict[str, tuple[str, ...]] = {}
         if networks is not None and networks.guards:
@@ -101,6 +117,7 @@ class Observer:
             files=files,
             networks=networks,
             functions=functions,
+            affinities=self._affinities,
             guarded=guarded,
             guests=dict(guests),
             attached=drivers.guests.attached(),

@@ -180,6 +180,8 @@ class Observation:
     files: StoredFiles | None = None
     networks: NetworkFacts | None = None
     functions: FunctionFacts | None = None
+    #: By process of a domain with dedicated vCPUs: where each of them may run, as the kernel says it.
+    affinities: Mapping[int, tuple[frozenset[int], ...]] = field(default_factory=dict)
     #: Guarded taps of ours by the uid of the instance, in the order of its interfaces.
     guarded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guests: Mapping[str, GuestView] = field(default_factory=dict)

@@ -30,6 +30,7 @@ from casemate_agent.drivers.deadline import DeadlineExecutor, Observe, unobserve
 from casemate_agent.drivers.files import write_private
 from casemate_agent.drivers.kvm import Virtualisation, probe
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase, DomainStats
+from casemate_agent.drivers.threads import affinity_of
 from casemate_agent.drivers.virtlines import Lines, Remaining
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import InternalError, NotFound
@@ -126,6 +127,22 @@ class LibvirtHypervisor:
         async with Remaining(deadline_s) as left:
             shape = await self.shape(left())
             await self._lines.call("define domain", lambda c: self._define(c, desired, files, shape), left())
+
+    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, tuple[frozenset[int], ...]]:
+        async with asyncio.timeout(deadline_s):
+            return await asyncio.to_thread(lambda: {pid: affinity_of(pid) for pid in pids})
+
+    async def pin(self, uid: str, threads: tuple[int, ...], deadline_s: float) -> None:
+        def pin(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is None:
+                raise NotFound("domain", uid)
+            online = len(domain.vcpus()[0])
+            for vcpu, thread in enumerate(threads[:online]):
+                cpus = tuple(number == thread for number in range(thread + 1))
+                domain.pinVcpuFlags(vcpu, cpus, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+        await self._lines.call("pin vCPUs", pin, deadline_s)
 
     async def start(self, uid: str, deadline_s: float) -> None:
         def start(connection: Any) -> None:

@@ -163,6 +163,14 @@ class Hypervisor(Protocol):
         """End the domain's QEMU at once."""
         ...
 
+    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, tuple[frozenset[int], ...]]:
+        """By process of a domain: host threads on which each of its vCPUs may run, as the kernel says it."""
+        ...
+
+    async def pin(self, uid: str, threads: tuple[int, ...], deadline_s: float) -> None:
+        """Bind each vCPU of a running domain to its thread, again where somebody moved it."""
+        ...
+
     async def suspend(self, uid: str, deadline_s: float) -> None:
         """Freeze the guest of a running domain; nothing where it is frozen or off."""
         ...

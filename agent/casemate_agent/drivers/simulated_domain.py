@@ -35,6 +35,8 @@ class SimulatedDomain:
     guest: SimulatedGuest | None = None
     #: Keys of the functions that it holds open while it runs.
     functions: tuple[str, ...] = ()
+    #: Where somebody moved its vCPUs to; empty: they are where they were pinned.
+    affinity: tuple[frozenset[int], ...] = ()
 
 
 def simulated_stats(domain: SimulatedDomain) -> DomainStats:

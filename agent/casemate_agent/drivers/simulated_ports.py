@@ -146,6 +146,21 @@ class _Hypervisor:
         host.domains[uid] = SimulatedDomain(facts, desired, files, old.guest if old else None)
         host.tell(uid, "defined")
 
+    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, tuple[frozenset[int], ...]]:
+        def look() -> dict[int, tuple[frozenset[int], ...]]:
+            found = {d.facts.pid: d for d in self._host.domains.values() if d.facts.pid in pids}
+            return {pid: d.affinity or d.facts.vcpu_pins for pid, d in found.items()}
+
+        return await self._call("affinities", look, deadline_s)
+
+    async def pin(self, uid: str, threads: tuple[int, ...], deadline_s: float) -> None:
+        def pin() -> None:
+            if uid not in self._host.domains:
+                raise NotFound("domain", uid)
+            self._host.domains[uid].affinity = ()
+
+        await self._call("pin", pin, deadline_s)
+
     async def start(self, uid: str, deadline_s: float) -> None:
         await self._call("start", lambda: self._start(uid), deadline_s)
 
@@ -175,6 +190,7 @@ class _Hypervisor:
         if given != tuple(places[key] for key in wanted):
             raise MachineError(f"{uid} was defined with functions at {given}, which is not where they are")
         domain.functions = wanted
+        domain.affinity = ()
         domain.facts = replace(domain.facts, phase=DomainPhase.RUNNING, pid=host.new_pid(), frozen=False)
         domain.guest = host.boot_guest(uid)
         host.tell(uid, "started")

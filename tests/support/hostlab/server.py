@@ -88,8 +88,8 @@ ENVIRONMENT = """apiVersion: casemate/v1
 kind: Environment
 metadata: {name: @NAME@}
 spec:
-  cpu: {count: 1}
-  memory: {size: 64Mi}
+  cpu: @CPU@
+  memory: @MEMORY@
   image: tiny
   disk: {size: 16Mi}
   virtualisation: any
@@ -158,6 +158,10 @@ class Server:
         )
         self.machine.run("systemctl daemon-reload")
 
+    def profile(self) -> str:
+        """What a shell in the server needs to have `casemate` ask the manager."""
+        return f"export CASEMATE_MANAGER=127.0.0.1:{self.port} CASEMATE_INSECURE_LOOPBACK=1\n"
+
     def configure(self, hardware: str = HARDWARE) -> None:
         """Settings of the agent; they hold from its next start."""
         text = AGENT.replace("@HOST@", HOST).replace("@PORT@", str(self.port)) + hardware
@@ -183,9 +187,10 @@ class Server:
         digest = self.machine.run("cd /var/lib/casemate/library && sha256sum empty.img guest.elf").split()
         self.casemate("apply", "-f", "-", stdin=FLEET.replace("@DISK@", digest[0]).replace("@KERNEL@", digest[2])).ok()
 
-    def apply(self, name: str, spec: str) -> None:
+    def apply(self, name: str, spec: str, cpu: str = "{count: 1}", memory: str = "{size: 64Mi}") -> None:
         """An environment of one instance of the tiny guest."""
-        self.casemate("apply", "-f", "-", stdin=ENVIRONMENT.replace("@NAME@", name).replace("@SPEC@", spec)).ok()
+        text = ENVIRONMENT.replace("@NAME@", name).replace("@SPEC@", spec)
+        self.casemate("apply", "-f", "-", stdin=text.replace("@CPU@", cpu).replace("@MEMORY@", memory)).ok()
 
     def started(self, name: str, timeout_s: float = 120) -> dict[str, Any]:
         """The one instance of an environment, once its domain runs."""
@@ -265,7 +270,8 @@ def server_up(folder: Path, say: Say, hardware: str = HARDWARE, parts: Parts | N
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     machine = Machine(parts or build(say), folder / "machine", forwards=(port,))
-    server = Server(machine, folder, port, clean_environment(folder, f"127.0.0.1:{port}"))
+    environ = {**clean_environment(folder, f"127.0.0.1:{port}"), "CASEMATE_INSECURE_LOOPBACK": "1"}
+    server = Server(machine, folder, port, environ)
     with manager_beside(folder, port):
         try:
             began = time.monotonic()
