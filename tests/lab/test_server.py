@@ -22,7 +22,7 @@ def test_the_agent_is_a_service_that_joined(server: Server) -> None:
     assert host["status"]["phase"] == "Ready", host["status"]
     assert host["status"]["cells"] == 2
     assert host["status"]["bootId"] == server.machine.read("/proc/sys/kernel/random/boot_id")
-    asked = f"CASEMATE_INSECURE_LOOPBACK=1 CASEMATE_MANAGER=127.0.0.1:{server.port} casemate get hosts -o name"
+    asked = f"{server.profile()}casemate get hosts -o name"
     assert server.machine.run(asked).strip() == f"host/{HOST}"
 
 

@@ -152,10 +152,7 @@ class Server:
             package = "casemate_cli" if name == "casemate" else "casemate_agent"
             script = f'#!/bin/sh\nexec /usr/bin/python3 -m {package} "$@"\n'
             self.machine.run(f"cat > /usr/local/bin/{name} && chmod 755 /usr/local/bin/{name}", stdin=script.encode())
-        self.machine.write(
-            "/etc/profile.d/casemate.sh",
-            f"export CASEMATE_MANAGER=127.0.0.1:{self.port} CASEMATE_INSECURE_LOOPBACK=1\n".encode(),
-        )
+        self.machine.write("/etc/profile.d/casemate.sh", self.profile().encode())
         self.machine.run("systemctl daemon-reload")
 
     def profile(self) -> str:
