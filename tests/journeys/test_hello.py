@@ -6,6 +6,7 @@ One boot serves as many claims as it can, because an emulated guest takes its ti
 import json
 import os
 import shutil
+import signal
 import tarfile
 import time
 import urllib.error
@@ -54,6 +55,7 @@ def test_one_command_to_a_pod_in_a_vm_and_back(tmp_path_factory: pytest.TempPath
         _logs(dev)
         _sides(dev)
         _a_second_pod(dev, before)
+        _reboots(dev, before)
         _stop_and_start(dev, before)
         _delete(dev, before)
     finally:
@@ -249,6 +251,33 @@ def _a_second_pod(dev: DevFleet, before: dict[str, Any]) -> None:
     dev.run("apply", "-f", "-", stdin=_hello()).ok()
     dev.until("the pod is gone", lambda: not dev.get("pod", "hello-0.job"), 120)
     dev.run("wait", "env/hello", "--for", "ready", "--timeout", "120s", timeout_s=150).ok()
+
+
+def _reboots(dev: DevFleet, before: dict[str, Any]) -> None:
+    """The guest boots anew in the same process, though the agent is killed meanwhile; and what is told of its boot."""
+    status = before["status"]
+    told = dev.run("reboot", "inst/hello-0", "--timeout", f"{BOOT_S:.0f}s", "--no-wait").ok()
+    operation = told.split("operation/")[1].split()[0]
+    dev.until("it was asked", lambda: dev.get("operation", operation)["status"].get("started"), 60)
+    agent = dev.status()["agentPid"]
+    os.kill(agent, signal.SIGKILL)
+    dev.until("the agent is dead", lambda: dev.status()["agentPid"] is None, 30)
+    dev.up(timeout_s=BOOT_S + 300)
+    assert dev.status()["agentPid"] != agent
+    ended = dev.until("the reboot has ended", lambda: _ended(dev.get("operation", operation)["status"]), BOOT_S)
+    assert ended["phase"] == "Done", ended
+    after = dev.until("it is Ready again", lambda: _phase(dev, "Ready"), BOOT_S)["status"]
+    assert after["guestBootId"] != status["guestBootId"]
+    assert (after["pid"], after["starts"]) == (status["pid"], status["starts"])
+    assert f"boot {after['guestBootId']} follows {status['guestBootId']}" in ended["message"]
+    assert after["boot"] == "up"
+    log = dev.run("console", "hello", "--log").ok()
+    assert "hello-0 login:" in log and "reboot: Restarting system" in log, log
+    assert dev.until("it answers again", lambda: answer(before["spec"]["nics"][0]["address"]), 60)
+
+
+def _ended(status: dict[str, Any]) -> dict[str, Any]:
+    return status if status["phase"] in ("Done", "Failed", "Unknown") else {}
 
 
 def _stop_and_start(dev: DevFleet, before: dict[str, Any]) -> None:
