@@ -6,6 +6,7 @@ import pytest
 
 from casemate_agent.drivers.sysfs import BadSysfs, HostMachine, Housekeeping, read_topology
 from casemate_core.cpuset import CpuSet
+from casemate_core.errors import MachineError
 from casemate_core.topology import check
 
 
@@ -93,3 +94,15 @@ async def test_this_machine(tmp_path: Path) -> None:
     assert facts.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert facts.topology.online == CpuSet.parse(Path("/sys/devices/system/cpu/online").read_text())
     assert facts.topology.disk_mib > 0 and facts.topology.memory_mib > 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MemTotal:", "MemTotal: kB", "MemTotal: x kB", "MemTotal: 5 MB", "XMemTotal: 5 kB"]
+)
+async def test_memory_that_reads_otherwise_is_told_and_no_defect(tmp_path: Path, text: str) -> None:
+    two_socket_machine(tmp_path)
+    put(tmp_path, "proc/meminfo", text)
+    machine = HostMachine(tmp_path / "state", root=tmp_path)
+    with pytest.raises(MachineError, match="MemTotal"):
+        await machine.observe(20)
+    await machine.aclose()

@@ -12,6 +12,7 @@ libvirt and the agent, and a twentieth of the disk.
 """
 
 import os
+import re
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -162,7 +163,7 @@ def _first_core(cores: tuple[Core, ...], isolated: CpuSet) -> CpuSet:
 
 
 def _meminfo_mib(path: Path, field: str) -> int:
-    for line in path.read_text().splitlines():
-        if f"{field}:" in line:
-            return int(line.split()[-2]) // 1024
-    raise Unavailable(f"{path} has no {field}")
+    match = re.search(rf"\b{field}:\s+(\d+) kB$", path.read_text(), re.MULTILINE)
+    if match is None:
+        raise Unavailable(f"{path} has no {field}")
+    return int(match[1]) // 1024

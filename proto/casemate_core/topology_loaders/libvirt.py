@@ -60,8 +60,14 @@ def _memory_mib(cell: ElementTree.Element) -> int:
 
 def _pools(cell: ElementTree.Element) -> tuple[PagePool, ...]:
     """Huge pages only: the pool of the smallest size is all other memory, which libvirt counts in pages too."""
-    sizes = sorted((_number(pages, "size"), int(pages.text or "0")) for pages in cell.findall("pages"))
+    sizes = sorted((_number(pages, "size"), _pages(cell, pages.text or "0")) for pages in cell.findall("pages"))
     return tuple(PagePool(size, count) for size, count in sizes[1:] if count)
+
+
+def _pages(cell: ElementTree.Element, text: str) -> int:
+    if not text.strip().isdecimal():
+        raise BadRecording(f"cell {cell.get('id')}", f"pages is no number: {text!r}")
+    return int(text)
 
 
 def _distances(cell: ElementTree.Element, ids: list[int]) -> tuple[int, ...]:
@@ -80,7 +86,10 @@ def _cores(root: ElementTree.Element, found: list[ElementTree.Element], files: M
                 _number(cpu, "socket_id"),
                 _cpus(cpu.get("siblings", ""), f"cpu {cpu.get('id')}"),
             )
-    online = CpuSet.from_ids(threads)
+    try:
+        online = CpuSet.from_ids(threads)
+    except ValueError as error:
+        raise BadRecording("cpu.id", str(error)) from error
     if f"{CPU}/online" in files:  # sysfs knows kinds of cores and caches too
         return cores_by_files(files, online, {thread: cell for thread, (cell, _, _) in threads.items()})
     levels: dict[int, list[CpuSet]] = {}

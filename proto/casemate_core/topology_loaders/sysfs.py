@@ -61,6 +61,8 @@ def finished(files: Mapping[str, str], facts: HostFacts, cells: tuple[Cell, ...]
     online = EMPTY
     for core in cores:
         online |= core.threads
+    if not online:
+        raise BadRecording(f"{CPU}/online", "names no thread")
     present = _cpus(files, f"{CPU}/present") if f"{CPU}/present" in files else online
     reserved = facts.reserved & online
     topology = Topology(
@@ -139,9 +141,16 @@ def _cells(files: Mapping[str, str], facts: HostFacts) -> tuple[Cell, ...]:
         [(size, sum(p.size_mib for p in own)) for size, own in zip(memory, pools, strict=True)],
     )
     return tuple(
-        Cell(cell, size, own, reserve, tuple(map(int, files.get(f"{NODE}/node{cell}/distance", "").split())))
+        Cell(cell, size, own, reserve, _distances(files, f"{NODE}/node{cell}/distance"))
         for cell, size, own, reserve in zip(ids, memory, pools, kept, strict=True)
     )
+
+
+def _distances(files: Mapping[str, str], path: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, files.get(path, "").split()))
+    except ValueError as error:
+        raise BadRecording(path, str(error)) from error
 
 
 def _cell_of_threads(files: Mapping[str, str], cells: list[int]) -> dict[int, int]:
