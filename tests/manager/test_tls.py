@@ -240,6 +240,15 @@ async def test_a_roll_over_drops_no_host(world: World) -> None:
     back = await enrol.renew(away)
     async with session(back, counter=3) as stream:
         assert isinstance(await first(stream), Welcome)
+    store = SqliteStore(world.folder / "fleet.db")
+    acts = {(a.actor, a.act) for a in store.audit(0, 1000)}
+    store.close()
+    assert acts >= {
+        ("admin", "roll authority"),
+        ("admin", "retire authority"),
+        ("admin", "CreateToken"),
+        ("manager", "UseToken"),
+    }
     loaded = Authorities(world.folder / "authorities", time.time())
     assert (loaded.roots, loaded.chain) == (world.authorities.roots, world.authorities.chain)
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import grpc
 
-from casemate_core.errors import CallerError, Conflict, InternalError, Unavailable, shown
+from casemate_core.errors import CallerError, Conflict, InternalError, NotFound, Unavailable, shown
 from casemate_core.spec.fleet import Taint
 from casemate_manager import pki
 from casemate_manager.api.errors import unary
@@ -24,6 +24,7 @@ from casemate_manager.fleet.commands import (
     Command,
     CreateToken,
     Enrolled,
+    NoteAct,
     RenewEnrolment,
     RevokeHost,
     RevokeToken,
@@ -186,6 +187,7 @@ class HostAccess(join_pb2_grpc.HostAccessServicer):
     @unary
     async def RollAuthority(self, request: pb.RollAuthorityRequest, context: Context) -> pb.Authority:
         """Begin a new authority."""
+        await self._write_down("roll authority", request.pin)
         return self._authority(self._joining.authorities.roll(request.pin, self._joining.clock()))
 
     @unary
@@ -198,7 +200,14 @@ class HostAccess(join_pb2_grpc.HostAccessServicer):
                 f"{good} hosts have certificates of that authority that are still good:"
                 " wait until they have renewed (at most a day), or force it and they renew when they dial again"
             )
+        await self._write_down("retire authority", request.pin, "forced" if request.force else "")
         return self._authority(self._joining.authorities.retire(request.pin))
+
+    async def _write_down(self, act: str, pin: str, detail: str = "") -> None:
+        """Authorities are files beside the store: the act is committed to the audit before it is done, or is not done."""
+        if not any(pki.pin_of(a.certificate) == pin for a in self._joining.authorities.every):
+            raise NotFound("authority", pin)
+        await self._joining.submit(NoteAct(act, "begun", (f"authority/{pin[:16]}",), (), detail))
 
     def _made(self, answer: Answer) -> TokenRecord:
         if not isinstance(answer, TokenMade):
