@@ -56,10 +56,12 @@ def kind_or_name(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return [CompletionItem(word) for word in found if word.startswith(incomplete)]
 
 
-def names_of(kind: str) -> Any:
-    """A completion of names of one kind."""
+def names_of(*kinds_: str) -> Any:
+    """A completion of names of these kinds; with Pod, of `INSTANCE.POD` too once a dot was typed."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in _names(ctx, kind) if name.startswith(incomplete)]
+        asked = [kind for kind in kinds_ if (kind == "Pod") == ("." in incomplete)] or list(kinds_[:1])
+        found = dict.fromkeys(name for kind in asked for name in _names(ctx, kind))
+        return [CompletionItem(name) for name in found if name.startswith(incomplete)]
 
     return complete

@@ -20,7 +20,7 @@ LEAVE = b"\x1d"
 
 
 @click.command()
-@click.argument("name", metavar="ENVIRONMENT|INSTANCE", shell_complete=completing.names_of("Instance"))
+@click.argument("name", metavar="ENVIRONMENT|INSTANCE", shell_complete=completing.names_of("Environment", "Instance"))
 @click.option("--log", "kept", is_flag=True, help="Print what was written to it, as far as the host has kept it.")
 @click.option(
     "--since", type=options.SPAN, metavar="SPAN", help="For --log: only what was written since, for example 10m."

@@ -21,7 +21,9 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @click.command("exec")
-@click.argument("name", metavar="ENVIRONMENT|INSTANCE[.POD]", shell_complete=completing.names_of("Environment"))
+@click.argument(
+    "name", metavar="ENVIRONMENT|INSTANCE[.POD]", shell_complete=completing.names_of("Environment", "Instance", "Pod")
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND [WORD]...")
 @click.option("-p", "--pod", default="", metavar="NAME", help="Pod; needed where the instance has several.")
 @click.option("-c", "--container", default="", metavar="NAME", help="Container; needed where the pod has several.")

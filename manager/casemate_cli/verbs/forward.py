@@ -24,7 +24,9 @@ MOST = 48
 
 
 @click.command("port-forward")
-@click.argument("name", metavar="ENVIRONMENT|INSTANCE[.POD]", shell_complete=completing.names_of("Instance"))
+@click.argument(
+    "name", metavar="ENVIRONMENT|INSTANCE[.POD]", shell_complete=completing.names_of("Environment", "Instance", "Pod")
+)
 @click.argument("ports", nargs=-1, required=True, metavar="[LOCAL:]PORT...")
 @click.option("--stdio", is_flag=True, help="Carry one connection on standard input and output, for ProxyCommand.")
 @options.connection

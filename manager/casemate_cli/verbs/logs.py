@@ -21,7 +21,9 @@ TELL_S = 1.0
 
 
 @click.command()
-@click.argument("name", metavar="ENVIRONMENT|INSTANCE[.POD]", shell_complete=completing.names_of("Environment"))
+@click.argument(
+    "name", metavar="ENVIRONMENT|INSTANCE[.POD]", shell_complete=completing.names_of("Environment", "Instance", "Pod")
+)
 @click.option("-p", "--pod", default="", metavar="NAME", help="Pod; needed where the instance has several.")
 @click.option("-c", "--container", default="", metavar="NAME", help="Container; needed where the pod has several.")
 @click.option("-f", "--follow", is_flag=True, help="Go on, until interrupted.")

@@ -27,7 +27,7 @@ HOST_KEY_S = 90.0
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("name", metavar="ENVIRONMENT|INSTANCE", shell_complete=completing.names_of("Instance"))
+@click.argument("name", metavar="ENVIRONMENT|INSTANCE", shell_complete=completing.names_of("Environment", "Instance"))
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- SSH_OPTION|COMMAND...]")
 @click.option("-i", "--identity", type=click.Path(path_type=Path), metavar="FILE", help="Private key to use.")
 @options.connection
