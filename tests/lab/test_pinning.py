@@ -12,7 +12,10 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 def test_dedicated_vcpus_have_their_threads_pages_and_cell_and_are_put_back(server: Server) -> None:
     server.make_fleet()
     server.apply(
-        "pin", "  nics: []\n", cpu="{count: 2, policy: dedicated}", memory="{size: 64Mi, hugepages: 2Mi, cells: one}"
+        "pin",
+        "  nics: [{network: fronthaul, type: sriov}]\n",
+        cpu="{count: 2, policy: dedicated}",
+        memory="{size: 64Mi, hugepages: 2Mi, cells: one}",
     )
     try:
         started = server.started("pin")

@@ -133,7 +133,7 @@ def test_a_killed_agent_leaves_nothing_and_doubles_nothing(server: Server) -> No
 
 
 def test_a_device_is_given_by_label_with_its_whole_group_or_not_at_all(server: Server) -> None:
-    server.apply("card", "  nics: []\n  devices: [{labels: {type: card}}]")
+    server.apply("card", "  nics: [{network: fronthaul, type: sriov}]\n  devices: [{labels: {type: card}}]")
     try:
         uid = server.started("card")["metadata"]["uid"]
         (held,) = [d for d in server.functions()["devices"].values() if d["stamp"]]
