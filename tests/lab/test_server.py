@@ -1,8 +1,11 @@
 """The server itself, and our agent in it as a service."""
 
+import json
+
 import pytest
 
 from support.hostlab.server import HOST, Server
+from support.hosts import FOLDER
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
@@ -35,3 +38,15 @@ def test_a_killed_agent_comes_back_to_the_same_host(server: Server) -> None:
     )
     server.until("it has joined again", server.joined)
     assert server.get("host", HOST)["status"]["bootId"] == server.machine.read("/proc/sys/kernel/random/boot_id")
+
+
+def test_the_server_reads_as_it_was_recorded(server: Server) -> None:
+    """tests/hosts/recorded/lab.json is this server: what the loaders read of processors, cells and PCI is the same today."""
+    script = "import json; from pathlib import Path; from casemate_agent.drivers.inventory import collect; "
+    found = json.loads(
+        server.machine.run(f"python3 -c '{script}print(json.dumps(collect(Path(\"/\"))))'", timeout_s=60)
+    )
+    recorded = json.loads((FOLDER / "recorded" / "lab.json").read_text())["files"]
+    # Memory moves by what the kernel keeps; the port that is cut has other functions only if the settings say so.
+    names = {name for name in recorded if not name.endswith("meminfo")}
+    assert {name: found.get(name, "").strip() for name in names} == {name: recorded[name].strip() for name in names}
