@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
+from xml.etree.ElementTree import ParseError, fromstring, tostring
 
 from casemate_agent.doctor.verdicts import diagnose, plain
 from casemate_agent.drivers.ports import Drivers
@@ -24,8 +25,7 @@ MOST_FILE: Final = 1024 * 1024
 MOST_HOST: Final = 4 * 1024 * 1024
 MOST_DOMAINS: Final = 200
 DEADLINE_S: Final = 20.0
-_METADATA: Final = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
-_PASSWORD: Final = re.compile(r"""(passwd|password|secret)=(["'])[^"']*\2""", re.IGNORECASE)
+_SECRET_ATTRIBUTE: Final = re.compile(r"passwd|password|secret|token", re.IGNORECASE)
 
 
 class HostSupport:
@@ -91,8 +91,19 @@ class HostSupport:
 
 
 def redacted_xml(xml: str) -> str:
-    """A domain's XML without our metadata, which has the tenant's pods, and without passwords."""
-    return redact.text(_PASSWORD.sub(rf"\1='{redact.LEFT_OUT}'", _METADATA.sub("<metadata/>", xml)))
+    """A domain's XML without our metadata, which has the tenant's record, and without passwords."""
+    try:
+        domain = fromstring(xml)
+    except ParseError:
+        return f"{redact.LEFT_OUT}: it is no XML\n"
+    for metadata in domain.findall("metadata"):
+        # libvirt puts our name space on the element itself, so it is found as an element and not as text
+        metadata.clear()
+    for element in domain.iter():
+        for name in element.attrib:
+            if _SECRET_ATTRIBUTE.search(name):
+                element.set(name, redact.LEFT_OUT)
+    return redact.text(tostring(domain, encoding="unicode")) + "\n"
 
 
 def safe(name: str) -> str:

@@ -119,7 +119,7 @@ def _bundle(dev: DevFleet, instance: dict[str, Any]) -> None:
     summary = json.loads(found["summary.json"])
     assert (summary["answered"], summary["silent"]) == (["dev"], {})
     domain = next(text for name, text in found.items() if "/domains/" in name)
-    assert f"<uuid>{instance['metadata']['uid']}</uuid>" in domain and "<metadata/>" in domain
+    assert f"<uuid>{instance['metadata']['uid']}</uuid>" in domain and "<metadata />" in domain
     doctor = json.loads(found["hosts/dev/doctor.json"])
     assert {f["check"]: f["verdict"] for f in doctor["findings"]}["libvirt"] == "ok"
     assert "libvirt_domain_info_cpu_time_seconds_total" in found["hosts/dev/metrics.txt"]

@@ -179,10 +179,13 @@ def test_what_a_host_sends_is_searched_once_more() -> None:
     assert host_files(b'{"domains/x.xml": "token=canary"}') == {"domains/x.xml": "token=(left out)"}
 
 
-def test_xml_goes_without_metadata_and_passwords() -> None:
-    xml = "<domain><metadata><a>canary</a>\n</metadata><graphics passwd='canary'/><name>n</name></domain>"
-    assert "canary" not in redacted_xml(xml)
-    assert "<name>n</name>" in redacted_xml(xml)
+@pytest.mark.parametrize("opened", ["<metadata>", '<metadata xmlns:c="urn:casemate:instance:1">', "<metadata\n a='b'>"])
+def test_xml_goes_without_metadata_and_passwords(opened: str) -> None:
+    xml = f"<domain>{opened}<a b='canary'>canary</a>\n</metadata><graphics passwd='canary'/><name>n</name></domain>"
+    kept = redacted_xml(xml)
+    assert "canary" not in kept
+    assert "<name>n</name>" in kept and "<metadata />" in kept
+    assert redacted_xml("<metadata>canary") == "(left out): it is no XML\n"
     assert (safe("a b/../c"), safe("...")) == ("a-b-..-c", "unnamed")
 
 
