@@ -72,6 +72,7 @@ def main() -> int:
         folder = Path(name)
         port = free_port()
         environ = clean_environment(folder, f"127.0.0.1:{port}")
+        os.environ["CASEMATE_CONFIG"] = environ["CASEMATE_CONFIG"]  # the operator's certificate is in it
         where = ("--dir", str(folder / "dev"))
         try:
             casemate(
