@@ -174,7 +174,7 @@ def join(folder: Folder, fleet: Fleet, names: Sequence[str], client: "Client") -
     """Each of these hosts joins by a token of its own; who has joined already is left alone."""
     from casemate_cli.verbs.tokens import create
 
-    each = bool(fleet.simulated)
+    each = fleet.simulated > 1  # a single host has the state folder for itself, as its agent sees it
     missing = [
         n for n in names if not ((folder.agent / n if each else folder.agent) / "identity/identity.json").exists()
     ]
