@@ -35,7 +35,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "ssh": ("ssh", "ssh", "Log in to an instance as root by SSH."),
         "port-forward": ("forward", "port_forward", "Lead local ports to ports of an instance or a pod."),
         "events": ("events", "events", "Show what happened."),
-        "audit": ("audit", "audit", "Show what was done, by whom, from where; verify that nothing is missing."),
+        "audit": ("audit", "audit", "Show what was done, by whom and from where, oldest first."),
         "why": ("why", "why", "Say why an instance is where it is, or is nowhere; exit 2 if nowhere."),
     },
     "Fleet": {
