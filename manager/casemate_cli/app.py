@@ -48,7 +48,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
     "This program": {
         "whoami": ("identity", "whoami", "Say who you are to the manager, and what you may do."),
         "key": ("identity", "key", "Access keys of programs: make, list, rotate, disable."),
-        "token": ("identity", "token", "Print a token that ends by itself, for a CI job."),
+        "token": ("identity", "token", "Print a token of the service account USER that ends by itself, for a CI job."),
         "dev": ("dev", "dev", "A private fleet on this machine."),
         "context": ("context", "context", "Name managers, and choose one."),
         "completion": ("completion", "completion", "Print a completion script for a shell."),
