@@ -123,4 +123,7 @@ def root(
     Data goes to standard output, talk to standard error. `casemate VERB --help` tells more about a verb, and
     `casemate explain environment` documents what you can write in a manifest.
     """
+    from casemate_wire.tls import only_tls13
+
+    only_tls13()  # before any verb loads gRPC, whichever way it does
     ctx.obj = {"manager": manager, "context": context, "tenant": tenant, "request_timeout": request_timeout}
