@@ -60,7 +60,7 @@ def audit(
     \b
     Examples:
       casemate audit --since 1h
-      casemate audit --act denied -f
+      casemate audit -f
       casemate audit --target environment/ran/du-17 -o json
       casemate audit --verify
     """

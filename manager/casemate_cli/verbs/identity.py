@@ -22,7 +22,7 @@ def whoami(ctx: click.Context, form: str) -> None:
     \b
     Examples:
       casemate whoami
-      CASEMATE_TOKEN=cak_… casemate whoami -o json
+      casemate whoami -o json
     """
     from casemate_cli.client import Client
     from casemate_wire import manifest
@@ -169,9 +169,7 @@ def delete_key(ctx: click.Context, key_id: str) -> None:
 def token(ctx: click.Context, user: str, lifetime: float | None) -> None:
     """Print a token of the service account USER that ends by itself, for a CI job.
 
-    \b
-    Examples:
-      CASEMATE_TOKEN=$(casemate token ci-ran) casemate apply -f .
+    Put it into the environment as CASEMATE_TOKEN; docs/access.md shows how.
     """
     from casemate_cli.client import Client
     from casemate_wire.v1 import identity_pb2, identity_pb2_grpc
