@@ -85,7 +85,7 @@ def raw_terminal(*, catch: bool = False) -> Iterator[None]:
 
     before = termios.tcgetattr(0)
     handlers = {n: signal.signal(n, terminated) for n in (signal.SIGTERM, signal.SIGHUP)} if catch else {}
-    tty.setraw(0)
+    tty.setraw(0, termios.TCSADRAIN)  # what was typed ahead stays
     try:
         yield
     finally:

@@ -171,6 +171,7 @@ def _sides(dev: DevFleet) -> None:
     assert dev.run("exec", "--vm", "hello-0", "--", "podman", "ps", timeout_s=180).ok().count("localhost/hello:1") >= 1
     terminal = Terminal(dev, "exec", "-it", "hello-0.web", "--", "sh")
     terminal.resize(31, 97)
+    terminal.until(b"# ")
     terminal.type(b"stty size; exit 7\r")
     terminal.until(b"31 97")
     assert terminal.end() == 7
