@@ -75,6 +75,18 @@ spec:
       metadata: {name: web, labels: {app: web}}
       spec: {containers: [{name: app, image: "localhost/hello:1"}]}
 """
+#: A program that may change things.
+PROGRAM = """
+apiVersion: casemate/v1
+kind: User
+metadata: {name: ci-ran}
+spec: {type: service}
+---
+apiVersion: casemate/v1
+kind: RoleBinding
+metadata: {name: default-ci-ran}
+spec: {role: operator, users: [ci-ran], scope: tenant/default}
+"""
 
 
 def test_the_exceptions_are_few_and_of_commands_that_are_there() -> None:
@@ -98,9 +110,14 @@ def folder(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     (made / "site/index.html").write_text("<p>hello</p>\n")
     (made / ".config/fish/completions").mkdir(parents=True)
     fleet.run("label", "host", "sim-1", "rack=r1", "site=fra1", "--overwrite").ok()
+    (made / "own.yaml").write_text((made / "fleet/one.yaml").read_text().replace("name: one", "name: own"))
     fleet.run("apply", "-f", "-", stdin=LABELLED).ok()
+    fleet.run("apply", "-f", "-", stdin=PROGRAM).ok()
+    (made / "key").write_text(fleet.run("key", "create", "ci-ran").ok().strip())
     yield made
-    fleet.run("delete", "env", "hello", "labelled", "--ignore-not-found").ok()
+    fleet.run("delete", "env", "hello", "labelled", "own", "--ignore-not-found").ok()
+    fleet.run("delete", "rolebinding", "default-ci-ran").ok()
+    fleet.run("delete", "user", "ci-ran").ok()
     fleet.run("label", "host", "sim-1", "rack-", "site-").ok()
 
 
@@ -137,14 +154,17 @@ def run(fleet: Fleet, folder: Path, page: str, command: str) -> None:
         line = "casemate completion zsh"
     for name, ours in NAMES.items():
         line = re.sub(name, ours, line)
+    line = line.replace("cak_…", "$(cat key)")
     if command == "casemate wait env hello --for delete":
         fleet.run("delete", "env", "hello", "--no-wait").ok()
     if ENDLESS.search(command):
-        line = line.replace("casemate ", f"timeout --signal INT 4 {shlex.quote(sys.executable)} -m casemate_cli ", 1)
+        line = line.replace(
+            "casemate ", f"timeout --foreground --signal INT 4 {shlex.quote(sys.executable)} -m casemate_cli ", 1
+        )
         done = shell(fleet, folder, line)
         assert done.returncode in (0, 124, 130), (page, done.stdout, done.stderr)
         assert "error" not in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert done.stdout or ">" in line or "console" in line, done.stderr
+        assert done.stdout or ">" in line or "console" in line or "denied" in line, done.stderr
         return
     done = shell(fleet, folder, line)
     assert done.returncode == CODES.get(command, 0), (page, done.stdout, done.stderr)

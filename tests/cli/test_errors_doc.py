@@ -14,6 +14,8 @@ import pytest
 from support.fleet import Fleet
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
+#: How far something is, in lines that come as it moves: no error, and never the same twice.
+PROGRESS = re.compile(r"^(?!error:).*waiting for (phase|deletion).*\n", re.MULTILINE)
 BLOCK = re.compile(r"```(\w+)(?: file=(\S+))?\n(.*?)```\n", re.DOTALL)
 
 
@@ -31,6 +33,7 @@ def say(fleet: Fleet, folder: Path, command: str) -> str:
         check=False,
     )
     said = done.stdout if done.stdout.endswith("\n") or not done.stdout else done.stdout + "\n"
+    said = PROGRESS.sub("", said)
     return said + (f"(exit {done.returncode})\n" if done.returncode else "")
 
 
