@@ -133,7 +133,12 @@ def _let_in(client: "Client", target: "pb.ChannelTarget", key: Path) -> _Known:
         answer = client.call(client.channels.Authorize, pb.AuthorizeRequest(target=target, public_key=public))
         if answer.host_keys or time.monotonic() > give_up_s:
             break
-        _knock(client, target)
+        try:
+            _knock(client, target)
+        except Failure as refused:  # the guest still boots: its pods are ready before its SSH server is
+            if refused.code is not Exit.CONFLICT or time.monotonic() > give_up_s:
+                raise
+            time.sleep(1.0)
     path = _folder() / f"known-{answer.instance_uid}"
     lines = "".join(f"casemate-{answer.instance_uid} {line}\n" for line in answer.host_keys)
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
