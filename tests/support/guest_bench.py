@@ -209,8 +209,10 @@ class RealGuestBench(GuestBench):
         for name in ("podman", "crun"):
             self._program(name, f'exec {sys.executable} {FAKE} {self.root} {name} "$@"')
             tools.append(f"{name}={programs / name}")
-        # Before the machine's own in PATH: it must never be asked to power off.
-        self._program("systemctl", f'echo "$@" > {self.root}/power; kill -TERM "$PPID"')
+        # Before the machine's own in PATH: it must never be asked to power off. At first it is not there yet, as in a
+        # guest that boots: the helper asks again.
+        early = f'test -e {self.root}/early || {{ touch {self.root}/early; echo "Host is down" >&2; exit 1; }}'
+        self._program("systemctl", f'{early}; echo "$@" > {self.root}/power; kill -TERM "$PPID"')
         self.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", "-E", helper.__file__, f"root={self.root}", f"socket={self.path}", *tools),
             env={"PATH": f"{programs}:{os.environ['PATH']}"},

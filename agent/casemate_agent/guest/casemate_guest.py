@@ -68,6 +68,8 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S, BACKOFF_FORGET_S = 10.0, 300.0, 600.0  # those o
 LOG_KEEP = 16 << 20  # bytes kept of each container's log; up to twice that until it is trimmed
 LOG_TRIM_EVERY_S = 10.0
 PODMAN_TIMEOUT_S = 600.0
+POWER_TRIES = 60  # a guest that is emulated on a busy host may take half a minute to its systemd
+POWER_AGAIN_S = 1.0
 DIAL_S = 10.0  # for a port to take a connection
 CLONE_NEWNET = 0x40000000
 MAX_TEXT = 512  # characters of a message about an error
@@ -2077,6 +2079,7 @@ class Helper:
         self.session = ""
         self.session_count = 0
         self.streams: dict[int, Stream] = {}
+        self.power_action = ""
         self.inotify = Inotify(self.loop)
         self.port = Port(self.loop, self.on_frame, self.on_lost, self.fill)
         self.pods = Pods(self)
@@ -2409,16 +2412,22 @@ class Helper:
             stream.signal(number)
 
     def _power(self, header: Message, _: bytes) -> None:
-        action = {"shutdown": "poweroff", "reboot": "reboot"}[header["action"]]
-
-        async def act() -> None:
-            ended = await run(self.loop, ["systemctl", action])
-            if ended.code != 0:
-                self.note("", "", "PowerFailed", ended.reason(), "Warning")
-
+        under_way, self.power_action = self.power_action, {"shutdown": "poweroff", "reboot": "reboot"}[header["action"]]
         # Answered before it is done: then there may be nobody left to answer.
         self.tell({"t": "done", "id": header.get("id", 0), "ok": True})
-        self.loop.start(act())
+        if not under_way:
+            self.loop.start(self._power_down())
+
+    async def _power_down(self) -> None:
+        """What was asked for last. This helper is there before systemd is: until that listens it is asked again."""
+        for _ in range(POWER_TRIES):
+            ended = await run(self.loop, ["systemctl", self.power_action])
+            if ended.code == 0:
+                break
+            await self.loop.sleep(POWER_AGAIN_S)
+        else:
+            self.note("", "", "PowerFailed", ended.reason(), "Warning")
+        self.power_action = ""
 
     HANDLERS: Mapping[str, Callable[["Helper", Message, bytes], None]] = {
         "notes": _want_notes,
