@@ -31,7 +31,6 @@ ELSEWHERE = {
     "casemate ssh hello-0 -- uname -a": "a login needs sshd: tests/journeys/test_hello.py",
     "casemate ssh hello -- -L 8080:127.0.0.1:8080 -N": "a login needs sshd: tests/journeys/test_hello.py",
     "casemate dev down": "it would end the fleet of these tests, which it does in the end: tests/support/fleet.py",
-    "casemate context use dev-7999": "its context is made by make run: tests/journeys/test_hello.py",
 }
 #: Names of the documents → of this fleet.
 NAMES = {
