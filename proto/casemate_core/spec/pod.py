@@ -146,7 +146,8 @@ def check_pod(path: str, manifest: Mapping[str, Any]) -> Iterator[Violation]:
     if not isinstance(spec, Mapping) or not isinstance(spec.get("containers"), list) or not spec["containers"]:
         yield Violation(f"{path}.spec.containers", "", "is missing", "give the pod at least one container")
         return
-    volumes = {v.get("name") for v in _objects(spec.get("volumes"))}
+    # what is no text is told by its own path already
+    volumes = {v.get("name") for v in _objects(spec.get("volumes")) if isinstance(v.get("name"), str)}
     names: set[str] = set()
     for kind in ("initContainers", "containers"):
         containers = _objects(spec.get(kind))
@@ -185,7 +186,7 @@ def _check_container(
         if not isinstance(ref, Mapping) or not ref.get("name") or not ref.get("key"):
             yield Violation(f"{here}.secretKeyRef", "", "names no secret", "give it name and key")
     for i, mount in enumerate(_objects(container.get("volumeMounts"))):
-        if mount.get("name") not in volumes:
+        if not isinstance(mount.get("name"), str) or mount["name"] not in volumes:
             yield Violation(
                 f"{path}.volumeMounts[{i}].name",
                 shown(str(mount.get("name", ""))),
