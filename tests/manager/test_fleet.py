@@ -16,6 +16,7 @@ from casemate_core.spec.operation import OrderPhase, OrderState, Verb
 from casemate_core.spec.views import Condition
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.commands import (
+    Advance,
     ApplyAnswer,
     ApplyResources,
     Due,
@@ -23,6 +24,7 @@ from casemate_manager.fleet.commands import (
     Expire,
     HostFacts,
     HostGone,
+    HostInventory,
     HostNote,
     OperateInstances,
     Turned,
@@ -30,8 +32,8 @@ from casemate_manager.fleet.commands import (
 )
 from casemate_manager.fleet.machine import REQUEST_KEPT_S, apply, is_crowded
 from casemate_manager.fleet.requests import KeyReused
-from casemate_wire.stream import Facts, HostEvent, HostReport, Outcome
-from support.small_fleet import SMALL, SmallFleet, environment, image, network, told
+from casemate_wire.stream import Facts, HostEvent, HostReport, Inventory, Outcome
+from support.small_fleet import SMALL, SmallFleet, environment, image, network, told, topology
 
 
 @pytest.fixture
@@ -268,6 +270,79 @@ def test_a_gang_is_placed_whole_or_not_at_all(fleet: SmallFleet) -> None:
     assert [(e.regarding.kind, e.regarding.name, e.count) for e in told] == [("Environment", "hello", 1)]
     fleet.join("h2")
     assert {p.host for p in fleet.state.placements.values()} == {"h1", "h2"}
+
+
+WIDE = "1s 64k/c 1t 256G disk=10T"
+
+
+def large_gang(fleet: SmallFleet, replicas: int = 60) -> None:
+    """A gang of more members than a batch takes, its instances made and none of them placed yet."""
+    fleet.apply(environment("crowd", replicas=replicas, gang=True))
+    assert len(fleet.state.instances) == replicas and not fleet.state.placements
+
+
+def test_a_gang_larger_than_a_batch_is_reserved_first_and_told_all_at_once(fleet: SmallFleet) -> None:
+    large_gang(fleet)
+    fleet.hello("h1", 1)
+    fleet.do(HostInventory("h1", 1, Inventory("digest", topology(WIDE))))
+    fleet.do(HostFacts("h1", 1, Facts(1, True, (), (), HostReport())))
+    batches = 0
+    while len(fleet.state.placements) < 60:
+        fleet.do(Advance("seed"))
+        batches += 1
+        keep, end = desired.whole(fleet.state, "h1")
+        assert end == ()
+        assert len(keep) == (60 if len(fleet.state.placements) == 60 else 0), "all of them or none"
+        assert batches < 20
+    assert batches > 2
+    assert fleet.woken["h1"] == set(fleet.state.instances), "with the last its host hears of all"
+    assert len(desired.since(fleet.state, "h1", fleet.state.revision - 1)[0]) == 60
+    fleet.settle()
+    fleet.obey("h1")
+    # It grows by more than a batch: those that run are not disturbed, the new ones wait for one another.
+    fleet.apply(environment("crowd", replicas=61, gang=True))
+    assert len(desired.whole(fleet.state, "h1")[0]) == 61
+
+
+def test_what_is_reserved_for_a_gang_is_given_back_where_somebody_was_faster(fleet: SmallFleet) -> None:
+    large_gang(fleet)
+    fleet.hello("h1", 1)
+    fleet.do(HostInventory("h1", 1, Inventory("digest", topology(WIDE))))
+    fleet.do(HostFacts("h1", 1, Facts(1, True, (), (), HostReport())))
+    fleet.do(Advance("seed"))
+    assert 0 < len(fleet.state.placements) < 60
+    # The host turns out to be smaller while the rest of the gang waits.
+    fleet.do(HostInventory("h1", 1, Inventory("other", topology("1s 32k/c 1t 256G disk=10T"))))
+    fleet.settle()
+    assert not fleet.state.placements
+    assert desired.whole(fleet.state, "h1") == ((), ())
+    reasons = {e.reason for e in fleet.state.events.values()}
+    assert {"GangGivenBack", "Unschedulable"} <= reasons
+    fleet.join("h2", line=WIDE)
+    assert len(fleet.state.placements) == 60 and len(desired.whole(fleet.state, "h2")[0]) > 0
+
+
+def test_a_gang_that_is_deleted_while_it_is_reserved_leaves_nothing(fleet: SmallFleet) -> None:
+    large_gang(fleet)
+    fleet.hello("h1", 1)
+    fleet.do(HostInventory("h1", 1, Inventory("digest", topology(WIDE))))
+    fleet.do(HostFacts("h1", 1, Facts(1, True, (), (), HostReport())))
+    fleet.do(Advance("seed"))
+    reserved = {p.instance_uid for p in fleet.state.placements.values()}
+    fleet.delete("Environment", "crowd")
+    keep, end = desired.whole(fleet.state, "h1")
+    assert keep == () and set(end) == reserved
+    fleet.obey("h1")
+    assert not fleet.state.placements and not fleet.state.instances and not fleet.state.environments
+
+
+def test_gangs_of_a_manager_before_this_one_go_on(fleet: SmallFleet) -> None:
+    fleet.join("h1")
+    fleet.apply(environment(replicas=2, gang=True))
+    (record,) = fleet.state.environments.values()
+    assert record.gang_told == 2
+    old = replace(record, gang_told=-1, told_revision=0)
+    assert all(old.is_told(i) for i in fleet.state.instances.values())
 
 
 def test_scale_down_ends_the_highest_ordinals(fleet: SmallFleet) -> None:

@@ -116,8 +116,8 @@ def _up_real(folder: "Folder", fleet: "Fleet", cache: Path, timeout_s: float, ex
     with steps.connect(folder) as client:
         steps.join(folder, fleet, [steps.HOST], client)
         extra = ["--name", steps.HOST, "--libvirt-uri", str(virt["uri"]), "--scope", str(virt["scope"])]
-        # A pod may take ten seconds to end, and an emulated guest some more to power off.
-        extra += ["--image-folder", str(cache / "guest"), "--stop-grace-s", "45"]
+        # A pod may take ten seconds to end, and an emulated guest, asked while it boots, two minutes to power off.
+        extra += ["--image-folder", str(cache / "guest"), "--stop-grace-s", "150"]
         steps.agent(folder, fleet, extra, 1, client)
         for name in ("image.yaml", "hello-image.yaml"):
             if remark := steps.apply_image(client, images / name):

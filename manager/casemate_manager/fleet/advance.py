@@ -4,6 +4,10 @@ Theory of operation. A batch is bounded, so what one environment asks for may ta
 says whether there is more. Ends come before beginnings: what a host gave back can be given again in the same batch.
 Interrupted after any batch, the records are consistent and the rest of the work is found again from them.
 
+A gang is placed whole or not at all. One that is too large for a batch is reserved first, batch by batch, each time only
+where all that is left of it fits; its hosts are told when its last member has a place, by one record (`gang_told`). Where
+somebody was faster meanwhile, what was reserved is given back.
+
 A waiting instance is tried again only when the fleet's capacity changed since it was tried (a host joined or was
 uncordoned, an instance ended); highest priority first, then the oldest.
 """
@@ -283,6 +287,8 @@ def _place_waiting(draft: Draft, overlay: Overlay, placer: Placer) -> int:
             break
         if any((("Instance", i.meta.uid) in draft.changed) for i in group.instances):
             continue  # changed in this batch: its turn is the next one
+        if group.environment.spec.gang and ("Environment", _key(group.environment)) in draft.changed:
+            continue
         if not _place_group(draft, overlay, group, placer, devices):
             refused += 1
     return refused
@@ -297,13 +303,23 @@ def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer, 
         found = placer.place(trial, group.environment, state.spec_of(instance), stamp)
         if isinstance(found, Unplaced):
             _refused(draft, group, found)
+            _give_back(draft, group)
             return False
         trial.add(found.host, found.claim)
         decided.append((instance, found, stamp))
     if over := devices.exceeded(group.environment.meta.tenant, ((f.host, f.claim) for _, f, _ in decided)):
         hosts = len(state.hosts)
         _refused(draft, group, Unplaced(hosts, (("QuotaExceeded", hosts, over),)))
+        _give_back(draft, group)
         return False
+    if group.environment.spec.gang:
+        room = max(1, (MAX_RECORDS - len(draft) - 1) // STEP)
+        if len(decided) > room:
+            decided = decided[:room]  # reserved; the others are next
+        else:
+            record = state.environments[_key(group.environment)]
+            told = group.environment.spec.replicas
+            draft.put(replace(record, gang_told=told, told_revision=draft.revision))
     for instance, found, stamp in decided:
         overlay.add(found.host, found.claim)
         _put_placement(draft, instance.meta.uid, found, stamp)
@@ -312,6 +328,29 @@ def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer, 
         draft.sightings.append(Tried(instance.meta.uid, None))
         draft.event(instance_ref(instance), "Placed", f"placed on host {found.host}: {_held(found.claim)}")
     return True
+
+
+def _give_back(draft: Draft, group: _Group) -> None:
+    """Let go of what is reserved for a gang that does not fit any more; of one that is large, a part in each batch."""
+    state = draft.state
+    if not group.environment.spec.gang:
+        return
+    record = state.environments[_key(group.environment)]
+    given = 0
+    for instance in state.instances_of(group.environment.meta.uid):
+        placement = state.placement_of(instance.meta.uid)
+        if placement is None or record.is_told(instance) or instance.meta.deleting_s:
+            continue
+        if len(draft) + STEP > MAX_RECORDS:
+            break
+        draft.drop("Placement", f"{placement.instance_uid}/{placement.generation}")
+        draft.put(replace(instance, meta=replace(instance.meta, resource_version=draft.revision)))
+        given += 1
+    if given:
+        draft.sightings.append(CapacityChanged())
+        draft.event(
+            _ref(group.environment), "GangGivenBack", f"what was reserved for {given} of its instances is free again"
+        )
 
 
 def _held(claim: Claim) -> str:
@@ -352,6 +391,10 @@ def _put_placement(draft: Draft, uid: str, found: Placed, stamp: Stamp) -> None:
             revision=draft.revision,
         )
     )
+
+
+def _key(environment: Environment) -> str:
+    return tenant_key(environment.meta.tenant, environment.meta.name)
 
 
 def _ref(environment: Environment) -> ObjectRef:

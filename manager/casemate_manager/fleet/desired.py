@@ -105,8 +105,10 @@ def since(state: State, host: str, revision: int) -> tuple[tuple[DesiredInstance
     uids = set()
     for placement in state.host_placements.get(host, {}).values():
         instance = state.instances[placement.instance_uid]
-        environment = state.environment_of(instance).environment
+        record = state.environment_of(instance)
+        environment = record.environment
         changed = max(
+            record.told_revision,
             placement.revision,
             instance.meta.resource_version,
             environment.meta.resource_version,
@@ -126,13 +128,15 @@ def _secrets_revision(state: State, environment: Environment) -> int:
 
 
 def some(state: State, host: str, uids: Iterable[str]) -> tuple[tuple[DesiredInstance, ...], tuple[str, ...]]:
-    """Of these instances: what the host should have, and which ones it should end."""
+    """Of these instances: what the host should have, and which ones it should end. Of a gang that has not its whole place
+    yet a host hears nothing."""
     keep, end = [], []
     for uid in sorted(uids):
         placement = next((p for p in state.instance_placements.get(uid, {}).values() if p.host == host), None)
-        if placement is None or state.is_ending(state.instances[uid]):
+        instance = state.instances[uid]
+        if placement is None or state.is_ending(instance):
             end.append(uid)
-        else:
+        elif state.environment_of(instance).is_told(instance):
             keep.append(desired_instance(state, placement))
     return tuple(keep), tuple(end)
 

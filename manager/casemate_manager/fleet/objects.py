@@ -376,7 +376,8 @@ def _write_environment(draft: Draft, stored: Environment, changes: tuple[Change,
     state, generation = draft.state, stored.meta.generation
     known = state.environments.get(tenant_key(stored.meta.tenant, stored.meta.name))
     if known is None:
-        draft.put(EnvironmentRecord(stored, generation, generation, cause=cause))
+        told = 0 if stored.spec.gang else -1
+        draft.put(EnvironmentRecord(stored, generation, generation, cause=cause, gang_told=told))
         return ()
     effects = {c.effect for c in changes}
     restart = generation if "restart" in effects else known.restart_generation

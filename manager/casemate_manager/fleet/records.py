@@ -32,6 +32,14 @@ class EnvironmentRecord:
     notice_end_s: float = 0.0
     #: What its last change follows from (casemate_core.cause).
     cause: str = ""
+    #: Of a gang: its instances below this ordinal are placed, all of them, and their hosts are told; what others hold
+    #: is reserved. -1: there is nothing to wait for. ``told_revision`` is when it changed last.
+    gang_told: int = -1
+    told_revision: int = 0
+
+    def is_told(self, instance: "InstanceRecord") -> bool:
+        """Whether a host is told of the instance's placement, or only keeps the room for it."""
+        return self.gang_told < 0 or instance.ordinal < self.gang_told
 
 
 @dataclass(frozen=True, slots=True)
