@@ -315,7 +315,7 @@ def test_live_names_are_completed(fleet: Fleet, ready: str) -> None:
     assert "environments" in complete("get", "env")
     assert complete("get", "env", ready[:4]) == [ready]
     assert complete("describe", f"env/{ready[:4]}") == [f"env/{ready}"]
-    assert complete("logs", ready[:4]) == [ready]
+    assert complete("logs", ready[:4]) == [ready, f"{ready}-0"]
 
 
 def test_completion_is_silent_without_a_manager(fleet: Fleet) -> None:

@@ -11,7 +11,7 @@ from itertools import zip_longest
 import pytest
 
 import support.mortal_agent
-from support.realfleet import RealFleet, empty_environment
+from support.realfleet import RealFleet, catches, empty_environment
 
 pytestmark = pytest.mark.libvirt
 
@@ -74,8 +74,10 @@ class Story:
         fleet.agent.start()
 
     def arm(self) -> None:
-        assert self.fleet.agent.process is not None
-        self.fleet.agent.process.send_signal(signal.SIGUSR1)
+        process = self.fleet.agent.process
+        assert process is not None
+        self.fleet.until("the agent hears", lambda: catches(process.pid, signal.SIGUSR1), 60, every_s=0.02)
+        process.send_signal(signal.SIGUSR1)
 
     def until_dead(self, step: str) -> None:
         fleet = self.fleet

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import support.mortal_agent
-from support.realfleet import RealFleet, empty_environment
+from support.realfleet import RealFleet, catches, empty_environment
 
 pytestmark = pytest.mark.libvirt
 
@@ -73,8 +73,10 @@ def test_killed_at_each_step_it_is_done_once(real_fleet: RealFleet) -> None:
             where = f"{verb}, {step}"
             revive(fleet, usual, step)
             before = fleet.qemus()[uid]
-            assert fleet.agent.process is not None
-            fleet.agent.process.send_signal(signal.SIGUSR1)
+            process = fleet.agent.process
+            assert process is not None
+            fleet.until("the agent hears", lambda pid=process.pid: catches(pid, signal.SIGUSR1), 60, every_s=0.02)  # type: ignore[misc]
+            process.send_signal(signal.SIGUSR1)
             words = ("--yes",) if verb == "rebuild" else ()
             told = fleet.run(verb, "inst/victim-0", "--grace", "1s", "--no-wait", *words).ok()
             name = told.split("operation/")[1].split()[0]

@@ -94,6 +94,13 @@ class Daemon:
             pytest.fail(f"{self.argv[2]} did not end within {timeout_s:g} s\n{tail(self.log)}", pytrace=False)
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal by now (proc(5), SigCgt): before that it would end it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 @dataclass(slots=True)
 class RealFleet:
     """One manager, one agent (host ``box``) and their libvirtd in ``folder``."""
