@@ -2,8 +2,8 @@
 
 What may live here: reading. Theory of operation: libvirt is asked once a scrape for the statistics of all domains, under a
 deadline; where it does not answer, ``libvirt_up`` is 0 and everything of its domains is absent. GPUs are asked in the same
-way; of one that a guest holds only its link and the host's judgement are there. What the agent knows of
-itself is there in any case.
+way; of one that a guest holds only its link and the host's judgement are there. What the agent knows of itself is there in
+any case.
 """
 
 import logging

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from casemate_agent.gpu.readings import GpuFault, GpuReading
+from casemate_agent.gpu.readings import GpuFault, GpuReading, growth
 
 HOT_C = 87
 """Slow-down begins at about 87 to 92 degrees on data-centre boards: an idle GPU that is so hot is not cooled."""
@@ -90,10 +90,10 @@ def _xids(now: GpuReading, faults: Iterable[GpuFault]) -> Check:
 
 
 def _grown(name: str, now: int | None, before: int | None, what: str, most: int = 0) -> Check:
-    """A counter since the last reading; a counter that fell was reset with the driver, and counts from 0."""
+    """A counter since the last reading."""
     if now is None:
         return Check(name, Result.UNKNOWN, f"{what}: not told")
-    since = now if before is None or now < before else now - before
+    since = growth(now, before)
     result = Result.FAILED if since > most else Result.PASSED
     return Check(name, result, f"{since} {what}{f', {most} are tolerated' if most else ''}")
 

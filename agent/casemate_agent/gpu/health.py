@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from casemate_agent.gpu.checks import FATAL_XIDS
 from casemate_agent.gpu.link import LinkReading
-from casemate_agent.gpu.readings import GpuFault, GpuReading
+from casemate_agent.gpu.readings import GpuFault, GpuReading, growth
 
 CORRECTED_A_DAY = 1000
 """Corrected PCIe errors that a link may have in a day before it is worth a look: retries are normal, a stream of them is not."""
@@ -101,7 +101,5 @@ def _judge_link(
 
 
 def _grown(now: int | None, before: int | None) -> int:
-    """Growth of a counter; one that fell began anew."""
-    if now is None:
-        return 0
-    return now if before is None or now < before else now - before
+    """Growth of a counter; one that is not told is no sign of anything."""
+    return 0 if now is None else growth(now, before)

@@ -55,6 +55,11 @@ class GpuReading:
         return tuple(f.name for f in fields(self) if getattr(self, f.name) is None)
 
 
+def growth(now: int, before: int | None) -> int:
+    """How much a counter grew since an earlier reading; one that fell was reset with its driver, and counts from 0."""
+    return now if before is None or now < before else now - before
+
+
 @dataclass(frozen=True, slots=True)
 class GpuFault:
     """An XID: the driver's number for something that went wrong on a GPU (NVIDIA, "XID Errors")."""
