@@ -29,17 +29,21 @@ def say(line: str) -> None:
 
 
 def folders(root: Path) -> list[Path]:
+    """Those of containers that are whole: others are being made or removed by another call."""
     base = root / "fake/containers"
-    return sorted(base.iterdir()) if base.exists() else []
+    return sorted(f for f in base.iterdir() if f.suffix == "") if base.exists() else []
 
 
 def facts_of(folder: Path) -> Facts:
-    facts: Facts = json.loads((folder / "facts.json").read_text())
-    pid = int((folder / "pid").read_text()) if (folder / "pid").exists() else 0
-    running = pid > 0 and Path(f"/proc/{pid}").exists()
-    code = (folder / "code").read_text() if (folder / "code").exists() else "0"
-    facts["State"] = {"Running": running, "ExitCode": int(code), "Pid": pid if running else 0}
-    return facts
+    """Pod "" for a container that is removed meanwhile. One has ended once its monitor has said so, as with conmon."""
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            facts: Facts = json.loads((folder / "facts.json").read_text())
+            code = (folder / "code").read_text() if (folder / "code").exists() else ""
+            pid = 0 if code else int((folder / "pid").read_text())
+            return facts | {"State": {"Running": not code, "ExitCode": int(code or 0), "Pid": pid}}
+        time.sleep(0.005)  # it is being started
+    return {"Id": "", "Name": "", "Pod": ""}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -50,8 +54,10 @@ def write_whole(path: Path, text: str) -> None:
 def start(root: Path, folder: Path) -> None:
     """Run the container's command under a monitor that outlives us."""
     process = json.loads((folder / "config.json").read_text())["process"]
-    (folder / "code").unlink(missing_ok=True)
+    while (folder / "pid").exists() and not (folder / "code").exists():
+        time.sleep(0.005)  # the monitor of the run before is at its last line
     (folder / "pid").unlink(missing_ok=True)
+    (folder / "code").unlink(missing_ok=True)
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
@@ -98,12 +104,13 @@ def monitor(root: Path, folder: Path, process: Facts) -> None:
                     del names[fd]
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = code if code >= 0 else 128 - code
-    write_whole(folder / "code", str(code))
     exits = root / "run/libpod/exits"
     exits.mkdir(parents=True, exist_ok=True)
     temporary = exits / f".{folder.name}"
     temporary.write_text(str(code))
     temporary.rename(exits / folder.name)
+    # Last: who reads that it has ended finds the exit file there.
+    write_whole(folder / "code", str(code))
 
 
 def kube_play(root: Path) -> int:
@@ -122,16 +129,18 @@ def kube_play(root: Path) -> int:
     say(f"Pod:\n{hashlib.sha256(name.encode()).hexdigest()}\nContainers:")
     for container in manifest["spec"]["containers"]:
         number = hashlib.sha256(f"{name}/{container['name']}/{time.time_ns()}".encode()).hexdigest()
-        folder = root / "fake/containers" / number
+        whole = root / "fake/containers" / number
+        folder = whole.with_suffix(".new")
         folder.mkdir(parents=True)
         env = [f"PATH={os.environ['PATH']}", *(f"{e['name']}={e['value']}" for e in container.get("env", ()))]
         args = [*container.get("command", ()), *container.get("args", ())]
         (folder / "config.json").write_text(json.dumps({"process": {"args": args, "env": env, "cwd": "/"}}))
         (folder / "ctr.log").touch()
         facts = {"Id": number, "Name": f"{name}-{container['name']}", "Pod": name}
-        facts["HostConfig"] = {"LogConfig": {"Path": str(folder / "ctr.log")}}
-        write_whole(folder / "facts.json", json.dumps(facts))
-        start(root, folder)
+        facts["HostConfig"] = {"LogConfig": {"Path": str(whole / "ctr.log")}}
+        (folder / "facts.json").write_text(json.dumps(facts))
+        folder.rename(whole)
+        start(root, whole)
         say(number)
     return 0
 
@@ -152,9 +161,7 @@ def remove(root: Path, name: str, grace_s: float) -> int:
                 os.killpg(facts["State"]["Pid"], signal.SIGKILL)
         while not (folder / "code").exists():
             time.sleep(0.005)
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder.rename(folder.with_suffix(".old")))
     return 0
 
 

@@ -5,7 +5,6 @@ crun are played by ``fake_podman.py``, systemctl by a script that ends the helpe
 """
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -29,6 +28,7 @@ from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
 from casemate_agent.guest import casemate_guest as helper
 from casemate_core.spec.instance import ContainerState, PodState
 from casemate_core.topology_loaders import from_line
+from support import fake_podman
 from support.agents import IMAGE, instance, uid
 
 FAKE = Path(__file__).parent / "fake_podman.py"
@@ -231,8 +231,8 @@ class RealGuestBench(GuestBench):
         await self.guests.close()
 
     async def kill(self, pod_name: str, container: str = "app") -> None:
-        for folder in (self.root / "fake/containers").iterdir():
-            if json.loads((folder / "facts.json").read_text())["Name"] == f"{pod_name}-{container}":
+        for folder in fake_podman.folders(self.root):
+            if fake_podman.facts_of(folder)["Name"] == f"{pod_name}-{container}":
                 os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
 
     async def off(self) -> None:
@@ -247,9 +247,7 @@ class RealGuestBench(GuestBench):
         if self.process is not None and self.process.returncode is None:
             self.process.terminate()
             await self.process.wait()
-        base = self.root / "fake/containers"
-        facts = [json.loads((f / "facts.json").read_text()) for f in base.iterdir()] if base.exists() else []
-        for name in {fact["Pod"] for fact in facts}:
+        for name in {fake_podman.facts_of(folder)["Pod"] for folder in fake_podman.folders(self.root)} - {""}:
             words = ["pod", "rm", "--force", "--ignore", "--time", "0", name]
             await (await asyncio.create_subprocess_exec(sys.executable, FAKE, self.root, "podman", *words)).wait()
 
