@@ -164,6 +164,13 @@ class Client:
                     raise
             time.sleep(random.uniform(0.05, 0.3))
 
+    def ticket(self, action: str, tenant: str, instance: str) -> str:
+        """A ticket for one side stream; used at once, for it lives half a minute."""
+        from casemate_wire.v1 import tickets_pb2
+
+        request = tickets_pb2.TicketRequest(tenant=tenant, instance=instance, action=action)
+        return str(self.call(self.channels.Admit, request, f"{action} at {instance}").ticket)
+
     def apply(
         self, resources: "list[pb.Resource]", *, key: str, dry_run: bool = False, doing: str = ""
     ) -> "pb.ApplyResponse":

@@ -102,10 +102,14 @@ class Where(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a call needs. ``permission`` is the kind's own where the scope is that of objects."""
+    """What a call needs. ``permission`` is the kind's own where the scope is that of objects.
+
+    ``ticket``: the action for which it needs a ticket besides; empty where it needs none.
+    """
 
     permission: Permission
     where: Where = Where.NOWHERE
+    ticket: str = ""
 
 
 #: Full name of each method → what it needs. A new RPC gets its row here.
@@ -117,7 +121,7 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.v1.Fleet/Delete": Row(P.WRITE, Where.OBJECTS),
     "/casemate.v1.Fleet/Operate": Row(P.WRITE, Where.NAMED),
     "/casemate.v1.Fleet/Logs": Row(P.LOGS, Where.NAMED),
-    "/casemate.v1.Fleet/Exec": Row(P.EXEC, Where.NAMED),
+    "/casemate.v1.Fleet/Exec": Row(P.EXEC, Where.NAMED, "exec"),
     "/casemate.v1.Fleet/Events": Row(P.READ, Where.VISIBLE),
     "/casemate.v1.Fleet/Explain": Row(P.SIGNED_IN),
     "/casemate.v1.Fleet/Why": Row(P.READ, Where.NAMED),
@@ -132,11 +136,13 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.v1.Identity/IssueToken": Row(P.SIGNED_IN),
     "/casemate.v1.Audit/Records": Row(P.AUDIT, Where.VISIBLE),
     "/casemate.v1.Audit/Ends": Row(P.AUDIT, Where.FLEET),
-    "/casemate.v1.Channels/Console": Row(P.CONSOLE, Where.NAMED),
+    # Where the name leads to; the permission of the action that is named is judged there.
+    "/casemate.v1.Channels/Admit": Row(P.READ, Where.NAMED),
+    "/casemate.v1.Channels/Console": Row(P.CONSOLE, Where.NAMED, "console"),
     "/casemate.v1.Channels/ConsoleLog": Row(P.LOGS, Where.NAMED),
-    "/casemate.v1.Channels/Forward": Row(P.EXEC, Where.NAMED),
-    "/casemate.v1.Channels/Copy": Row(P.EXEC, Where.NAMED),
-    "/casemate.v1.Channels/Authorize": Row(P.EXEC, Where.NAMED),
+    "/casemate.v1.Channels/Forward": Row(P.EXEC, Where.NAMED, "forward"),
+    "/casemate.v1.Channels/Copy": Row(P.EXEC, Where.NAMED, "copy"),
+    "/casemate.v1.Channels/Authorize": Row(P.EXEC, Where.NAMED, "authorize"),
     "/casemate.v1.HostAccess/CreateHostToken": Row(P.OPERATE, Where.FLEET),
     "/casemate.v1.HostAccess/ListHostTokens": Row(P.OPERATE, Where.FLEET),
     "/casemate.v1.HostAccess/RevokeHostToken": Row(P.OPERATE, Where.FLEET),
@@ -156,6 +162,9 @@ RPCS: Final[Mapping[str, Row]] = {
     "/grpc.health.v1.Health/Watch": Row(P.ANYONE),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Row(P.SIGNED_IN),
 }
+
+#: Action of a ticket → the permission that it needs.
+ACTIONS: Final[Mapping[str, Permission]] = {row.ticket: row.permission for row in RPCS.values() if row.ticket}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from casemate_manager.api.audits import AuditService, Scribe, SessionScribe
 from casemate_manager.api.channels import ChannelsService
 from casemate_manager.api.enrolment import Joining
 from casemate_manager.api.feed import Feed
-from casemate_manager.api.gate import Authenticate, ByTokenOrCertificate, Gate, actor
+from casemate_manager.api.gate import Authenticate, ByTokenOrCertificate, Gate, actor, ticket_id
 from casemate_manager.api.hostlink import Channels, HostLink
 from casemate_manager.api.identities import IdentityService
 from casemate_manager.api.metrics import ManagerMetrics
@@ -40,6 +40,7 @@ from casemate_manager.policy.expressions import check_policy
 from casemate_manager.scheduler.placer import FleetPlacer
 from casemate_manager.sessions import Sessions
 from casemate_manager.store.ports import Store
+from casemate_manager.tickets import Tickets
 from casemate_manager.tokens import Bearers, Oidc, ShortTokens
 from casemate_manager.vault import Vault
 from casemate_manager.writer import Published, Writer
@@ -74,7 +75,7 @@ class Core:
 
     def sessions_of(self, by: Actor) -> side.SessionLog:
         """Writes down the sessions of one caller."""
-        return SessionScribe(self.scribe, by)
+        return SessionScribe(self.scribe, by, ticket_id())
 
     async def submit(self, command: Command) -> Answer:
         """Carry a command out, in the name of who makes the present call; returns after its commit."""
@@ -169,12 +170,13 @@ async def running(
             await writer.submit(ApplyResources(FIRST_START_KEY, (network,), seed()))
         channels, why = Channels(sessions), PlacerWhy(rules.placer)
         service = FleetService(core, channels, why, version, seed, vault.seal)
-        sides = ChannelsService(core, channels)
+        tickets = Tickets(clock)
+        sides = ChannelsService(core, channels, tickets)
         short = ShortTokens(ring.key("tokens"))
         bearers = Bearers(lambda: writer.state, short, clock, oidc)
         identity = IdentityService(core, short, ring.key("access-keys"), clock)
         known = authenticate or ByTokenOrCertificate(bearers.read)
-        gate = Gate(lambda: writer.state, known, core.scribe.denied, clock, seed, rules.admins)
+        gate = Gate(lambda: writer.state, known, core.scribe.denied, clock, seed, rules.admins, tickets=tickets)
         audit = AuditService(writer, lambda: core.feed)
         joining = Joining(core.submit, lambda: writer.state, tls, clock, seed) if tls is not None else None
         metrics = ManagerMetrics(writer, sessions, core.feed, version)

@@ -23,9 +23,18 @@ from casemate_manager.fleet.acts import Actor
 from casemate_manager.fleet.commands import MakeAccessKey
 from casemate_wire import schema, v1
 from casemate_wire.codec import resources
-from casemate_wire.v1 import audit_pb2, channels_pb2, identity_pb2, operations_pb2, seriallog_pb2, support_pb2, top_pb2
+from casemate_wire.v1 import (
+    audit_pb2,
+    channels_pb2,
+    identity_pb2,
+    operations_pb2,
+    seriallog_pb2,
+    support_pb2,
+    tickets_pb2,
+    top_pb2,
+)
 from casemate_wire.v1 import operators_pb2 as pb
-from support.gatekeeping import House, as_user, bind, house, of_tenant
+from support.gatekeeping import House, as_user, bind, house, of_tenant, ticket
 
 OWN, FOREIGN = Scope("own"), Scope("foreign")
 
@@ -123,6 +132,10 @@ def _target(tenant: str) -> channels_pb2.ChannelTarget:
     return channels_pb2.ChannelTarget(tenant=tenant, instance="hello")
 
 
+def _asking(tenant: str, action: str) -> tickets_pb2.TicketRequest:
+    return tickets_pb2.TicketRequest(tenant=tenant, instance="hello", action=action)
+
+
 #: What is called, and with what: method, and a request from (tenant, request key).
 CALLS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "Apply Environment": ("Apply", lambda t, k: pb.ApplyRequest(request_key=k, resources=[_environment(t)])),
@@ -174,6 +187,8 @@ CALLS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
         lambda t, k: identity_pb2.RotateKeyRequest(request_key=f"{k}-request", id=f"{t}-key"),
     ),
     "IssueToken": ("Identity/IssueToken", lambda t, k: identity_pb2.IssueTokenRequest(user=f"{t}-ci")),
+    "Admit console": ("Channels/Admit", lambda t, k: _asking(t, "console")),
+    "Admit exec": ("Channels/Admit", lambda t, k: _asking(t, "exec")),
     "Console": ("Channels/Console", lambda t, k: channels_pb2.ConsoleInput(start=_target(t))),
     "ConsoleLog": ("Channels/ConsoleLog", lambda t, k: seriallog_pb2.ConsoleLogRequest(tenant=t, instance="hello")),
     "Forward": (
@@ -228,6 +243,8 @@ async def call(found: House, name: str, user: str, tenant: str) -> str:
     method, make = CALLS[name]
     request = make(tenant, found.key())
     call = _callable(found, method)
+    if action := RPCS[_full(method)].ticket:
+        gate._target(request).ticket = await ticket(found, action, user, tenant)
     try:
         if method in SERVER_STREAMS:
             stream = call(request, metadata=as_user(user), timeout=10)

@@ -250,7 +250,7 @@ async def test_a_command_in_a_guest_is_written_down_before_it_runs_and_not_run_w
         class Opener:
             open = staticmethod(opening)
 
-        log = SessionScribe(Scribe(writer), ANN)
+        log = SessionScribe(Scribe(writer), ANN, "0123456789ab")
         record = next(iter(writer.state.instances.values()))
         before = writer.state.audit.sequence
         with pytest.raises(Unavailable, match="no host"):
@@ -258,7 +258,7 @@ async def test_a_command_in_a_guest_is_written_down_before_it_runs_and_not_run_w
         assert seen == [("open", before + 1)]
         last = (await listed(found))[-2:]
         assert [(r.act, r.outcome, r.detail) for r in last] == [
-            ("exec", "done", "sh"),
+            ("exec", "done", "sh; ticket 0123456789ab"),
             ("exec", "ended", "did not open"),
         ]
         store.full = True

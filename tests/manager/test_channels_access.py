@@ -6,10 +6,11 @@ import grpc
 import pytest
 
 from casemate_core.spec.access import Scope
+from casemate_manager.api import gate
 from casemate_wire.v1 import channels_pb2 as pb
 from casemate_wire.v1 import seriallog_pb2
 from casemate_wire.v1.channels_pb2_grpc import ChannelsStub
-from support.gatekeeping import House, as_user, bind, house
+from support.gatekeeping import House, as_user, bind, house, ticket
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFh4eHh4eHh4eHh4eHh4eHh4eHh4eHh4eHh4eHh4eHh4"
 METHODS = ("Console", "Forward", "Copy", "Authorize")
@@ -30,12 +31,14 @@ def first(method: str, tenant: str) -> Any:
 async def code(found: House, method: str, user: str, tenant: str) -> grpc.StatusCode:
     """How the call ends; the house has no hosts, so it is never served."""
     call = getattr(ChannelsStub(found.channel), method)
+    request = first(method, tenant)
+    gate._target(request).ticket = await ticket(found, method.lower(), user, tenant)
     try:
         if method == "Authorize":
-            await call(first(method, tenant), metadata=as_user(user), timeout=10)
+            await call(request, metadata=as_user(user), timeout=10)
         else:
             stream = call(metadata=as_user(user), timeout=10)
-            await stream.write(first(method, tenant))
+            await stream.write(request)
             await stream.read()
             return grpc.StatusCode(await stream.code())
     except grpc.aio.AioRpcError as error:

@@ -15,7 +15,7 @@ from casemate_manager.access import Principal, Unauthenticated
 from casemate_manager.app import Manager, running
 from casemate_manager.fleet.commands import ApplyResources, Object
 from casemate_manager.simulation.memory import MemoryStore
-from casemate_wire.v1 import operators_pb2_grpc
+from casemate_wire.v1 import channels_pb2_grpc, operators_pb2_grpc, tickets_pb2
 from support.small_fleet import environment, image, network
 
 POD = {
@@ -66,13 +66,24 @@ def as_user(name: str, **more: str) -> tuple[tuple[str, str], ...]:
     return (("x-user", name), *((k.replace("_", "-"), v) for k, v in more.items()))
 
 
+async def ticket(found: House, action: str, user: str, tenant: str, instance: str = "hello") -> str:
+    """A ticket of that user; none where he gets none."""
+    request = tickets_pb2.TicketRequest(tenant=tenant, instance=instance, action=action)
+    try:
+        answer = await channels_pb2_grpc.ChannelsStub(found.channel).Admit(request, metadata=as_user(user), timeout=10)
+    except grpc.aio.AioRpcError:
+        return ""
+    return str(answer.ticket)
+
+
 @asynccontextmanager
 async def house(
     *, store: Any = None, authenticate: Callable[[Any], Awaitable[Principal]] = by_header, **more: Any
 ) -> AsyncIterator[House]:
     """A manager with two tenants, ``own`` and ``foreign``, an environment ``hello`` in each, and the root user ``root``."""
     numbers = itertools.count(1)
-    clock = itertools.count(1_800_000_000)
+    # Slow against how often it is asked for: a ticket that lives half a minute outlives any test.
+    clock = itertools.count(1_800_000_000, 0.01)
     async with (
         running(
             store or MemoryStore(),

@@ -55,6 +55,7 @@ def console(ctx: click.Context, name: str, kept: bool, since: float | None) -> i
             return print_log(client, instance, since)
     start = pb.ChannelTarget(tenant=settings.tenant, instance=instance)
     with Client(settings) as client:
+        start.ticket = client.ticket("console", settings.tenant, instance)
         return _sit(client, pb.ConsoleInput(start=start), instance)
 
 

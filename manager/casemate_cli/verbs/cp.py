@@ -126,6 +126,7 @@ def _into(client: "Client", target: "pb.ChannelTarget", local: Path, path: str) 
 
     code: int | None = None
     told = b""
+    target.ticket = client.ticket("copy", target.tenant, target.instance)
     call = client.channels.Copy(sent())
     try:
         for output in call:
@@ -148,6 +149,7 @@ def _out(client: "Client", target: "pb.ChannelTarget", path: str, destination: s
     from casemate_cli.tarball import unpack
     from casemate_wire.v1 import channels_pb2 as pb
 
+    target.ticket = client.ticket("copy", target.tenant, target.instance)
     start = pb.CopyInput(start=pb.CopyStart(target=target, path=path))
     code: list[int] = []
     told: list[bytes] = []

@@ -74,6 +74,7 @@ def exec_(
     if tty:
         start.size.CopyFrom(_size())
     with Client(settings) as client, ExitStack() as stack:
+        start.ticket = client.ticket("exec", settings.tenant, instance)
         outbox = Outbox(pb.ExecInput(start=start))
         stack.callback(outbox.end)
         stack.enter_context(_signals_to(outbox, tty))

@@ -100,6 +100,19 @@ class Forwarder:
         target = pb.ChannelTarget(tenant=self._settings.tenant, instance=self._instance, pod=self._pod)
         return pb.ForwardInput(start=pb.ForwardStart(target=target, port=port))
 
+    def _bearer(self) -> tuple[tuple[str, str], ...]:
+        """Who calls, where a token says it."""
+        token = self._settings.token
+        return (("authorization", f"Bearer {token}"),) if token else ()
+
+    async def _ticket(self) -> str:
+        """A ticket for one connection."""
+        from casemate_wire.v1 import tickets_pb2
+
+        request = tickets_pb2.TicketRequest(tenant=self._settings.tenant, instance=self._instance, action="forward")
+        timeout_s = self._settings.request_timeout_s
+        return str((await self._stub.Admit(request, timeout=timeout_s, metadata=self._bearer())).ticket)
+
     def _channel(self) -> Any:
         from casemate_cli.client import dial
 
@@ -162,9 +175,14 @@ class Forwarder:
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
         """Both directions to their ends. Raises Failure where it was cut, OSError where the local end is gone."""
-        call = self._stub.Forward()
+        first = self.start(port)
         try:
-            await call.write(self.start(port))
+            first.start.target.ticket = await self._ticket()
+        except self._grpc.RpcError as error:
+            raise failure.from_rpc(error, self._settings.manager) from None
+        call = self._stub.Forward(metadata=self._bearer())
+        try:
+            await call.write(first)
             up = asyncio.create_task(self._up(call, reader), name="forward-up")
             down = asyncio.create_task(self._down(call, writer), name="forward-down")
             try:
@@ -210,13 +228,15 @@ def _carry_stdio(settings: Settings, first: "pb.ForwardInput") -> int:
     from casemate_cli.client import Client
     from casemate_wire.v1 import channels_pb2 as pb
 
-    outbox = Outbox(first)
+    target = first.start.target
 
     def given(data: bytes) -> bool:
         outbox.put(pb.ForwardInput(data=data))
         return True
 
     with Client(settings) as client:
+        target.ticket = client.ticket("forward", target.tenant, target.instance)
+        outbox = Outbox(first)
         call = client.channels.Forward(iter(outbox))
         try:
             for output in call:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,7 +131,7 @@ def _let_in(client: "Client", target: "pb.ChannelTarget", key: Path) -> _Known:
     public = key.with_name(key.name + ".pub").read_text().strip()
     give_up_s = time.monotonic() + HOST_KEY_S
     while True:
-        answer = client.call(client.channels.Authorize, pb.AuthorizeRequest(target=target, public_key=public))
+        answer = client.call(_admitted(client), pb.AuthorizeRequest(target=target, public_key=public))
         if answer.host_keys or time.monotonic() > give_up_s:
             break
         try:
@@ -152,11 +153,23 @@ def _let_in(client: "Client", target: "pb.ChannelTarget", key: Path) -> _Known:
     return _Known(answer.instance_uid, path)
 
 
+def _admitted(client: "Client") -> "Callable[..., pb.AuthorizeResponse]":
+    """The call that lets a key in; each try shows a ticket of its own."""
+    authorize = client.channels.Authorize
+
+    def call(request: "pb.AuthorizeRequest", timeout: float) -> "pb.AuthorizeResponse":
+        request.target.ticket = client.ticket("authorize", request.target.tenant, request.target.instance)
+        return authorize(request, timeout=timeout)
+
+    return call
+
+
 def _knock(client: "Client", target: "pb.ChannelTarget") -> None:
     """Connect once, as the first who logs in would: it starts the server. Raises Failure where nobody listens."""
     from casemate_wire.v1 import channels_pb2 as pb
 
     start = pb.ForwardInput(start=pb.ForwardStart(target=target, port=22))
+    start.start.target.ticket = client.ticket("forward", target.tenant, target.instance)
     outbox = Outbox(start)
     try:
         for output in client.stream(client.channels.Forward, iter(outbox), timeout_s=HOST_KEY_S):

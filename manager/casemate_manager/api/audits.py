@@ -112,11 +112,12 @@ def _may_see(asked: Caller, record: AuditRecord) -> bool:
 class SessionScribe:
     """Writes the sessions of one caller down (`casemate_manager.api.side.SessionLog`)."""
 
-    def __init__(self, scribe: "Scribe", by: Actor) -> None:
-        self._scribe, self._by = scribe, by
+    def __init__(self, scribe: "Scribe", by: Actor, ticket: str = "") -> None:
+        self._scribe, self._by, self._ticket = scribe, by, ticket
 
     async def began(self, act: str, tenant: str, instance: str, detail: str) -> None:
-        """See `SessionLog`."""
+        """See `SessionLog`. The ticket that opened the session is written down by its id."""
+        detail = f"{detail}; ticket {self._ticket}".removeprefix("; ") if self._ticket else detail
         await self._scribe.began(self._by, act, tenant, instance, detail)
 
     async def ended(self, act: str, tenant: str, instance: str, detail: str) -> None:

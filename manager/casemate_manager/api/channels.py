@@ -17,16 +17,19 @@ from typing import Any, Final, Protocol, TypeVar
 import grpc
 
 from casemate_core.errors import InvalidSpec, Unavailable, Violation, shown
+from casemate_core.spec.access import Scope
+from casemate_manager.access import ACTIONS
 from casemate_manager.api import side
 from casemate_manager.api.errors import streaming, unary
 from casemate_manager.api.gate import caller
-from casemate_manager.api.lookup import Reader
+from casemate_manager.api.lookup import Reader, instance_named
 from casemate_manager.fleet.acts import Actor
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import InstanceRecord
 from casemate_manager.fleet.state import State
+from casemate_manager.tickets import Tickets
 from casemate_wire.v1 import channels_pb2 as pb
-from casemate_wire.v1 import channels_pb2_grpc, hosts_pb2, seriallog_pb2
+from casemate_wire.v1 import channels_pb2_grpc, hosts_pb2, seriallog_pb2, tickets_pb2
 
 MAX_PATH: Final = 4096
 MAX_KEY: Final = 16 * 1024
@@ -56,9 +59,25 @@ class Core(Protocol):
 class ChannelsService(channels_pb2_grpc.ChannelsServicer):
     """casemate.v1.Channels."""
 
-    def __init__(self, core: Core, channels: side.Channels) -> None:
+    def __init__(self, core: Core, channels: side.Channels, tickets: Tickets) -> None:
         self._core = core
         self._channels = channels
+        self._tickets = tickets
+
+    @unary
+    async def Admit(self, request: tickets_pb2.TicketRequest, context: Context) -> tickets_pb2.Ticket:
+        """A ticket for one stream."""
+        permission = ACTIONS.get(request.action)
+        if permission is None:
+            words = ", ".join(sorted(ACTIONS))
+            raise _bad("action", request.action, "is nothing that a ticket is for", f"write one of {words}")
+        asking, instance = caller(), instance_named(self._core.state, request.tenant, request.instance)
+        meta = instance.meta
+        await asking.require(permission, Scope(meta.tenant, instance.environment), "Instance", meta.name)
+        ticket, expires_s = self._tickets.issue(asking.actor.principal.name, request.action, meta.uid)
+        answer = tickets_pb2.Ticket(ticket=ticket, instance_uid=meta.uid)
+        answer.expires.FromMilliseconds(round(expires_s * 1000))
+        return answer
 
     @streaming
     async def Console(

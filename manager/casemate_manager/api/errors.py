@@ -35,6 +35,7 @@ _CODES: dict[str, int] = {
     "PermissionDenied": code_pb2.PERMISSION_DENIED,
     "Unauthenticated": code_pb2.UNAUTHENTICATED,
     "TokenRefused": code_pb2.PERMISSION_DENIED,
+    "TicketRefused": code_pb2.PERMISSION_DENIED,
     "NotEnrolled": code_pb2.PERMISSION_DENIED,
 }
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, Protocol
 
 import grpc
@@ -35,11 +35,13 @@ from casemate_manager.access import (
     refusal,
 )
 from casemate_manager.api.errors import abort
+from casemate_manager.api.lookup import instance_named
 from casemate_manager.api.peer import Nobody, User, peer_of
 from casemate_manager.fleet.acts import Actor, object_scope
 from casemate_manager.fleet.records import tenant_key
 from casemate_manager.fleet.state import State
 from casemate_manager.limits import Limiter
+from casemate_manager.tickets import TicketRefused, Tickets
 from casemate_wire import schema
 from casemate_wire.v1 import operators_pb2 as pb
 
@@ -85,6 +87,8 @@ class Caller:
     state: Callable[[], State]
     admins: frozenset[str]
     on_denied: OnDenied
+    #: Id of the ticket that opened the call; empty where it needs none.
+    ticket: str = ""
 
     @property
     def grants(self) -> Grants:
@@ -137,6 +141,12 @@ def actor() -> Actor | None:
     return found.actor if found else None
 
 
+def ticket_id() -> str:
+    """Id of the ticket that opened the present call; empty where it needed none."""
+    found = _CALLER.get(None)
+    return found.ticket if found else ""
+
+
 class Gate(grpc.aio.ServerInterceptor):
     """See the module. ``clock`` gives seconds, for the rate of calls."""
 
@@ -149,6 +159,7 @@ class Gate(grpc.aio.ServerInterceptor):
         new_id: Callable[[], str],
         admins: frozenset[str] = frozenset(),
         limiter: Limiter | None = None,
+        tickets: Tickets | None = None,
     ) -> None:
         self._state = state
         self._authenticate = authenticate
@@ -156,6 +167,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._clock = clock
         self._new_id = new_id
         self._admins = admins
+        self._tickets = Tickets(clock) if tickets is None else tickets
         self._limiter = limiter or Limiter()
         self._streams = Limiter(
             in_flight=STREAMS, tenants_in_flight=STREAMS - STREAMS // 8, tenant_in_flight=TENANT_STREAMS
@@ -219,6 +231,8 @@ class Gate(grpc.aio.ServerInterceptor):
                     principal.name, Permission.MANAGE, f"call {method}, which has no row in the table of access"
                 )
             await self._judge(found, method, row, first)
+            if row.ticket:
+                found = replace(found, ticket=await self._redeem(found, method, row.ticket, first))
         except Exception as error:
             await place.aclose()
             await abort(context, error)
@@ -257,6 +271,15 @@ class Gate(grpc.aio.ServerInterceptor):
                     refusal(grants, row.permission, scope, kind, name),
                     scope,
                 )
+
+    async def _redeem(self, found: Caller, method: str, action: str, request: Any) -> str:
+        """Use up the ticket that the first message shows; its id."""
+        (tenant, name), ticket = named(request), shown_ticket(request)
+        instance = instance_named(self._state(), tenant, name)
+        try:
+            return self._tickets.redeem(ticket, found.actor.principal.name, action, instance.meta.uid)
+        except TicketRefused as error:
+            await self._deny(found, f"{method} instance/{tenant}/{instance.meta.name}", error, Scope(tenant))
 
     async def _deny(self, found: Caller, what: str, error: CasemateError, scope: Scope = FLEET) -> NoReturn:
         await self._on_denied(found.actor, what, error, _tenants(scope))
@@ -312,15 +335,22 @@ def named(request: Any) -> tuple[str, str]:
     """Tenant and name of the environment or instance that a request is about."""
     if request is None:
         return "", ""
-    if "start" in request.DESCRIPTOR.fields_by_name and "input" in request.DESCRIPTOR.oneofs_by_name:
-        request = request.start
-    if "target" in request.DESCRIPTOR.fields_by_name:
-        request = request.target
-    if "target" in request.DESCRIPTOR.fields_by_name:
-        request = request.target
+    request = _target(request)
     fields = request.DESCRIPTOR.fields_by_name
     name = next((getattr(request, f) for f in ("instance", "environment", "name") if f in fields), "")
     return getattr(request, "tenant", ""), str(name)
+
+
+def shown_ticket(request: Any) -> str:
+    """The ticket that a request shows; empty where it shows none."""
+    return "" if request is None else str(getattr(_target(request), "ticket", ""))
+
+
+def _target(request: Any) -> Any:
+    """The message within a request that says which instance is meant."""
+    if "start" in request.DESCRIPTOR.fields_by_name and "input" in request.DESCRIPTOR.oneofs_by_name:
+        request = request.start
+    return request.target if "target" in request.DESCRIPTOR.fields_by_name else request
 
 
 def told(context: Context) -> dict[str, str]:

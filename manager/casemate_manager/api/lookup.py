@@ -172,19 +172,21 @@ class Reader:
         return [name]
 
     def instance(self, tenant: str, name: str) -> InstanceRecord:
-        """An instance by its name, or the only instance of the environment of that name. Raises NotFound, InvalidSpec."""
-        state = self._state
-        if uid := state.instance_names.get(tenant_key(tenant, name)):
-            return state.instances[uid]
-        environment = state.environments.get(tenant_key(tenant, name))
-        if environment is None:
-            raise NotFound("Instance", name)
-        instances = list(state.instances_of(environment.environment.meta.uid))
-        if len(instances) == 1:
-            return instances[0]
-        if not instances:
-            raise NotFound("Instance", f"{name}-0")
-        names = ", ".join(i.meta.name for i in instances[:5])
-        raise InvalidSpec(
-            (Violation("instance", shown(name), f"has {len(instances)} instances", f"name one: {names}"),)
-        )
+        """See `instance_named`."""
+        return instance_named(self._state, tenant, name)
+
+
+def instance_named(state: State, tenant: str, name: str) -> InstanceRecord:
+    """An instance by its name, or the only instance of the environment of that name. Raises NotFound, InvalidSpec."""
+    if uid := state.instance_names.get(tenant_key(tenant, name)):
+        return state.instances[uid]
+    environment = state.environments.get(tenant_key(tenant, name))
+    if environment is None:
+        raise NotFound("Instance", name)
+    instances = list(state.instances_of(environment.environment.meta.uid))
+    if len(instances) == 1:
+        return instances[0]
+    if not instances:
+        raise NotFound("Instance", f"{name}-0")
+    names = ", ".join(i.meta.name for i in instances[:5])
+    raise InvalidSpec((Violation("instance", shown(name), f"has {len(instances)} instances", f"name one: {names}"),))

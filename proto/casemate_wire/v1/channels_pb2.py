@@ -23,37 +23,38 @@ _sym_db = _symbol_database.Default()
 
 
 from casemate_wire.v1 import seriallog_pb2 as casemate__wire_dot_v1_dot_seriallog__pb2
+from casemate_wire.v1 import tickets_pb2 as casemate__wire_dot_v1_dot_tickets__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63\x61semate_wire/v1/channels.proto\x12\x0b\x63\x61semate.v1\x1a casemate_wire/v1/seriallog.proto\"Q\n\rChannelTarget\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0b\n\x03pod\x18\x03 \x01(\t\x12\x11\n\tcontainer\x18\x04 \x01(\t\"T\n\x0c\x43onsoleInput\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTargetH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05input\"]\n\rConsoleOutput\x12\x10\n\x06opened\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04lost\x18\x03 \x01(\x03H\x00\x12\x10\n\x06\x63losed\x18\x04 \x01(\x08H\x00\x42\x08\n\x06output\"b\n\x0c\x46orwardInput\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.casemate.v1.ForwardStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x42\x07\n\x05input\"H\n\x0c\x46orwardStart\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x0c\n\x04port\x18\x02 \x01(\x05\"\\\n\rForwardOutput\x12\x10\n\x06opened\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x12\x10\n\x06\x63losed\x18\x04 \x01(\x08H\x00\x42\x08\n\x06output\"\\\n\tCopyInput\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.casemate.v1.CopyStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x42\x07\n\x05input\"a\n\tCopyStart\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x0c\n\x04into\x18\x02 \x01(\x08\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"N\n\nCopyOutput\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07message\x18\x02 \x01(\x0cH\x00\x12\x13\n\texit_code\x18\x03 \x01(\x05H\x00\x42\x08\n\x06output\"R\n\x10\x41uthorizeRequest\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x12\n\npublic_key\x18\x02 \x01(\t\"<\n\x11\x41uthorizeResponse\x12\x11\n\thost_keys\x18\x01 \x03(\t\x12\x14\n\x0cinstance_uid\x18\x02 \x01(\t2\xec\x02\n\x08\x43hannels\x12\x44\n\x07\x43onsole\x12\x19.casemate.v1.ConsoleInput\x1a\x1a.casemate.v1.ConsoleOutput(\x01\x30\x01\x12K\n\nConsoleLog\x12\x1e.casemate.v1.ConsoleLogRequest\x1a\x1b.casemate.v1.ConsoleLogPart0\x01\x12\x44\n\x07\x46orward\x12\x19.casemate.v1.ForwardInput\x1a\x1a.casemate.v1.ForwardOutput(\x01\x30\x01\x12;\n\x04\x43opy\x12\x16.casemate.v1.CopyInput\x1a\x17.casemate.v1.CopyOutput(\x01\x30\x01\x12J\n\tAuthorize\x12\x1d.casemate.v1.AuthorizeRequest\x1a\x1e.casemate.v1.AuthorizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63\x61semate_wire/v1/channels.proto\x12\x0b\x63\x61semate.v1\x1a casemate_wire/v1/seriallog.proto\x1a\x1e\x63\x61semate_wire/v1/tickets.proto\"a\n\rChannelTarget\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\x0b\n\x03pod\x18\x03 \x01(\t\x12\x11\n\tcontainer\x18\x04 \x01(\t\x12\x0e\n\x06ticket\x18\x05 \x01(\t\"T\n\x0c\x43onsoleInput\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTargetH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x07\n\x05input\"]\n\rConsoleOutput\x12\x10\n\x06opened\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04lost\x18\x03 \x01(\x03H\x00\x12\x10\n\x06\x63losed\x18\x04 \x01(\x08H\x00\x42\x08\n\x06output\"b\n\x0c\x46orwardInput\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.casemate.v1.ForwardStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x42\x07\n\x05input\"H\n\x0c\x46orwardStart\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x0c\n\x04port\x18\x02 \x01(\x05\"\\\n\rForwardOutput\x12\x10\n\x06opened\x18\x01 \x01(\x08H\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x12\x10\n\x06\x63losed\x18\x04 \x01(\x08H\x00\x42\x08\n\x06output\"\\\n\tCopyInput\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.casemate.v1.CopyStartH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\r\n\x03\x65of\x18\x03 \x01(\x08H\x00\x42\x07\n\x05input\"a\n\tCopyStart\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x0c\n\x04into\x18\x02 \x01(\x08\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\"N\n\nCopyOutput\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\x11\n\x07message\x18\x02 \x01(\x0cH\x00\x12\x13\n\texit_code\x18\x03 \x01(\x05H\x00\x42\x08\n\x06output\"R\n\x10\x41uthorizeRequest\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.casemate.v1.ChannelTarget\x12\x12\n\npublic_key\x18\x02 \x01(\t\"<\n\x11\x41uthorizeResponse\x12\x11\n\thost_keys\x18\x01 \x03(\t\x12\x14\n\x0cinstance_uid\x18\x02 \x01(\t2\xa6\x03\n\x08\x43hannels\x12\x38\n\x05\x41\x64mit\x12\x1a.casemate.v1.TicketRequest\x1a\x13.casemate.v1.Ticket\x12\x44\n\x07\x43onsole\x12\x19.casemate.v1.ConsoleInput\x1a\x1a.casemate.v1.ConsoleOutput(\x01\x30\x01\x12K\n\nConsoleLog\x12\x1e.casemate.v1.ConsoleLogRequest\x1a\x1b.casemate.v1.ConsoleLogPart0\x01\x12\x44\n\x07\x46orward\x12\x19.casemate.v1.ForwardInput\x1a\x1a.casemate.v1.ForwardOutput(\x01\x30\x01\x12;\n\x04\x43opy\x12\x16.casemate.v1.CopyInput\x1a\x17.casemate.v1.CopyOutput(\x01\x30\x01\x12J\n\tAuthorize\x12\x1d.casemate.v1.AuthorizeRequest\x1a\x1e.casemate.v1.AuthorizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'casemate_wire.v1.channels_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHANNELTARGET']._serialized_start=82
-  _globals['_CHANNELTARGET']._serialized_end=163
-  _globals['_CONSOLEINPUT']._serialized_start=165
-  _globals['_CONSOLEINPUT']._serialized_end=249
-  _globals['_CONSOLEOUTPUT']._serialized_start=251
-  _globals['_CONSOLEOUTPUT']._serialized_end=344
-  _globals['_FORWARDINPUT']._serialized_start=346
-  _globals['_FORWARDINPUT']._serialized_end=444
-  _globals['_FORWARDSTART']._serialized_start=446
-  _globals['_FORWARDSTART']._serialized_end=518
-  _globals['_FORWARDOUTPUT']._serialized_start=520
-  _globals['_FORWARDOUTPUT']._serialized_end=612
-  _globals['_COPYINPUT']._serialized_start=614
-  _globals['_COPYINPUT']._serialized_end=706
-  _globals['_COPYSTART']._serialized_start=708
-  _globals['_COPYSTART']._serialized_end=805
-  _globals['_COPYOUTPUT']._serialized_start=807
-  _globals['_COPYOUTPUT']._serialized_end=885
-  _globals['_AUTHORIZEREQUEST']._serialized_start=887
-  _globals['_AUTHORIZEREQUEST']._serialized_end=969
-  _globals['_AUTHORIZERESPONSE']._serialized_start=971
-  _globals['_AUTHORIZERESPONSE']._serialized_end=1031
-  _globals['_CHANNELS']._serialized_start=1034
-  _globals['_CHANNELS']._serialized_end=1398
+  _globals['_CHANNELTARGET']._serialized_start=114
+  _globals['_CHANNELTARGET']._serialized_end=211
+  _globals['_CONSOLEINPUT']._serialized_start=213
+  _globals['_CONSOLEINPUT']._serialized_end=297
+  _globals['_CONSOLEOUTPUT']._serialized_start=299
+  _globals['_CONSOLEOUTPUT']._serialized_end=392
+  _globals['_FORWARDINPUT']._serialized_start=394
+  _globals['_FORWARDINPUT']._serialized_end=492
+  _globals['_FORWARDSTART']._serialized_start=494
+  _globals['_FORWARDSTART']._serialized_end=566
+  _globals['_FORWARDOUTPUT']._serialized_start=568
+  _globals['_FORWARDOUTPUT']._serialized_end=660
+  _globals['_COPYINPUT']._serialized_start=662
+  _globals['_COPYINPUT']._serialized_end=754
+  _globals['_COPYSTART']._serialized_start=756
+  _globals['_COPYSTART']._serialized_end=853
+  _globals['_COPYOUTPUT']._serialized_start=855
+  _globals['_COPYOUTPUT']._serialized_end=933
+  _globals['_AUTHORIZEREQUEST']._serialized_start=935
+  _globals['_AUTHORIZEREQUEST']._serialized_end=1017
+  _globals['_AUTHORIZERESPONSE']._serialized_start=1019
+  _globals['_AUTHORIZERESPONSE']._serialized_end=1079
+  _globals['_CHANNELS']._serialized_start=1082
+  _globals['_CHANNELS']._serialized_end=1504
 # @@protoc_insertion_point(module_scope)

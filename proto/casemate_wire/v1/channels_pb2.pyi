@@ -30,6 +30,7 @@ class ChannelTarget(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     POD_FIELD_NUMBER: _builtins.int
     CONTAINER_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     instance: _builtins.str
     """An instance, or an environment with one instance."""
@@ -37,6 +38,8 @@ class ChannelTarget(_message.Message):
     """Empty: the instance itself, in no container."""
     container: _builtins.str
     """Needed where the pod has several."""
+    ticket: _builtins.str
+    """A ticket of `Admit` for this action and instance."""
     def __init__(
         self,
         *,
@@ -44,10 +47,11 @@ class ChannelTarget(_message.Message):
         instance: _builtins.str = ...,
         pod: _builtins.str = ...,
         container: _builtins.str = ...,
+        ticket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "instance", b"instance", "pod", b"pod", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "instance", b"instance", "pod", b"pod", "tenant", b"tenant", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

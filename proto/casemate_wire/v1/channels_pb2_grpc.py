@@ -5,6 +5,7 @@ import warnings
 
 from casemate_wire.v1 import channels_pb2 as casemate__wire_dot_v1_dot_channels__pb2
 from casemate_wire.v1 import seriallog_pb2 as casemate__wire_dot_v1_dot_seriallog__pb2
+from casemate_wire.v1 import tickets_pb2 as casemate__wire_dot_v1_dot_tickets__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -27,7 +28,8 @@ if _version_not_supported:
 
 
 class ChannelsStub:
-    """Errors are those of the Fleet service. A stream that ends without its last word was cut off.
+    """Errors are those of the Fleet service. A stream that ends without its last word was cut off. Who opens one, or runs a command,
+    shows a ticket for it; the log of a console is read without one.
     """
 
     def __init__(self, channel):
@@ -36,6 +38,11 @@ class ChannelsStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Admit = channel.unary_unary(
+                '/casemate.v1.Channels/Admit',
+                request_serializer=casemate__wire_dot_v1_dot_tickets__pb2.TicketRequest.SerializeToString,
+                response_deserializer=casemate__wire_dot_v1_dot_tickets__pb2.Ticket.FromString,
+                _registered_method=True)
         self.Console = channel.stream_stream(
                 '/casemate.v1.Channels/Console',
                 request_serializer=casemate__wire_dot_v1_dot_channels__pb2.ConsoleInput.SerializeToString,
@@ -64,8 +71,16 @@ class ChannelsStub:
 
 
 class ChannelsServicer:
-    """Errors are those of the Fleet service. A stream that ends without its last word was cut off.
+    """Errors are those of the Fleet service. A stream that ends without its last word was cut off. Who opens one, or runs a command,
+    shows a ticket for it; the log of a console is read without one.
     """
+
+    def Admit(self, request, context):
+        """A ticket for one stream or command: good once, for half a minute, for the caller alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Console(self, request_iterator, context):
         """The serial console of an instance, for as long as the caller stays. Several may be there at once: all see the same, and
@@ -106,6 +121,11 @@ class ChannelsServicer:
 
 def add_ChannelsServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Admit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Admit,
+                    request_deserializer=casemate__wire_dot_v1_dot_tickets__pb2.TicketRequest.FromString,
+                    response_serializer=casemate__wire_dot_v1_dot_tickets__pb2.Ticket.SerializeToString,
+            ),
             'Console': grpc.stream_stream_rpc_method_handler(
                     servicer.Console,
                     request_deserializer=casemate__wire_dot_v1_dot_channels__pb2.ConsoleInput.FromString,
@@ -140,8 +160,36 @@ def add_ChannelsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Channels:
-    """Errors are those of the Fleet service. A stream that ends without its last word was cut off.
+    """Errors are those of the Fleet service. A stream that ends without its last word was cut off. Who opens one, or runs a command,
+    shows a ticket for it; the log of a console is read without one.
     """
+
+    @staticmethod
+    def Admit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/casemate.v1.Channels/Admit',
+            casemate__wire_dot_v1_dot_tickets__pb2.TicketRequest.SerializeToString,
+            casemate__wire_dot_v1_dot_tickets__pb2.Ticket.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Console(request_iterator,

@@ -7,6 +7,7 @@ for SSH.
 
 from casemate_wire.v1 import channels_pb2 as _channels_pb2
 from casemate_wire.v1 import seriallog_pb2 as _seriallog_pb2
+from casemate_wire.v1 import tickets_pb2 as _tickets_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
@@ -30,12 +31,16 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ChannelsStub:
-    """Errors are those of the Fleet service. A stream that ends without its last word was cut off."""
+    """Errors are those of the Fleet service. A stream that ends without its last word was cut off. Who opens one, or runs a command,
+    shows a ticket for it; the log of a console is read without one.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ChannelsAsyncStub: ...
+    Admit: _grpc.UnaryUnaryMultiCallable[_tickets_pb2.TicketRequest, _tickets_pb2.Ticket]
+    """A ticket for one stream or command: good once, for half a minute, for the caller alone."""
     Console: _grpc.StreamStreamMultiCallable[_channels_pb2.ConsoleInput, _channels_pb2.ConsoleOutput]
     """The serial console of an instance, for as long as the caller stays. Several may be there at once: all see the same, and
     whatever one of them types is typed.
@@ -51,9 +56,13 @@ class ChannelsStub:
 
 @_typing.type_check_only
 class ChannelsAsyncStub(ChannelsStub):
-    """Errors are those of the Fleet service. A stream that ends without its last word was cut off."""
+    """Errors are those of the Fleet service. A stream that ends without its last word was cut off. Who opens one, or runs a command,
+    shows a ticket for it; the log of a console is read without one.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    Admit: _aio.UnaryUnaryMultiCallable[_tickets_pb2.TicketRequest, _tickets_pb2.Ticket]  # type: ignore[assignment]
+    """A ticket for one stream or command: good once, for half a minute, for the caller alone."""
     Console: _aio.StreamStreamMultiCallable[_channels_pb2.ConsoleInput, _channels_pb2.ConsoleOutput]  # type: ignore[assignment]
     """The serial console of an instance, for as long as the caller stays. Several may be there at once: all see the same, and
     whatever one of them types is typed.
@@ -68,7 +77,17 @@ class ChannelsAsyncStub(ChannelsStub):
     """Lets a public key log in to an instance by SSH as root, and says by which keys the instance is known."""
 
 class ChannelsServicer(metaclass=_abc_1.ABCMeta):
-    """Errors are those of the Fleet service. A stream that ends without its last word was cut off."""
+    """Errors are those of the Fleet service. A stream that ends without its last word was cut off. Who opens one, or runs a command,
+    shows a ticket for it; the log of a console is read without one.
+    """
+
+    @_abc_1.abstractmethod
+    def Admit(
+        self,
+        request: _tickets_pb2.TicketRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tickets_pb2.Ticket, _abc.Awaitable[_tickets_pb2.Ticket]]:
+        """A ticket for one stream or command: good once, for half a minute, for the caller alone."""
 
     @_abc_1.abstractmethod
     def Console(

@@ -644,6 +644,7 @@ class ExecStart(_message.Message):
     TTY_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     instance: _builtins.str
     """An instance, or an environment with one instance."""
@@ -655,6 +656,8 @@ class ExecStart(_message.Message):
     """Runs it in the guest itself, in no container."""
     tty: _builtins.bool
     """Gives it a terminal of this size."""
+    ticket: _builtins.str
+    """A ticket of `Channels.Admit` for `exec` at this instance."""
     @_builtins.property
     def argv(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -673,10 +676,11 @@ class ExecStart(_message.Message):
         tty: _builtins.bool = ...,
         size: Global___TerminalSize | None = ...,
         environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        ticket: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["size", b"size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "container", b"container", "environment", b"environment", "guest", b"guest", "instance", b"instance", "pod", b"pod", "size", b"size", "tenant", b"tenant", "tty", b"tty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["argv", b"argv", "container", b"container", "environment", b"environment", "guest", b"guest", "instance", b"instance", "pod", b"pod", "size", b"size", "tenant", b"tenant", "ticket", b"ticket", "tty", b"tty"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
