@@ -80,7 +80,7 @@ def test_it_ends_cleanly_when_it_is_asked_to(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGTERM)
-        _, rest = process.communicate(timeout=20)
+        _, rest = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, rest

@@ -28,7 +28,7 @@ spec:
       metadata: {name: web}
       spec: {containers: [{name: app, image: "localhost/hello:1", ports: [{containerPort: 8080}, {containerPort: 8081}]}]}
 """
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 
 
 @pytest.fixture(scope="module")

@@ -341,7 +341,7 @@ def test_dev_status_and_a_second_up(fleet: Fleet) -> None:
     for name, measured in (("manager", "casemate_hosts"), ("agent", "libvirt_up")):
         url = told[f"{name}Metrics"]
         assert f"metrics of the {name}: {url}" in again.err
-        with urllib.request.urlopen(url, timeout=20) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             assert f"\n{measured}{{" in answer.read().decode()
     assert json.loads(fleet.run("dev", "status", "-o", "json", *where).ok())["managerPid"] == told["managerPid"]
     other = fleet.run("dev", "up", "--simulated", "9", *where)
@@ -363,7 +363,7 @@ def test_an_up_that_is_interrupted_is_ended_by_down(fleet: Fleet, tmp_path: Path
             assert time.monotonic() < give_up_s
             time.sleep(0.02)
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=60)
     finally:
         child.kill()
         child.wait()

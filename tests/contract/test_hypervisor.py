@@ -107,13 +107,13 @@ async def test_changes_are_told(bench: Bench) -> None:
         await bench.facts(UIDS[0])
         desired = await bench.prepared(bench.wanted())
         await bench.hypervisor.start(desired.uid, 60)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while await heard.get() != desired.uid:
                 pass
         while not heard.empty():
             heard.get_nowait()
         await bench.hypervisor.destroy(desired.uid, 20)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while await heard.get() != desired.uid:
                 pass
     finally:

@@ -134,7 +134,7 @@ def _metrics(dev: DevFleet, instance: dict[str, Any]) -> None:
     told = json.loads(dev.run("dev", "status", "-o", "json", "--dir", str(dev.root)).ok())
     seen: dict[str, float] = {}
     for name in ("manager", "agent"):
-        with opener.open(told[f"{name}Metrics"], timeout=20) as reply:
+        with opener.open(told[f"{name}Metrics"], timeout=60) as reply:
             for line in reply.read().decode().splitlines():
                 if not line.startswith("#"):
                     key, _, value = line.rpartition(" ")

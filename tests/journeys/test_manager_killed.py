@@ -46,7 +46,7 @@ async def until_answered(stub: FleetStub, request: pb.ApplyRequest, lost: list[s
     """What a careful caller does: the same request with the same key until there is an answer."""
     while True:
         try:
-            return await stub.Apply(request, timeout=20.0, wait_for_ready=True)
+            return await stub.Apply(request, timeout=60, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
             assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED), error
             lost.append(request.request_key)
@@ -72,7 +72,7 @@ async def pages(stub: FleetStub, kind: str) -> list[pb.Resource]:
     found: list[pb.Resource] = []
     token = ""
     while True:
-        page = await stub.List(pb.ListRequest(kind=kind, page_size=300, page_token=token), timeout=20.0)
+        page = await stub.List(pb.ListRequest(kind=kind, page_size=300, page_token=token), timeout=60)
         found.extend(page.resources)
         token = page.next_page_token
         if not token:
@@ -116,7 +116,7 @@ async def test_a_thousand_applies_over_a_manager_that_is_killed_are_a_thousand_i
         assert set(deaths) == set(STEPS), "it died at each step at least once"
         assert lost, "callers noticed"
         # What follows from the requests is done by now or soon.
-        await stub.Version(pb.VersionRequest(), timeout=20.0, wait_for_ready=True)
+        await stub.Version(pb.VersionRequest(), timeout=60, wait_for_ready=True)
         for _ in range(200):
             instances = await pages(stub, "Instance")
             if len(instances) >= APPLIES:

@@ -247,18 +247,18 @@ async def call(found: House, name: str, user: str, tenant: str) -> str:
         gate._target(request).ticket = await ticket(found, action, user, tenant)
     try:
         if method in SERVER_STREAMS:
-            stream = call(request, metadata=as_user(user), timeout=10)
+            stream = call(request, metadata=as_user(user), timeout=60)
             answer = await stream.read()
             await _end(stream)
             return "nothing" if answer is grpc.aio.EOF or not _tells(answer) else "ok"
         if method in BOTH_STREAM:
-            stream = call(metadata=as_user(user), timeout=10)
+            stream = call(metadata=as_user(user), timeout=60)
             await stream.write(request)
             await stream.done_writing()
             await stream.read()
             await _end(stream)
             return "ok"
-        answer = await call(request, metadata=as_user(user), timeout=10)
+        answer = await call(request, metadata=as_user(user), timeout=60)
         empty = (isinstance(answer, pb.ListResponse) and not answer.resources) or (
             isinstance(answer, identity_pb2.ListKeysResponse) and not answer.keys
         )
@@ -351,14 +351,14 @@ async def _whole(found: House, name: str, user: str, tenant: str) -> tuple[objec
     try:
         if method in (*SERVER_STREAMS, *BOTH_STREAM):
             if method in BOTH_STREAM:
-                stream = call(metadata=as_user(user), timeout=10)
+                stream = call(metadata=as_user(user), timeout=60)
                 await stream.write(request)
             else:
-                stream = call(request, metadata=as_user(user), timeout=10)
+                stream = call(request, metadata=as_user(user), timeout=60)
             answer = await stream.read()
             await _end(stream)
         else:
-            answer = await call(request, metadata=as_user(user), timeout=10)
+            answer = await call(request, metadata=as_user(user), timeout=60)
         return "ok", str(answer).replace(tenant, "T")
     except grpc.aio.AioRpcError as error:
         return error.code(), str(error.details()).replace(tenant, "T")
@@ -381,7 +381,7 @@ async def test_lists_and_watches_hold_only_what_the_caller_may_see() -> None:
         assert seen["ann"] == [("own", "hello"), ("own", "other")]
         assert seen["bob"] == [("own", "hello")]
         assert len(seen["root"]) == 3
-        stream = found.stub.Watch(pb.WatchRequest(kind="Environment"), metadata=as_user("bob"), timeout=20)
+        stream = found.stub.Watch(pb.WatchRequest(kind="Environment"), metadata=as_user("bob"), timeout=60)
         assert (await stream.read()).resource.environment.metadata.name == "hello"
         assert (await stream.read()).type == pb.WatchEvent.BOOKMARK
         await found.put(of_tenant("foreign", "secretive"), of_tenant("own", "another"))
@@ -398,7 +398,7 @@ async def test_lists_and_watches_hold_only_what_the_caller_may_see() -> None:
 async def test_a_role_that_is_taken_away_closes_a_watch_that_is_open() -> None:
     async with house() as found:
         await found.put(bind("a", "viewer", OWN, "ann"))
-        stream = found.stub.Watch(pb.WatchRequest(kind="Environment"), metadata=as_user("ann"), timeout=20)
+        stream = found.stub.Watch(pb.WatchRequest(kind="Environment"), metadata=as_user("ann"), timeout=60)
         assert (await stream.read()).type == pb.WatchEvent.ADDED
         assert (await stream.read()).type == pb.WatchEvent.BOOKMARK
         request = pb.DeleteRequest(request_key="d", kind="RoleBinding", name="a")
@@ -417,7 +417,7 @@ async def test_a_tenant_is_not_told_what_others_use_of_shared_things() -> None:
             ann = await found.stub.Get(request, metadata=as_user("ann"))
             root = await found.stub.Get(request, metadata=as_user("root"))
             assert not getattr(ann, field).HasField("status") and getattr(root, field).HasField("status")
-        events = found.stub.Events(pb.EventsRequest(), metadata=as_user("ann"), timeout=10)
+        events = found.stub.Events(pb.EventsRequest(), metadata=as_user("ann"), timeout=60)
         assert {e.regarding.tenant async for e in events} == {"own"}
 
 

@@ -174,7 +174,7 @@ class Full(SqliteStore):
 
 async def listed(found: House, user: str = "root", **request: Any) -> list[AuditRecord]:
     stub = audit_pb2_grpc.AuditStub(found.channel)
-    call = stub.Records(audit_pb2.AuditRequest(**request), metadata=as_user(user), timeout=20)
+    call = stub.Records(audit_pb2.AuditRequest(**request), metadata=as_user(user), timeout=60)
     return [record_from_message(message) async for message in call]
 
 
@@ -223,7 +223,7 @@ async def test_following_shows_records_as_they_are_written(tmp_path: Path) -> No
     async with house(store=SqliteStore(tmp_path / "f.db")) as found:
         stub = audit_pb2_grpc.AuditStub(found.channel)
         request = audit_pb2.AuditRequest(follow=True, act="delete")
-        call = stub.Records(request, metadata=as_user("root"), timeout=20)
+        call = stub.Records(request, metadata=as_user("root"), timeout=60)
         reading = asyncio.create_task(call.read())
         await found.stub.Delete(
             pb.DeleteRequest(request_key="d", kind="Environment", tenant="own", name="hello"), metadata=as_user("root")

@@ -35,9 +35,9 @@ async def code(found: House, method: str, user: str, tenant: str) -> grpc.Status
     gate._target(request).ticket = await ticket(found, method.lower(), user, tenant)
     try:
         if method == "Authorize":
-            await call(request, metadata=as_user(user), timeout=10)
+            await call(request, metadata=as_user(user), timeout=60)
         else:
-            stream = call(metadata=as_user(user), timeout=10)
+            stream = call(metadata=as_user(user), timeout=60)
             await stream.write(request)
             await stream.read()
             return grpc.StatusCode(await stream.code())
@@ -69,7 +69,7 @@ async def test_who_may_read_logs_may_read_that_of_a_console() -> None:
 
     async def ends(found: House, user: str, tenant: str) -> grpc.StatusCode:
         request = seriallog_pb2.ConsoleLogRequest(tenant=tenant, instance="hello")
-        stream = ChannelsStub(found.channel).ConsoleLog(request, metadata=as_user(user), timeout=10)
+        stream = ChannelsStub(found.channel).ConsoleLog(request, metadata=as_user(user), timeout=60)
         try:
             await stream.read()
         except grpc.aio.AioRpcError as error:

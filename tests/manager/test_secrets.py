@@ -267,7 +267,7 @@ async def test_fifty_canaries_are_on_their_host_and_nowhere_else(
         try:
             applied = await casemate("apply", "-f", str(manifest))
             assert applied.returncode == 0, applied.stderr
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not any(i.pods for i in seen.values() if i.environment == "a"):
                     await asyncio.sleep(0.02)
             # On the host, each of them.
@@ -293,10 +293,10 @@ async def test_fifty_canaries_are_on_their_host_and_nowhere_else(
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await found.stub.Apply(pb.ApplyRequest(request_key="b", resources=[broken]))
             told_to_people.append(f"{refused.value!r} {refused.value.trailing_metadata()!r}")
-            watch = found.stub.Watch(pb.WatchRequest(kind="Secret"), timeout=20)
+            watch = found.stub.Watch(pb.WatchRequest(kind="Secret"), timeout=60)
             told_to_people += [repr((await watch.read()).SerializeToString()) for _ in range(5)]
             watch.cancel()
-            audit = audit_pb2_grpc.AuditStub(found.channel).Records(audit_pb2.AuditRequest(), timeout=20)
+            audit = audit_pb2_grpc.AuditStub(found.channel).Records(audit_pb2.AuditRequest(), timeout=60)
             told_to_people.extend([str(message) async for message in audit])
         finally:
             for task in tasks:

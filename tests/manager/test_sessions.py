@@ -147,7 +147,7 @@ async def manager(path: Path, store: SqliteStore | None = None) -> AsyncIterator
 
 
 async def until(condition) -> None:  # type: ignore[no-untyped-def]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -282,7 +282,7 @@ async def test_a_stream_that_does_not_begin_with_hello_ends(tmp_path: Path, firs
     async with manager(tmp_path) as (_, sessions):
         pipe = Pipe()
         pipe.up.put_nowait(first)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await sessions.serve(pipe)
         assert len(sessions) == 0
 

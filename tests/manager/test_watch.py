@@ -17,10 +17,10 @@ UPSERTS = (KINDS.ADDED, KINDS.CHANGED)
 async def told(found: House, resume_token: str, *until: int) -> list[tuple[int, str, str]]:
     """Type, name and token of the events of a watch up to the first of these types."""
     request = pb.WatchRequest(kind="Environment", tenant="own", resume_token=resume_token)
-    stream: Any = found.stub.Watch(request, metadata=as_user("root"), timeout=20)
+    stream: Any = found.stub.Watch(request, metadata=as_user("root"), timeout=60)
     events: list[tuple[int, str, str]] = []
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (event := await stream.read()) is not grpc.aio.EOF:
                 events.append((event.type, event.resource.environment.metadata.name, event.resume_token))
                 if event.type in until:
@@ -35,7 +35,7 @@ async def told(found: House, resume_token: str, *until: int) -> list[tuple[int, 
 
 
 async def listed(found: House) -> str:
-    page = await found.stub.List(pb.ListRequest(kind="Environment", tenant="own"), metadata=as_user("root"), timeout=20)
+    page = await found.stub.List(pb.ListRequest(kind="Environment", tenant="own"), metadata=as_user("root"), timeout=60)
     return str(page.resume_token)
 
 

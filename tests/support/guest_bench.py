@@ -32,7 +32,7 @@ from support import fake_podman
 from support.agents import IMAGE, instance, uid
 
 FAKE = Path(__file__).parent / "fake_podman.py"
-WITHIN_S = 20.0
+WITHIN_S = 60.0
 T = TypeVar("T")
 
 
