@@ -16,15 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from casemate_agent import enrol, fsck
+from casemate_agent import enrol, fsck, witness
 from casemate_agent import identity as identities
 from casemate_agent.agent import Agent
 from casemate_agent.config import BadConfig, Config, load
 from casemate_agent.converge import Settings
 from casemate_agent.doctor import command as doctor
 from casemate_agent.drivers.ports import Drivers
-from casemate_agent.files import MeasuredFiles
-from casemate_agent.ledger import Ledger, Threaded
+from casemate_agent.files import Files, MeasuredFiles
+from casemate_agent.ledger import Ledger, Offload, Threaded
 from casemate_agent.link import Link
 from casemate_agent.logs import set_up
 from casemate_agent.metrics import FAMILIES, LEDGER_FAILED, LEDGER_S
@@ -32,6 +32,7 @@ from casemate_agent.renewal import Renewal
 from casemate_agent.scrape import AgentMetrics
 from casemate_agent.support import HostSupport
 from casemate_agent.transport import GrpcTransport, checked_address
+from casemate_agent.witness import Witness, chain_broken
 from casemate_core.errors import CallerError, CasemateError, MachineError
 from casemate_core.metrics import Meter, Rows, with_label
 from casemate_wire import exposition
@@ -93,8 +94,9 @@ async def run_host(
                 loop.call_soon_threadsafe(meter.observe, LEDGER_S, took_s)
 
     with contextlib.closing(Threaded()) as thread:
-        ledger = await Ledger.load(MeasuredFiles(state_dir / "ledger", synced), thread)
-        await _run_agent(config, name, ledger, state_dir / IDENTITY, meter, scraped, agents)
+        files = MeasuredFiles(state_dir / "ledger", synced)
+        ledger = await Ledger.load(files, thread)
+        await _run_agent(config, name, ledger, (files, thread), state_dir / IDENTITY, meter, scraped, agents)
 
 
 def _way(config: Config, name: str, folder: Path, group: asyncio.TaskGroup) -> GrpcTransport | None:
@@ -117,6 +119,7 @@ async def _run_agent(
     config: Config,
     name: str,
     ledger: Ledger,
+    disk: tuple[Files, Offload],
     folder: Path,
     meter: Meter,
     scraped: dict[str, AgentMetrics],
@@ -133,6 +136,7 @@ async def _run_agent(
         scraped[name] = metrics = AgentMetrics(agent, link, version())
         if link is not None:
             link.support = HostSupport(drivers, ledger, metrics.rows, version())
+            link.witness = Witness(*disk, time.time, lambda doubt: agent.note(chain_broken(doubt)))
         agents[name] = agent
 
 
@@ -260,6 +264,7 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.add_parser(verbs)
     fsck.add_parser(verbs)
+    witness.add_parser(verbs)
     return top
 
 
@@ -276,6 +281,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if verb == "fsck":
             return fsck.main(flags)
+        if verb == "witness":
+            return witness.main(flags)
         config = load(flags.pop("config"), flags, needs_name=False)
         set_up(config.log_format, config.log_level)
         asyncio.run(run(config))

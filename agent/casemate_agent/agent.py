@@ -33,6 +33,7 @@ from casemate_agent.records import HOST, GuestView, Note, Observation
 from casemate_core.errors import CasemateError
 from casemate_core.metrics import Meter
 from casemate_core.spec.instance import InstanceState
+from casemate_core.spec.views import Condition
 from casemate_wire.session import Outbox
 from casemate_wire.stream import Desired, HostEvent, HostReport, Outcome
 
@@ -153,6 +154,8 @@ class Agent:
         self._plan: Plan | None = None
         self.machine: MachineFacts | None = None
         self.virtualisation = ""
+        #: What is doubtful about the manager's audit chain; empty where nothing is.
+        self.doubt = ""
         self._causes = Causes(now)
         #: What GPUs told of themselves; a board in trouble does so by the thousand.
         self.gpu_faults: deque[GpuFault] = deque(maxlen=MAX_GPU_FAULTS)
@@ -319,10 +322,17 @@ class Agent:
                     Note(uid, "AsAsked", f"{state.phase.value} as asked, {took_s:.1f} s after this host was told")
                 )
                 self._causes.settle(each.record.desired)
-        self.feed.tell(decided.report)
+        self.feed.tell(self._with_doubt(decided.report))
         if not self.feed.whole and (observed.domains is not None or self.ledger.host.complete):
             self.feed.whole = True
             self.feed.news.set()
+
+    def _with_doubt(self, report: HostReport) -> HostReport:
+        """The report, and that this host does not believe the audit chain where it does not."""
+        if not self.doubt:
+            return report
+        doubt = Condition("AuditChain", "False", "ChainBroken", self.doubt[:1000])
+        return replace(report, conditions=(*report.conditions, doubt))
 
     def _report_refusal(self, uid: str, refusal: Any) -> None:
         if refusal is None:

@@ -14,6 +14,8 @@ from casemate_agent.drivers.ports import Drivers, ExecRequest, ExecSession, Gues
 from casemate_agent.drivers.sideports import EOF, ConsoleSession, CopyRequest
 from casemate_agent.support import HostSupport
 from casemate_agent.transport import BrokenOff, Stream, frames
+from casemate_agent.witness import Witness
+from casemate_core.checkpoint import witnessed_to_json
 from casemate_core.errors import CallerError, CasemateError, Unavailable
 from casemate_wire.channel import (
     Eof,
@@ -58,7 +60,11 @@ class _Broke(Exception):
 
 
 async def serve_channel(
-    request: OpenChannel, stream: Stream[Frame, Frame], drivers: Drivers, support: HostSupport | None = None
+    request: OpenChannel,
+    stream: Stream[Frame, Frame],
+    drivers: Drivers,
+    support: HostSupport | None = None,
+    witness: Witness | None = None,
 ) -> None:
     """Say the ticket, serve to the end, and tell how it ended. Raises BrokenOff where the channel itself broke off."""
     await stream.send(Ticket(request.ticket))
@@ -78,6 +84,8 @@ async def serve_channel(
                 await _serve_authorize(request, stream, guests)
             case "support" if support is not None:
                 reader = await _serve_support(stream, support)
+            case "witness" if witness is not None:
+                await _serve_witness(stream, witness)
             case "console":
                 console = await drivers.consoles.open(request.instance, EXEC_DEADLINE_S)
                 reader = await _serve_console(stream, console)
@@ -127,6 +135,18 @@ async def _serve_support(stream: Stream[Frame, Frame], support: HostSupport) -> 
             await stream.send(Output("stdout", data[start : start + SUPPORT_PIECE]))
 
     return await _until_over(send(), _drain(stream))
+
+
+async def _serve_witness(stream: Stream[Frame, Frame], witness: Witness) -> None:
+    """What this host keeps of the manager's audit chain, as one JSON object."""
+    try:
+        found = await witness.kept()
+    except OSError as error:
+        raise Unavailable(f"what this host keeps of the audit chain cannot be read: {error.strerror}") from error
+    data = witnessed_to_json(found)
+    for start in range(0, len(data), SUPPORT_PIECE):
+        await stream.send(Output("stdout", data[start : start + SUPPORT_PIECE]))
+    await stream.send(Eof())
 
 
 async def _serve_logs(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> asyncio.Task[None] | None:

@@ -238,12 +238,12 @@ class Ledger:
 
     async def _save_host(self, host: HostRecord) -> None:
         data = encode(host)
-        await self._write(lambda: _replace(self._files, "", HOST_FILE, data))
+        await self._write(lambda: write_whole(self._files, "", HOST_FILE, data))
         self._host = host
 
     async def _save_instance(self, record: InstanceRecord) -> None:
         data = encode(record)
-        await self._write(lambda: _replace(self._files, FOLDER, f"{FOLDER}/{record.uid}.json", data))
+        await self._write(lambda: write_whole(self._files, FOLDER, f"{FOLDER}/{record.uid}.json", data))
         self._instances[record.uid] = record
 
     async def _write(self, call: Callable[[], None]) -> None:
@@ -258,8 +258,8 @@ def _check_uid(uid: str) -> None:
         raise CallerError(f"instance uid {uid!r} is not a uid")
 
 
-def _replace(files: Files, folder: str, name: str, data: bytes) -> None:
-    """The one way a file of the ledger is written."""
+def write_whole(files: Files, folder: str, name: str, data: bytes) -> None:
+    """The one way a file of the ledger is written: durable when this returns, and never half."""
     beside = f"{name}.new"
     files.write(beside, data)
     files.sync(beside)

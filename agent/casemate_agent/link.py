@@ -24,6 +24,8 @@ from casemate_agent.channels import TOO_MANY, serve_channel
 from casemate_agent.drivers.ports import MachineFacts
 from casemate_agent.support import HostSupport
 from casemate_agent.transport import BrokenOff, Stream, Transport
+from casemate_agent.witness import Witness
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.errors import CallerError, CasemateError
 from casemate_core.topology import Topology
 from casemate_wire.session import HostEnd, Refused
@@ -76,6 +78,8 @@ class Link:
         self.connected = False
         #: What this host tells for a support bundle.
         self.support: HostSupport | None = None
+        #: Keeps places of the manager's audit chain.
+        self.witness: Witness | None = None
 
     async def run(self) -> None:
         """Until cancelled; says good-bye then."""
@@ -211,6 +215,8 @@ class Link:
                     await agent.accept(value)
                     end.persisted(value.revision)
                     end.consumed()
+                case Checkpoint():
+                    await self._keep(value)
                 case OpenChannel():
                     self._open_channel(value)
                     end.consumed()
@@ -232,6 +238,17 @@ class Link:
             feed.news.set()
         raise BrokenOff("the manager closed the session")
 
+    async def _keep(self, checkpoint: Checkpoint) -> None:
+        """Witness a place of the manager's audit chain. Where the disk does not take it, the session goes on without."""
+        if self.witness is None:
+            return
+        try:
+            await self.witness.take(checkpoint)
+        except OSError as error:
+            log.error("record %d of the audit chain is not witnessed: %s", checkpoint.sequence, error)
+        self._agent.doubt = self.witness.doubt
+        self._agent.wake()
+
     def _open_channel(self, request: OpenChannel) -> None:
         if len(self._channels) >= MOST_CHANNELS:
             log.warning("a channel of kind %s is not served: %d are open", request.kind, len(self._channels))
@@ -244,7 +261,7 @@ class Link:
         try:
             stream = await self._transport.channel()
             try:
-                await serve_channel(request, stream, self._agent.drivers, self.support)
+                await serve_channel(request, stream, self._agent.drivers, self.support, self.witness)
             finally:
                 await stream.close()
         except CallerError as error:

@@ -136,6 +136,7 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.v1.Identity/IssueToken": Row(P.SIGNED_IN),
     "/casemate.v1.Audit/Records": Row(P.AUDIT, Where.VISIBLE),
     "/casemate.v1.Audit/Ends": Row(P.AUDIT, Where.FLEET),
+    "/casemate.v1.Audit/Witnesses": Row(P.AUDIT, Where.FLEET),
     # Where the name leads to; the permission of the action that is named is judged there.
     "/casemate.v1.Channels/Admit": Row(P.READ, Where.NAMED),
     "/casemate.v1.Channels/Console": Row(P.CONSOLE, Where.NAMED, "console"),

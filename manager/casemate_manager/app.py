@@ -35,6 +35,7 @@ from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.placing import Placer
 from casemate_manager.fleet.state import State
 from casemate_manager.keyring import Keyring
+from casemate_manager.notary import EVERY_S, sign_on
 from casemate_manager.policy.cel import Cel
 from casemate_manager.policy.expressions import check_policy
 from casemate_manager.scheduler.placer import FleetPlacer
@@ -46,6 +47,7 @@ from casemate_manager.vault import Vault
 from casemate_manager.writer import Published, Writer
 from casemate_wire import exposition
 from casemate_wire.diff import changes
+from casemate_wire.signing import Notary
 
 #: Who administers the platform without a role binding: the first operator, whose certificate the manager writes.
 ADMINS: Final = frozenset({"admin"})
@@ -148,6 +150,7 @@ async def running(
     tls: ServerTls | None = None,
     listen_enrolment: str = "127.0.0.1:0",
     trace: Callable[[str], None] = lambda step: None,
+    sign_every_s: float = EVERY_S,
 ) -> AsyncIterator[Manager]:
     """Run a manager while the context is open. Raises what opening the store and the port raise.
 
@@ -177,9 +180,11 @@ async def running(
         identity = IdentityService(core, short, ring.key("access-keys"), clock)
         known = authenticate or ByTokenOrCertificate(bearers.read)
         gate = Gate(lambda: writer.state, known, core.scribe.denied, clock, seed, rules.admins, tickets=tickets)
-        audit = AuditService(writer, lambda: core.feed)
+        notary = Notary(ring.key("audit-checkpoints"))
+        audit = AuditService(writer, lambda: core.feed, notary.public, channels, lambda: sessions.hosts)
         joining = Joining(core.submit, lambda: writer.state, tls, clock, seed) if tls is not None else None
         metrics = ManagerMetrics(writer, sessions, core.feed, version)
+        signing = asyncio.create_task(sign_on(writer, notary, sessions.witness, clock, sign_every_s), name="notary")
         support = SupportService(writer, channels, metrics, version)
         grpc_server, port = await server.serve(
             listen, service, sides, HostLink(sessions), support, gate, audit, identity, joining, listen_enrolment
@@ -192,7 +197,8 @@ async def running(
                 yield manager
         finally:
             warming.cancel()
-            await asyncio.gather(warming, return_exceptions=True)
+            signing.cancel()
+            await asyncio.gather(warming, signing, return_exceptions=True)
             sessions.close("the manager stops")
             await grpc_server.stop(GRACE_S)
     finally:

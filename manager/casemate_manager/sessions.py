@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.errors import CallerError, CasemateError, Unavailable, shown
 from casemate_core.spec.instance import DesiredInstance
 from casemate_manager.fleet import desired
@@ -192,10 +193,16 @@ class Sessions:
         self._admission = asyncio.Semaphore(ADMITTED)
         self._queued = 0
         self._tickets: dict[str, Channel] = {}
+        self._checkpoint: Checkpoint | None = None
         self._unsubscribe = writer.subscribe(self._published)
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    @property
+    def hosts(self) -> list[str]:
+        """Hosts that are connected."""
+        return sorted(self._sessions)
 
     # --- what the manager wants ---------------------------------------------------------------------------------------
 
@@ -217,6 +224,13 @@ class Sessions:
             keep = tuple(self._reveal(published.state, instance) for instance in keep)
             session_.end.desire(published.revision, keep, removed, desired.networks(published.state, host))
             session_.woken.set()
+
+    def witness(self, checkpoint: Checkpoint) -> None:
+        """Have all hosts keep a place of the audit chain: those that are there now, and those that come."""
+        self._checkpoint = checkpoint
+        for session in self._sessions.values():
+            session.end.witness(checkpoint)
+            session.woken.set()
 
     def _end(self, session: Session, reason: str, message: str, retry_after_s: float) -> None:
         session.end.reject(reason, message, retry_after_s)
@@ -328,6 +342,8 @@ class Sessions:
         keep = tuple(self._reveal(state, instance) for instance in keep)
         if keep or removed or not resume:
             session.end.desire(state.revision, keep, removed, desired.networks(state, hello.host), snapshot=not resume)
+        if self._checkpoint is not None:
+            session.end.witness(self._checkpoint)
         self._sessions[hello.host] = session
         log.info("host %s: session %d, %s", hello.host, hello.session, "resumed" if resume else "whole state")
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import Claim
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, InstanceState
 from casemate_core.spec.views import Condition
@@ -198,4 +199,4 @@ class OpenChannel:
 
 
 FromHost = Hello | Inventory | Facts | Outcome | HostEvent | Measurement | Ack | Credit | Bye
-ToHost = Welcome | Desired | Operate | OpenChannel | Credit | Rejected | FactsAck
+ToHost = Welcome | Desired | Operate | OpenChannel | Credit | Rejected | FactsAck | Checkpoint

@@ -26,6 +26,7 @@ from casemate_wire.codec import resources
 from casemate_wire.v1 import (
     audit_pb2,
     channels_pb2,
+    checkpoints_pb2,
     identity_pb2,
     operations_pb2,
     seriallog_pb2,
@@ -172,6 +173,7 @@ CALLS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "Audit": ("Audit/Records", lambda t, k: audit_pb2.AuditRequest(tenant=t)),
     "Support": ("Support/Collect", lambda t, k: support_pb2.CollectRequest(host_timeout_s=1.0)),
     "Audit Ends": ("Audit/Ends", lambda t, k: audit_pb2.AuditEndsRequest()),
+    "Witnesses": ("Audit/Witnesses", lambda t, k: checkpoints_pb2.WitnessesRequest(host_timeout_s=1.0)),
     "WhoAmI": ("Identity/WhoAmI", lambda t, k: identity_pb2.WhoAmIRequest()),
     "CreateKey": (
         "Identity/CreateKey",
@@ -211,7 +213,15 @@ def _needs_tls(name: str) -> bool:
     return name.startswith("/casemate.v1.HostAccess/")
 
 
-SERVER_STREAMS = ("Watch", "Events", "Logs", "Audit/Records", "Channels/ConsoleLog", "Support/Collect")
+SERVER_STREAMS = (
+    "Watch",
+    "Events",
+    "Logs",
+    "Audit/Records",
+    "Channels/ConsoleLog",
+    "Support/Collect",
+    "Audit/Witnesses",
+)
 BOTH_STREAM = ("Exec", "Channels/Console", "Channels/Forward", "Channels/Copy")
 
 

@@ -54,7 +54,16 @@ def batch_of(made: SmallFleet, command: Command | By) -> Any:
 def test_every_command_is_audited_or_follows_from_others_by_name() -> None:
     """A new command is audited unless somebody adds it to FOLLOWS, which is read here."""
     follows = {c.__name__ for c in auditing.FOLLOWS}
-    assert follows == {"HostHello", "HostInventory", "HostFacts", "HostNote", "HostGone", "Advance", "Expire"}
+    assert follows == {
+        "HostHello",
+        "HostInventory",
+        "HostFacts",
+        "HostNote",
+        "HostGone",
+        "Advance",
+        "Expire",
+        "KeepCheckpoint",
+    }
     assert follows < {c.__name__ for c in get_args(Command)}
 
 

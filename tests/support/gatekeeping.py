@@ -1,13 +1,17 @@
 """A whole manager behind its gate, with callers who say who they are in a header: for tests of who may do what."""
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 
+from casemate_agent.__main__ import run_host
+from casemate_agent.config import Config
 from casemate_core.spec.access import FLEET, RoleBinding, Scope
 from casemate_core.spec.environment import Environment
 from casemate_core.spec.meta import Meta
@@ -16,7 +20,7 @@ from casemate_manager.app import Manager, running
 from casemate_manager.fleet.commands import ApplyResources, Object
 from casemate_manager.simulation.memory import MemoryStore
 from casemate_wire.v1 import channels_pb2_grpc, operators_pb2_grpc, tickets_pb2
-from support.small_fleet import environment, image, network
+from support.small_fleet import SMALL, environment, image, network
 
 POD = {
     "apiVersion": "v1",
@@ -74,6 +78,23 @@ async def ticket(found: House, action: str, user: str, tenant: str, instance: st
     except grpc.aio.AioRpcError:
         return ""
     return str(answer.ticket)
+
+
+@asynccontextmanager
+async def hosted(found: House, folder: Path, *names: str) -> AsyncIterator[None]:
+    """Agents of simulated hosts, as their own process would run them; their state is in ``folder``, by name."""
+    config = Config(manager=f"127.0.0.1:{found.manager.port}", insecure_loopback=True, simulated=SMALL)
+    agents = [asyncio.create_task(run_host(config, name, folder / name, {}, {}), name=f"host-{name}") for name in names]
+    try:
+        while len(found.manager.sessions) < len(names):
+            await asyncio.sleep(0.02)
+            for agent in agents:
+                assert not agent.done(), agent
+        yield
+    finally:
+        for agent in agents:
+            agent.cancel()
+        await asyncio.gather(*agents, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ Records are read from the store in parts, on the writer's thread. Who audits one
 tenant alone; the chain can be verified by who may read all of it.
 """
 
+import asyncio
 import contextlib
 import logging
 from collections import deque
@@ -13,20 +14,24 @@ from typing import Any, Final
 import grpc
 
 from casemate_core.audit import AuditRecord
-from casemate_core.errors import CasemateError, InvalidSpec, Violation
+from casemate_core.checkpoint import MAX_BYTES, Witnessed, witnessed_from_json
+from casemate_core.errors import CasemateError, InvalidSpec, Violation, shown
 from casemate_core.spec.access import Scope
 from casemate_manager.access import Permission
+from casemate_manager.api import side
 from casemate_manager.api.errors import streaming, unary
 from casemate_manager.api.feed import Feed
 from casemate_manager.api.gate import Caller, caller
+from casemate_manager.api.support import NO_INSTANCE
 from casemate_manager.fleet.acts import Actor, By
 from casemate_manager.fleet.auditing import begin_of
 from casemate_manager.fleet.commands import NoteAct
 from casemate_manager.writer import Writer
 from casemate_wire.codec.audit import link_to_message, record_to_message
 from casemate_wire.codec.basics import seconds
+from casemate_wire.codec.checkpoints import checkpoint_to_message, statement_to_message
 from casemate_wire.v1 import audit_pb2 as pb
-from casemate_wire.v1 import audit_pb2_grpc
+from casemate_wire.v1 import audit_pb2_grpc, checkpoints_pb2
 
 log = logging.getLogger("casemate.audit")
 
@@ -35,14 +40,28 @@ Context = grpc.aio.ServicerContext[Any, Any]
 PART: Final = 500
 MAX_LAST: Final = 100_000
 BOOKMARK_S: Final = 30.0
+#: So long a host is waited for that says what it has witnessed.
+WITNESS_S: Final = 10.0
+LONGEST_WITNESS_S: Final = 120.0
+WITNESSES_AT_ONCE: Final = 16
 
 
 class AuditService(audit_pb2_grpc.AuditServicer):
     """casemate.v1.Audit."""
 
-    def __init__(self, writer: Writer, feed: Callable[[], Feed]) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        feed: Callable[[], Feed],
+        key: str,
+        channels: side.Channels,
+        hosts: Callable[[], list[str]],
+    ) -> None:
         self._writer = writer
         self._feed = feed
+        self._key = key
+        self._channels = channels
+        self._hosts = hosts
 
     @streaming
     async def Records(self, request: pb.AuditRequest, context: Context) -> AsyncIterator[pb.AuditEntry]:
@@ -86,7 +105,62 @@ class AuditService(audit_pb2_grpc.AuditServicer):
     async def Ends(self, request: pb.AuditEndsRequest, context: Context) -> pb.AuditEnds:
         """The two ends of the chain."""
         state = self._writer.state
-        return pb.AuditEnds(begin=link_to_message(begin_of(state)), head=link_to_message(state.audit))
+        return pb.AuditEnds(
+            begin=link_to_message(begin_of(state)),
+            head=link_to_message(state.audit),
+            checkpoints=map(checkpoint_to_message, state.checkpoints.values()),
+            key=self._key,
+        )
+
+    @streaming
+    async def Witnesses(
+        self, request: checkpoints_pb2.WitnessesRequest, context: Context
+    ) -> AsyncIterator[checkpoints_pb2.WitnessStatement]:
+        """What each host keeps of the chain's signed places; hosts that are not there are named too."""
+        timeout_s = request.host_timeout_s or WITNESS_S
+        if not 0 < timeout_s <= LONGEST_WITNESS_S:
+            problem = Violation(
+                "host_timeout_s", f"{timeout_s:g}", "is out of range", f"write 1 to {LONGEST_WITNESS_S:g}"
+            )
+            raise InvalidSpec((problem,))
+        there = self._hosts()
+        for host in sorted(set(self._writer.state.hosts) - set(there)):
+            yield checkpoints_pb2.WitnessStatement(host=host, error="the host is not connected")
+        slots = asyncio.Semaphore(WITNESSES_AT_ONCE)
+        tasks = [asyncio.create_task(self._ask(slots, host, timeout_s), name=f"witness-{host}") for host in there]
+        try:
+            for answered in asyncio.as_completed(tasks):
+                yield await answered
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask(self, slots: asyncio.Semaphore, host: str, timeout_s: float) -> checkpoints_pb2.WitnessStatement:
+        """What one host keeps, or why that is not known."""
+        async with slots:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return statement_to_message(host, await self._statement(host))
+            except TimeoutError:
+                return checkpoints_pb2.WitnessStatement(host=host, error=f"no answer within {timeout_s:g} s")
+            except CasemateError as error:
+                return checkpoints_pb2.WitnessStatement(host=host, error=shown(str(error)))
+
+    async def _statement(self, host: str) -> Witnessed:
+        channel = await self._channels.open(host, "witness", NO_INSTANCE, {})
+        data = bytearray()
+        try:
+            async for frame in channel.frames():
+                if frame.WhichOneof("frame") == "stdout":
+                    data += frame.stdout
+                    if len(data) > MAX_BYTES:
+                        break
+                elif frame.WhichOneof("frame") == "eof":
+                    break
+        finally:
+            await channel.close()
+        return witnessed_from_json(bytes(data))
 
 
 def _wanted(request: pb.AuditRequest, record: AuditRecord) -> bool:

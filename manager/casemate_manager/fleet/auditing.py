@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Final
 
 from casemate_core.audit import MAX_DETAIL, MAX_TARGETS, AuditRecord, Link, chained
-from casemate_core.errors import shown
+from casemate_core.checkpoint import Checkpoint
+from casemate_core.errors import InternalError, shown
 from casemate_manager.fleet.acts import Actor, By
 from casemate_manager.fleet.commands import (
     Advance,
@@ -27,6 +28,7 @@ from casemate_manager.fleet.commands import (
     HostHello,
     HostInventory,
     HostNote,
+    KeepCheckpoint,
     KeyAnswer,
     NoteAct,
 )
@@ -46,13 +48,15 @@ from casemate_manager.fleet.records import (
 from casemate_manager.fleet.state import State
 
 #: What hosts say and what follows from acts by itself.
-FOLLOWS: Final = (HostHello, HostInventory, HostFacts, HostNote, HostGone, Advance, Expire)
+FOLLOWS: Final = (HostHello, HostInventory, HostFacts, HostNote, HostGone, KeepCheckpoint, Advance, Expire)
 MARK_EVERY: Final = 1000
 DAY_S: Final = 86400.0
 #: How long records are kept.
 KEPT_S: Final = 400 * DAY_S
+#: Signed places of the chain that are kept in the store.
+CHECKPOINTS_KEPT: Final = 256
 #: Kinds of records that are bookkeeping of other ones.
-_INNER: Final = frozenset({"Request", "Revision", "Event", "Audit", "AuditHead", "AuditMark", "AuditCut"})
+_INNER: Final = frozenset({"Request", "Revision", "Event", "Audit", "AuditHead", "AuditMark", "AuditCut", "Checkpoint"})
 SYSTEM: Final = "manager"
 
 
@@ -177,6 +181,24 @@ def forgotten(state: State, now_s: float) -> tuple[RecordChange, ...]:
     marks = tuple(Drop("AuditMark", key_of(mark)) for mark in old[: MAX_RECORDS // 4])
     cut = AuditCut("cut", last.sequence, last.digest, now_s)
     return (Put(cut), Drop("Audit", f"{last.sequence:016d}"), *marks)
+
+
+def keep(state: State, command: KeepCheckpoint) -> Batch:
+    """Keep a checkpoint, beside the last ones before it. Raises InternalError for one of another chain."""
+    checkpoint = command.checkpoint
+    newest = last_checkpoint(state)
+    if checkpoint.sequence > state.audit.sequence:
+        raise InternalError(f"record {checkpoint.sequence} is signed, and the chain ends at {state.audit.sequence}")
+    if newest is not None and newest.sequence >= checkpoint.sequence:
+        return Batch()
+    surplus = list(state.checkpoints)[: max(0, len(state.checkpoints) + 1 - CHECKPOINTS_KEPT)]
+    drops = tuple(Drop("Checkpoint", key) for key in surplus[: MAX_RECORDS - 1])
+    return Batch((Put(checkpoint), *drops), state.revision + 1)
+
+
+def last_checkpoint(state: State) -> Checkpoint | None:
+    """The newest signed place of the chain; None where there is none."""
+    return next(reversed(state.checkpoints.values()), None)
 
 
 def begin_of(state: State) -> Link:

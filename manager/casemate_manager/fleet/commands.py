@@ -7,6 +7,7 @@ watchers and sessions hear of it. Sightings are in memory and need no commit.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment
 from casemate_core.spec.fleet import Host, Image, Network, Policy, Taint
@@ -119,6 +120,13 @@ class NoteAct:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepCheckpoint:
+    """Keep a signed place of the audit chain."""
+
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
 class MakeAccessKey:
     """A new access key of a user; of its secret only the digest."""
 
@@ -222,6 +230,7 @@ Command = (
     | UseToken
     | RenewEnrolment
     | RevokeHost
+    | KeepCheckpoint
     | Advance
     | Due
     | Expire

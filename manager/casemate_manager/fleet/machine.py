@@ -25,6 +25,7 @@ from casemate_manager.fleet.commands import (
     HostHello,
     HostInventory,
     HostNote,
+    KeepCheckpoint,
     MakeAccessKey,
     NoteAct,
     OperateInstances,
@@ -112,6 +113,8 @@ def _apply(state: State, observed: Observed, command: Command, now_s: float, rul
             return enrolment.renew(state, observed, command, now_s)
         case RevokeHost():
             return enrolment.revoke_host(state, observed, command, now_s)
+        case KeepCheckpoint():
+            return auditing.keep(state, command)
         case Advance():
             return advance.advance(state, observed, now_s, rules.placer)
         case Due():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from casemate_core.audit import AuditRecord
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import Claim
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
@@ -258,6 +259,7 @@ Record = (
     | AuditHead
     | AuditMark
     | AuditCut
+    | Checkpoint
     | EventView
 )
 
@@ -286,6 +288,7 @@ KINDS: Final[dict[str, type[Any]]] = {
     "AuditHead": AuditHead,
     "AuditMark": AuditMark,
     "AuditCut": AuditCut,
+    "Checkpoint": Checkpoint,
 }
 _WORDS: Final = {kind: word for word, kind in KINDS.items()}
 
@@ -325,7 +328,7 @@ def key_of(record: Record) -> str:
             return tenant_key(record.meta.tenant, record.meta.name)
         case AccessKeyRecord():
             return record.id
-        case AuditRecord() | AuditMark():
+        case AuditRecord() | AuditMark() | Checkpoint():
             return f"{record.sequence:016d}"
         case AuditHead() | AuditCut():
             return record.name

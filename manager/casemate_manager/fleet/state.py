@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from casemate_core.audit import Link
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import HostClaims
 from casemate_core.errors import InternalError
 from casemate_core.spec.access import RoleBinding, Tenant, User
@@ -84,6 +85,8 @@ class State:
     audit: Link = field(default_factory=Link)
     audit_marks: list[AuditMark] = field(default_factory=list)
     audit_cut: AuditCut | None = None
+    #: Signed places of the chain, oldest first.
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     # --- derived ---
     #: User or ``group:NAME`` -> name of a role binding -> the binding.
     bindings_of: dict[str, dict[str, RoleBinding]] = field(default_factory=dict)
@@ -269,6 +272,8 @@ class State:
                 self.audit_marks.append(record)
             case AuditCut():
                 self.audit_cut = record
+            case Checkpoint():
+                self.checkpoints[key] = record
             case EventView():
                 self.events[key] = record
                 self.event_names[event_identity(record)] = key
@@ -394,6 +399,7 @@ class State:
             "Policy": self.policies,
             "Tenant": self.tenants,
             "AccessKey": self.access_keys,
+            "Checkpoint": self.checkpoints,
             "Secret": self.secrets,
             "User": self.users,
             "Operation": self.operations,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TypeVar, assert_never
 
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import Claim
 from casemate_core.errors import CallerError, CasemateError, shown
 from casemate_core.spec.environment import MAX_RATE_MBPS, MAX_VLAN
@@ -33,6 +34,7 @@ from casemate_core.spec.views import Condition
 from casemate_core.topology import Topology
 from casemate_wire import stream
 from casemate_wire.codec.basics import plain, seconds, struct, timestamp
+from casemate_wire.codec.checkpoints import checkpoint_from_message, checkpoint_to_message
 from casemate_wire.v1 import hosts_pb2 as pb
 
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z", re.ASCII)
@@ -101,6 +103,8 @@ def to_host_to_wire(value: stream.ToHost) -> pb.ToHost:
             )
         case stream.FactsAck():
             return pb.ToHost(facts_ack=pb.FactsAck(sequence=value.sequence))
+        case Checkpoint():
+            return pb.ToHost(checkpoint=checkpoint_to_message(value))
         case _:
             assert_never(value)
 
@@ -132,6 +136,8 @@ def _from_manager(message: pb.ToHost) -> stream.ToHost:
             return stream.Rejected(r.reason, r.message, r.retry_after_s)
         case "facts_ack":
             return stream.FactsAck(message.facts_ack.sequence)
+        case "checkpoint":
+            return checkpoint_from_message(message.checkpoint)
         case other:
             raise BadMessage(f"unknown message {other!r}")
 

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.spec.instance import InstanceState
 from casemate_wire.session.common import (
     OUTBOX_LIMIT,
@@ -77,7 +78,7 @@ class Refused:
     retry_after_s: float
 
 
-HostInput = Welcome | Desired | Operate | OpenChannel | Refused
+HostInput = Welcome | Desired | Operate | OpenChannel | Checkpoint | Refused
 
 
 class HostEnd:
@@ -135,6 +136,8 @@ class HostEnd:
                     raise ProtocolError("credit must be positive")
                 self._credits.may_send += messages
                 return None
+            case Checkpoint():
+                return message
             case FactsAck(sequence):
                 self._facts_acked(sequence)
                 return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.spec.instance import DesiredInstance, HostNetwork
 from casemate_wire.session.common import ONCE_LIMIT, WINDOW, Busy, Credits, ProtocolError, cut_parts, weight
 from casemate_wire.stream import (
@@ -58,6 +59,7 @@ class ManagerEnd:
         self._taken = 0
         self._facts: list[Facts] = []
         self._whole = False
+        self._checkpoint: Checkpoint | None = None
 
     def receive(self, message: FromHost) -> ManagerInput | None:
         """Take one message. Returns what the shell must see, or None. Raises ProtocolError.
@@ -172,6 +174,10 @@ class ManagerEnd:
         self._revision = revision
         self._dirty = True
 
+    def witness(self, checkpoint: Checkpoint) -> None:
+        """Have the host keep a place of the audit chain. One that waits to be sent gives way to a newer one."""
+        self._checkpoint = checkpoint
+
     def operate(self, operation: Operate) -> None:
         """Ask for something to be done once. Raises Busy where too many wait."""
         self._add_once(operation)
@@ -204,6 +210,9 @@ class ManagerEnd:
             return tuple(out)
         if grant := self._credits.grant():
             out.append(grant)
+        if self._checkpoint is not None:
+            out.append(self._checkpoint)
+            self._checkpoint = None
         credits = self._credits
         while credits.may_send > 0:
             if not self._parts:

@@ -22,26 +22,27 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from casemate_wire.v1 import checkpoints_pb2 as casemate__wire_dot_v1_dot_checkpoints__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63\x61semate_wire/v1/audit.proto\x12\x0b\x63\x61semate.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcd\x01\n\x0c\x41uditRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x03\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0b\n\x03\x61\x63t\x18\x04 \x01(\t\x12\x0e\n\x06target\x18\x05 \x01(\t\x12)\n\x05since\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x66ollow\x18\x08 \x01(\x08\x12\x0c\n\x04last\x18\t \x01(\x03\"\x80\x02\n\nAuditEntry\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06time_s\x18\x02 \x01(\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0b\n\x03how\x18\x04 \x01(\t\x12\x0b\n\x03\x61\x63t\x18\x05 \x01(\t\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\x0f\n\x07targets\x18\x07 \x03(\t\x12\x0f\n\x07tenants\x18\x08 \x03(\t\x12\x0e\n\x06\x64\x65tail\x18\t \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\n \x01(\t\x12\x0e\n\x06\x63lient\x18\x0b \x01(\t\x12\x0f\n\x07request\x18\x0c \x01(\t\x12\x10\n\x08revision\x18\r \x01(\x03\x12\x10\n\x08previous\x18\x0e \x01(\t\x12\x0e\n\x06\x64igest\x18\x0f \x01(\t\"\x12\n\x10\x41uditEndsRequest\"-\n\tAuditLink\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"X\n\tAuditEnds\x12%\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.casemate.v1.AuditLink\x12$\n\x04head\x18\x02 \x01(\x0b\x32\x16.casemate.v1.AuditLink2\x87\x01\n\x05\x41udit\x12?\n\x07Records\x12\x19.casemate.v1.AuditRequest\x1a\x17.casemate.v1.AuditEntry0\x01\x12=\n\x04\x45nds\x12\x1d.casemate.v1.AuditEndsRequest\x1a\x16.casemate.v1.AuditEndsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63\x61semate_wire/v1/audit.proto\x12\x0b\x63\x61semate.v1\x1a\"casemate_wire/v1/checkpoints.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcd\x01\n\x0c\x41uditRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\x03\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0b\n\x03\x61\x63t\x18\x04 \x01(\t\x12\x0e\n\x06target\x18\x05 \x01(\t\x12)\n\x05since\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x66ollow\x18\x08 \x01(\x08\x12\x0c\n\x04last\x18\t \x01(\x03\"\x80\x02\n\nAuditEntry\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06time_s\x18\x02 \x01(\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0b\n\x03how\x18\x04 \x01(\t\x12\x0b\n\x03\x61\x63t\x18\x05 \x01(\t\x12\x0f\n\x07outcome\x18\x06 \x01(\t\x12\x0f\n\x07targets\x18\x07 \x03(\t\x12\x0f\n\x07tenants\x18\x08 \x03(\t\x12\x0e\n\x06\x64\x65tail\x18\t \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\n \x01(\t\x12\x0e\n\x06\x63lient\x18\x0b \x01(\t\x12\x0f\n\x07request\x18\x0c \x01(\t\x12\x10\n\x08revision\x18\r \x01(\x03\x12\x10\n\x08previous\x18\x0e \x01(\t\x12\x0e\n\x06\x64igest\x18\x0f \x01(\t\"\x12\n\x10\x41uditEndsRequest\"-\n\tAuditLink\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\x98\x01\n\tAuditEnds\x12%\n\x05\x62\x65gin\x18\x01 \x01(\x0b\x32\x16.casemate.v1.AuditLink\x12$\n\x04head\x18\x02 \x01(\x0b\x32\x16.casemate.v1.AuditLink\x12\x31\n\x0b\x63heckpoints\x18\x03 \x03(\x0b\x32\x1c.casemate.v1.AuditCheckpoint\x12\x0b\n\x03key\x18\x04 \x01(\t2\xd4\x01\n\x05\x41udit\x12?\n\x07Records\x12\x19.casemate.v1.AuditRequest\x1a\x17.casemate.v1.AuditEntry0\x01\x12=\n\x04\x45nds\x12\x1d.casemate.v1.AuditEndsRequest\x1a\x16.casemate.v1.AuditEnds\x12K\n\tWitnesses\x12\x1d.casemate.v1.WitnessesRequest\x1a\x1d.casemate.v1.WitnessStatement0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'casemate_wire.v1.audit_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AUDITREQUEST']._serialized_start=79
-  _globals['_AUDITREQUEST']._serialized_end=284
-  _globals['_AUDITENTRY']._serialized_start=287
-  _globals['_AUDITENTRY']._serialized_end=543
-  _globals['_AUDITENDSREQUEST']._serialized_start=545
-  _globals['_AUDITENDSREQUEST']._serialized_end=563
-  _globals['_AUDITLINK']._serialized_start=565
-  _globals['_AUDITLINK']._serialized_end=610
-  _globals['_AUDITENDS']._serialized_start=612
-  _globals['_AUDITENDS']._serialized_end=700
-  _globals['_AUDIT']._serialized_start=703
-  _globals['_AUDIT']._serialized_end=838
+  _globals['_AUDITREQUEST']._serialized_start=115
+  _globals['_AUDITREQUEST']._serialized_end=320
+  _globals['_AUDITENTRY']._serialized_start=323
+  _globals['_AUDITENTRY']._serialized_end=579
+  _globals['_AUDITENDSREQUEST']._serialized_start=581
+  _globals['_AUDITENDSREQUEST']._serialized_end=599
+  _globals['_AUDITLINK']._serialized_start=601
+  _globals['_AUDITLINK']._serialized_end=646
+  _globals['_AUDITENDS']._serialized_start=649
+  _globals['_AUDITENDS']._serialized_end=801
+  _globals['_AUDIT']._serialized_start=804
+  _globals['_AUDIT']._serialized_end=1016
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 isort:skip_file
 What was done, by whom: a chain of records that tells of what is missing in it."""
 
+from casemate_wire.v1 import checkpoints_pb2 as _checkpoints_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -186,6 +187,10 @@ class AuditEnds(_message.Message):
 
     BEGIN_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """The key that the manager signs with now, in hex."""
     @_builtins.property
     def begin(self) -> Global___AuditLink:
         """The last record that retention forgot; sequence 0 where it forgot none."""
@@ -194,15 +199,21 @@ class AuditEnds(_message.Message):
     def head(self) -> Global___AuditLink:
         """The last record that was written."""
 
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[_checkpoints_pb2.AuditCheckpoint]:
+        """Signed places that the manager keeps, oldest first."""
+
     def __init__(
         self,
         *,
         begin: Global___AuditLink | None = ...,
         head: Global___AuditLink | None = ...,
+        checkpoints: _abc.Iterable[_checkpoints_pb2.AuditCheckpoint] | None = ...,
+        key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "head", b"head"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "checkpoints", b"checkpoints", "head", b"head", "key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

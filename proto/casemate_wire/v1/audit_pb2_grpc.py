@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from casemate_wire.v1 import audit_pb2 as casemate__wire_dot_v1_dot_audit__pb2
+from casemate_wire.v1 import checkpoints_pb2 as casemate__wire_dot_v1_dot_checkpoints__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -45,6 +46,11 @@ class AuditStub:
                 request_serializer=casemate__wire_dot_v1_dot_audit__pb2.AuditEndsRequest.SerializeToString,
                 response_deserializer=casemate__wire_dot_v1_dot_audit__pb2.AuditEnds.FromString,
                 _registered_method=True)
+        self.Witnesses = channel.unary_stream(
+                '/casemate.v1.Audit/Witnesses',
+                request_serializer=casemate__wire_dot_v1_dot_checkpoints__pb2.WitnessesRequest.SerializeToString,
+                response_deserializer=casemate__wire_dot_v1_dot_checkpoints__pb2.WitnessStatement.FromString,
+                _registered_method=True)
 
 
 class AuditServicer:
@@ -65,6 +71,13 @@ class AuditServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Witnesses(self, request, context):
+        """What each host keeps of the chain's signed places.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_AuditServicer_to_server(servicer, server):
                     servicer.Ends,
                     request_deserializer=casemate__wire_dot_v1_dot_audit__pb2.AuditEndsRequest.FromString,
                     response_serializer=casemate__wire_dot_v1_dot_audit__pb2.AuditEnds.SerializeToString,
+            ),
+            'Witnesses': grpc.unary_stream_rpc_method_handler(
+                    servicer.Witnesses,
+                    request_deserializer=casemate__wire_dot_v1_dot_checkpoints__pb2.WitnessesRequest.FromString,
+                    response_serializer=casemate__wire_dot_v1_dot_checkpoints__pb2.WitnessStatement.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +152,33 @@ class Audit:
             '/casemate.v1.Audit/Ends',
             casemate__wire_dot_v1_dot_audit__pb2.AuditEndsRequest.SerializeToString,
             casemate__wire_dot_v1_dot_audit__pb2.AuditEnds.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Witnesses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/casemate.v1.Audit/Witnesses',
+            casemate__wire_dot_v1_dot_checkpoints__pb2.WitnessesRequest.SerializeToString,
+            casemate__wire_dot_v1_dot_checkpoints__pb2.WitnessStatement.FromString,
             options,
             channel_credentials,
             insecure,

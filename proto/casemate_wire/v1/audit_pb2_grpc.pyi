@@ -4,6 +4,7 @@ isort:skip_file
 What was done, by whom: a chain of records that tells of what is missing in it."""
 
 from casemate_wire.v1 import audit_pb2 as _audit_pb2
+from casemate_wire.v1 import checkpoints_pb2 as _checkpoints_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
@@ -37,6 +38,8 @@ class AuditStub:
     """Records, oldest first; then as they are written."""
     Ends: _grpc.UnaryUnaryMultiCallable[_audit_pb2.AuditEndsRequest, _audit_pb2.AuditEnds]
     """The two ends of the chain, for whoever verifies it."""
+    Witnesses: _grpc.UnaryStreamMultiCallable[_checkpoints_pb2.WitnessesRequest, _checkpoints_pb2.WitnessStatement]
+    """What each host keeps of the chain's signed places."""
 
 @_typing.type_check_only
 class AuditAsyncStub(AuditStub):
@@ -47,6 +50,8 @@ class AuditAsyncStub(AuditStub):
     """Records, oldest first; then as they are written."""
     Ends: _aio.UnaryUnaryMultiCallable[_audit_pb2.AuditEndsRequest, _audit_pb2.AuditEnds]  # type: ignore[assignment]
     """The two ends of the chain, for whoever verifies it."""
+    Witnesses: _aio.UnaryStreamMultiCallable[_checkpoints_pb2.WitnessesRequest, _checkpoints_pb2.WitnessStatement]  # type: ignore[assignment]
+    """What each host keeps of the chain's signed places."""
 
 class AuditServicer(metaclass=_abc_1.ABCMeta):
     """The manager's service for auditors."""
@@ -66,5 +71,13 @@ class AuditServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.AuditEnds, _abc.Awaitable[_audit_pb2.AuditEnds]]:
         """The two ends of the chain, for whoever verifies it."""
+
+    @_abc_1.abstractmethod
+    def Witnesses(
+        self,
+        request: _checkpoints_pb2.WitnessesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_checkpoints_pb2.WitnessStatement], _abc.AsyncIterator[_checkpoints_pb2.WitnessStatement]]:
+        """What each host keeps of the chain's signed places."""
 
 def add_AuditServicer_to_server(servicer: AuditServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

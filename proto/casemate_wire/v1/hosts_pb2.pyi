@@ -3,6 +3,7 @@
 isort:skip_file
 What a host's agent and the manager say to one another."""
 
+from casemate_wire.v1 import checkpoints_pb2 as _checkpoints_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -85,6 +86,7 @@ class ToHost(_message.Message):
     CREDIT_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
     FACTS_ACK_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -99,6 +101,10 @@ class ToHost(_message.Message):
     def rejected(self) -> Global___Rejected: ...
     @_builtins.property
     def facts_ack(self) -> Global___FactsAck: ...
+    @_builtins.property
+    def checkpoint(self) -> _checkpoints_pb2.AuditCheckpoint:
+        """A signed place of the manager's audit chain, for the host to keep. Needs no credit: the last one counts."""
+
     def __init__(
         self,
         *,
@@ -109,12 +115,13 @@ class ToHost(_message.Message):
         credit: Global___Credit | None = ...,
         rejected: Global___Rejected | None = ...,
         facts_ack: Global___FactsAck | None = ...,
+        checkpoint: _checkpoints_pb2.AuditCheckpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "desired", b"desired", "facts_ack", b"facts_ack", "message", b"message", "open_channel", b"open_channel", "operate", b"operate", "rejected", b"rejected", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "credit", b"credit", "desired", b"desired", "facts_ack", b"facts_ack", "message", b"message", "open_channel", b"open_channel", "operate", b"operate", "rejected", b"rejected", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "desired", b"desired", "facts_ack", b"facts_ack", "message", b"message", "open_channel", b"open_channel", "operate", b"operate", "rejected", b"rejected", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "credit", b"credit", "desired", b"desired", "facts_ack", b"facts_ack", "message", b"message", "open_channel", b"open_channel", "operate", b"operate", "rejected", b"rejected", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "desired", "operate", "open_channel", "credit", "rejected", "facts_ack"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "desired", "operate", "open_channel", "credit", "rejected", "facts_ack", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
