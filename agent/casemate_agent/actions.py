@@ -8,6 +8,7 @@ half done, it leaves the same machine. Each carries its reason, which is what th
 from dataclasses import dataclass
 
 from casemate_agent.functions import Stamp
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef
 
 
@@ -71,27 +72,32 @@ class TakeBack:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Bind the vCPUs of a running domain to their threads again."""
+    """Bind the threads of a running domain: each vCPU to its own set, or all to the only one, and all others to ``rest``."""
 
     uid: str
-    threads: tuple[int, ...]
+    vcpus: tuple[CpuSet, ...]
+    rest: CpuSet
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Define:
-    """Define the domain of an instance, its whole record in the metadata."""
+    """Define the domain of an instance, its whole record in the metadata. ``rest``: where those of its threads run that have
+    none of their own (empty: anywhere)."""
 
     desired: DesiredInstance
     reason: str
+    rest: CpuSet = EMPTY
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start the defined domain."""
+    """Start the defined domain. ``floats``: what of the pool it will run on; it is not started where somebody else has one of
+    these threads by then (:mod:`casemate_agent.pool`)."""
 
     uid: str
     reason: str
+    floats: CpuSet = EMPTY
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ class Agent:
         self._boot_id = ""
         self._pool_problem = ""
         self._plan: Plan | None = None
+        self._moved: tuple[Note, ...] = ()
         self.machine: MachineFacts | None = None
         self.virtualisation = ""
         #: What is doubtful about the manager's audit chain; empty where nothing is.
@@ -242,8 +243,21 @@ class Agent:
             self.domain_names = {uid: domain.name for uid, domain in observed.domains.items()}
         self.virtualisation = observed.virtualisation
         self._compare(observed.machine)
+        # Asked after the look and in one breath with the plan: what starts from here on knows whose threads are whose.
+        unsure = frozenset(filter(self._executor.may_have_started, busy - {HOST}))
+        pinned = {
+            domain.pid: (pin.vcpus, pin.rest)
+            for uid, domain in (observed.domains or {}).items()
+            if (pin := self._executor.pinned.get(uid)) is not None
+        }
+        observed = replace(observed, unsure=unsure, pinned=pinned)
         decided = plan(self.ledger.book, observed, self._settings, self._plan)
         self._plan = decided
+        if decided.pool is not None:
+            self._executor.in_use = decided.pool.in_use
+            # Where nobody has threads of its own it does not matter where the others float; it is looked at once, for what an
+            # agent before this one has left.
+            self._observer.floating = bool(decided.pool.in_use or decided.pins)
         if decided.adopt:
             await self._adopt(decided)
             return 0.0
@@ -252,6 +266,8 @@ class Agent:
             self._executor.start(group, each, self._boot_id)
         for uid, actions in decided.cleaning.items():
             self._executor.start_bare(group, uid, actions)
+        for uid, pin in decided.pins.items():
+            self._executor.start_bare(group, uid, (pin,), "pin")
         self._executor.start_bare(group, HOST, decided.host)
         return decided.wake_s
 
@@ -322,6 +338,10 @@ class Agent:
                     Note(uid, "AsAsked", f"{state.phase.value} as asked, {took_s:.1f} s after this host was told")
                 )
                 self._causes.settle(each.record.desired)
+        for note in decided.moved:
+            if note not in self._moved:
+                self.note(note)
+        self._moved = decided.moved
         self.feed.tell(self._with_doubt(decided.report))
         if not self.feed.whole and (observed.domains is not None or self.ledger.host.complete):
             self.feed.whole = True
@@ -378,6 +398,7 @@ class Agent:
                 self._refused.pop(uid, None)
                 self._causes.forget(uid)
                 self.feed.forget(uid)
+                self._executor.pinned.pop(uid, None)
             elif isinstance(outcome.action, act.DetachGuest):
                 self._guests.pop(uid, None)
         self.wake()

@@ -12,6 +12,9 @@ from typing import Any
 from casemate_agent.hardware import DeviceRule, PortRule, device_rules, port_rules
 from casemate_core.errors import CallerError
 
+#: What may be done about drift.
+DRIFT = ("repair", "hold")
+
 
 class BadConfig(CallerError):
     """A setting has no meaning."""
@@ -44,6 +47,8 @@ class Config:
     log_format: str = "console"
     log_level: str = "info"
     stop_grace_s: float = 60.0
+    #: What is done about threads of VMs that somebody moved: ``repair`` binds them again, ``hold`` only tells.
+    affinity_drift: str = "repair"
     concurrency: int = 16
     #: One line that describes the hosts to simulate (casemate_core.topology_loaders.line); empty: this machine.
     simulated: str = ""
@@ -96,6 +101,8 @@ def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Con
         raise BadConfig(f"log_format: {config.log_format!r} is neither console nor json")
     if config.hosts < 1 or (config.hosts > 1 and not config.simulated):
         raise BadConfig("hosts: more than one host, and at least one, only with --simulated")
+    if config.affinity_drift not in DRIFT:
+        raise BadConfig(f"affinity_drift: {config.affinity_drift!r} is neither of {' and '.join(DRIFT)}")
     if config.stop_grace_s < 0 or config.concurrency < 1:
         raise BadConfig("stop_grace_s and concurrency: positive numbers")
     return config

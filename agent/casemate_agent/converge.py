@@ -31,10 +31,10 @@ from casemate_agent.actions import Action
 from casemate_agent.admission import Admission
 from casemate_agent.backoff import delay_s
 from casemate_agent.drafting import ACTIVE, Draft, InstancePlan, Settings
-from casemate_agent.drivers.ports import DomainFacts, DomainPhase
+from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.functions import Grant, grant_of
 from casemate_agent.giving import drifted, missing, to_give_back
-from casemate_agent.pinning import moved
+from casemate_agent.pool import Pool
 from casemate_agent.records import (
     Failure,
     GuestView,
@@ -48,6 +48,7 @@ from casemate_agent.records import (
     from_metadata,
     pods_revision,
 )
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import (
     DesiredInstance,
     HostNetwork,
@@ -67,16 +68,18 @@ def converge(
     networks: Mapping[str, HostNetwork],
     admission: Admission | None,
     settings: Settings,
+    pool: Pool,
 ) -> InstancePlan:
-    """The rest of the way of one instance. ``admission`` answers for its placement where it holds no claim for it yet."""
+    """The rest of the way of one instance. ``admission`` answers for its placement where it holds no claim for it yet;
+    ``pool`` says which threads belong to whom."""
     guest = observed.guests.get(record.uid, GuestView())
     if observed.domains is None:
         # what cannot be seen is not acted upon: an unknown domain may well be running
         why = observed.silent.get("hypervisor", "the hypervisor does not answer")
-        draft = Draft(record, None, guest, observed, settings)
+        draft = Draft(record, None, guest, observed, settings, pool)
         draft.says(Phase.DELETING if record.removed else Phase.UNKNOWN, "HypervisorUnreachable", why)
         return _finish(record, draft)
-    draft = Draft(record, observed.domains.get(record.uid), guest, observed, settings)
+    draft = Draft(record, observed.domains.get(record.uid), guest, observed, settings, pool)
     _settle(draft)
     if record.uid in observed.attached and not draft.active:
         draft.actions.append(act.DetachGuest(record.uid, "its domain does not run"))
@@ -239,16 +242,6 @@ def _keep_functions(d: Draft, applied: DesiredInstance) -> None:
             d.actions.append(act.GiveFunctions(applied, "somebody changed them"))
 
 
-def _keep_pins(d: Draft, domain: DomainFacts, applied: DesiredInstance) -> None:
-    """Dedicated vCPUs that somebody moved: drift, and bound again."""
-    claim = applied.placement.claim
-    if told := moved(claim, d.observed.affinities.get(domain.pid, ())):
-        d.drift += [f"{line} ({d.record.uid})" for line in told]
-        for line in told:
-            d.note("AffinityChanged", line.partition(": ")[2], "Warning")
-        d.actions.append(act.Pin(d.record.uid, claim.vcpus, "somebody moved its vCPUs"))
-
-
 def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     """The domain runs and should: keep its connection, its guard and its pods as they should be."""
     domain, r, guest = d.domain, d.record, d.guest
@@ -265,7 +258,6 @@ def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
         d.drift.append(f"MetadataUnreadable: domain {domain.name}: its record cannot be read; it is left as it is")
     else:
         _keep_functions(d, applied)
-        _keep_pins(d, domain, applied)
     wanted = pods_revision(desired)
     if r.adopted:
         wanted = guest.revision  # rebuilt from a domain, which does not say which pods: the guest knows, and goes on
@@ -361,7 +353,9 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
     domain = d.domain
     if domain is not None and domain.phase is DomainPhase.CRASHED:
         d.actions.append(act.Destroy(r.uid, "it crashed"))
-    current = domain is not None and from_metadata(domain.record) == bare(desired)
+    claim = desired.placement.claim
+    rest = d.pool.defined(claim)
+    current = domain is not None and from_metadata(domain.record) == bare(desired) and domain.emulator_pin == rest
     disks = files.disks_of(r.uid)
     if desired.disk not in disks:
         d.actions.append(act.CreateOverlay(desired, "a new disk was asked for" if disks else "not there"))
@@ -376,13 +370,24 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
         d.actions.append(act.GiveFunctions(desired, "before its domain starts"))
     # Functions may be at other addresses than when the domain was defined: it is defined anew at each start.
     if not current or grant:
-        d.actions.append(act.Define(desired, "not defined" if domain is None else "the instance was changed"))
+        d.actions.append(act.Define(desired, _why_defined(d, rest), rest))
     elif not d.actions:
         d.says(Phase.STARTING)
     if set(disks) - {desired.disk}:
         # After the domain names the new one, and before it writes to it.
         d.actions.append(act.RemoveDisks(desired, "another disk has taken its place"))
-    d.actions.append(act.Start(r.uid, "run: started"))
+    if held := d.pool.hold(r.uid, claim, seen):
+        # Everything but the start: its threads must be its own before.
+        d.says(Phase.PREPARING, "ThreadsInUse", held)
+        d.wake(d.now)
+        return
+    d.actions.append(act.Start(r.uid, "run: started", EMPTY if claim.emulator else d.pool.floating(claim)))
+
+
+def _why_defined(d: Draft, rest: CpuSet) -> str:
+    if d.domain is None:
+        return "not defined"
+    return "the instance was changed" if d.domain.emulator_pin == rest else "the pool of shared threads has changed"
 
 
 def _hold_claim(d: Draft, admission: Admission | None) -> bool:

@@ -6,11 +6,15 @@ about them. Decisions are theirs.
 
 from dataclasses import dataclass, field
 from math import inf
+from typing import TYPE_CHECKING
 
 from casemate_agent.actions import Action
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.records import GuestView, InstanceRecord, Note, Observation
 from casemate_core.spec.instance import InstanceState, Phase
+
+if TYPE_CHECKING:
+    from casemate_agent.pool import Pool
 
 ACTIVE = frozenset({DomainPhase.RUNNING, DomainPhase.PAUSED, DomainPhase.SHUTTING_DOWN})
 
@@ -31,6 +35,8 @@ class Settings:
     failed_after: int = 3
     #: Unused images are removed while less of the store's disk than this is free.
     low_disk_fraction: float = 0.1
+    #: Threads of VMs that somebody moved are bound again; else it is only told.
+    repair_affinities: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ class Draft:
     guest: GuestView
     observed: Observation
     settings: Settings
+    pool: "Pool"
     actions: list[Action] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     drift: list[str] = field(default_factory=list)

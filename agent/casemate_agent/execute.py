@@ -26,6 +26,7 @@ from casemate_agent.converge import ActionOutcome, InstancePlan, remember
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.functions import grant_of
 from casemate_agent.ledger import Ledger
+from casemate_core.cpuset import EMPTY
 from casemate_core.errors import CallerError, CasemateError, DeadlineExceeded
 from casemate_core.spec.instance import bridged
 
@@ -89,6 +90,8 @@ DEADLINES_S: dict[type, float] = {
     act.TakeBack: 60.0,
 }
 DEADLINE_S = 30.0
+#: A job without a record that failed is not begun again before.
+BARE_RETRY_S = 5.0
 
 #: Actions that are given up when what is wanted of their instance changes: they can be long, and can be left half done.
 INTERRUPTIBLE = (act.FetchImage, act.ApplyPods)
@@ -118,11 +121,21 @@ class Executor:
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self._waiting: dict[str, int] = {}
         self._network_lock = asyncio.Lock()
+        self._begun: set[str] = set()
+        #: Threads that have an owner, of the plan that is carried out: nothing starts that would float on one of them.
+        self.in_use = EMPTY
+        #: By uid: what its threads were bound to last.
+        self.pinned: dict[str, act.Pin] = {}
 
     @property
     def busy(self) -> frozenset[str]:
         """Who has a job."""
         return frozenset(self._jobs)
+
+    def may_have_started(self, uid: str) -> bool:
+        """Whether a job that this instance had when somebody looked may have started its domain since: it has ended, or has come
+        to the start."""
+        return uid not in self._jobs or uid in self._begun
 
     def running(self, uid: str) -> Action | None:
         """The action that is under way for an instance."""
@@ -135,10 +148,12 @@ class Executor:
             return
         self._begin(group, uid, self._run_plan(plan, boot_id))
 
-    def start_bare(self, group: asyncio.TaskGroup, uid: str, actions: tuple[Action, ...]) -> None:
-        """Begin a job that has no record: leftovers (by the uid that names them), or the host's own (``HOST``)."""
-        if uid not in self._jobs and actions:
-            self._begin(group, uid, self._run_bare(uid, actions))
+    def start_bare(self, group: asyncio.TaskGroup, uid: str, actions: tuple[Action, ...], beside: str = "") -> None:
+        """Begin a job that has no record: leftovers (by the uid that names them), or the host's own (``HOST``). ``beside``
+        names one that is done beside the instance's own job."""
+        key = f"{beside}/{uid}" if beside else uid
+        if key not in self._jobs and actions:
+            self._begin(group, key, self._run_bare(key, uid, actions))
 
     def interrupt(self, uid: str) -> None:
         """What is wanted of the instance changed: give up an action that would hold it up for long."""
@@ -168,26 +183,40 @@ class Executor:
             log.error("%s: %s", uid, error, extra={"instance": uid})
         finally:
             self._jobs.pop(uid, None)
+            self._begun.discard(uid)
             self._done(uid, tuple(outcomes))
 
-    async def _run_bare(self, uid: str, actions: tuple[Action, ...]) -> None:
+    async def _run_bare(self, key: str, uid: str, actions: tuple[Action, ...]) -> None:
         outcomes: list[ActionOutcome] = []
         try:
             async with self._slots:
-                await self._run_actions(uid, actions, outcomes)
+                await self._run_actions(uid, actions, outcomes, key)
+            if not all(outcome.ok for outcome in outcomes):
+                self._done(uid, tuple(outcomes))
+                outcomes = []
+                await asyncio.sleep(BARE_RETRY_S)
         finally:
-            self._jobs.pop(uid, None)
+            self._jobs.pop(key, None)
             self._done(uid, tuple(outcomes))
 
-    async def _run_actions(self, uid: str, actions: tuple[Action, ...], outcomes: list[ActionOutcome]) -> None:
+    async def _run_actions(
+        self, uid: str, actions: tuple[Action, ...], outcomes: list[ActionOutcome], key: str = ""
+    ) -> None:
+        key = key or uid
         for action in actions:
             self._trace(Step(Point.BEFORE_ACTION, uid, action))
-            self._running[uid] = action
+            if isinstance(action, act.Start):
+                if action.floats & self.in_use:
+                    # Planned before these threads had an owner. What is to be done now follows from the next look.
+                    outcomes.append(ActionOutcome(uid, action, self._now(), interrupted=True))
+                    return
+                self._begun.add(uid)
+            self._running[key] = action
             try:
                 outcome = await self._attempt(uid, action)
             finally:
-                self._running.pop(uid, None)
-                self._interrupted.discard(uid)
+                self._running.pop(key, None)
+                self._interrupted.discard(key)
             outcomes.append(outcome)
             self._trace(Step(Point.AFTER_ACTION, uid, action, outcome))
             if not outcome.ok or outcome.interrupted:
@@ -245,10 +274,11 @@ class Executor:
                 # Given already: this asks where its functions are now, and has no other effect.
                 grant = grant_of(desired)
                 addresses = await drivers.functions.give(grant, deadline_s / 2) if grant else ()
-                files = replace(images.files(desired), functions=addresses)
+                files = replace(images.files(desired), functions=addresses, rest=action.rest)
                 await hypervisor.define(desired, files, deadline_s / 2)
-            case act.Pin(uid=uid, threads=threads):
-                await hypervisor.pin(uid, threads, deadline_s)
+            case act.Pin(uid=uid, vcpus=vcpus, rest=rest):
+                await hypervisor.pin(uid, vcpus, rest, deadline_s)
+                self.pinned[uid] = action
             case act.GiveFunctions(desired=desired):
                 await drivers.functions.give(grant_of(desired), deadline_s)
             case act.TakeBack(stamp=stamp, keys=keys):

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TypeVar
 
-from casemate_agent.drivers.ports import Drivers, MachineFacts
+from casemate_agent.drafting import ACTIVE
+from casemate_agent.drivers.ports import DomainFacts, Drivers, MachineFacts, QemuThreads
 from casemate_agent.functions import FunctionFacts
-from casemate_agent.pinning import watched
 from casemate_agent.records import GuestView, InstanceRecord, Observation
 from casemate_core.errors import CasemateError
 
@@ -40,7 +40,9 @@ class Observer:
     _machine: MachineFacts | None = None
     _virtualisation: str = ""
     _functions: FunctionFacts | None = None
-    _affinities: dict[int, tuple[frozenset[int], ...]] = field(default_factory=dict)
+    #: Look also at VMs whose threads float: they must be off those of others.
+    floating: bool = True
+    _affinities: dict[int, QemuThreads] = field(default_factory=dict)
     _taps: dict[tuple[str, int], str] = field(default_factory=dict)
     _silent_since_s: dict[str, float] = field(default_factory=dict)
     _network_problem: str | None = None
@@ -67,16 +69,20 @@ class Observer:
         self._functions = functions if functions is not None else self._functions
         return before != (self._machine, self._functions, self._affinities)
 
-    async def _look_at_pins(self, pids: tuple[int, ...]) -> dict[int, tuple[frozenset[int], ...]]:
-        """Where the vCPUs of these processes may run; a process that is gone is left out."""
+    async def _look_at_pins(self, pids: tuple[int, ...]) -> dict[int, QemuThreads]:
+        """Where the threads of these processes may run; a process that is gone is left out."""
         if not pids:
             return {}
 
-        async def ask(deadline_s: float) -> Mapping[int, tuple[frozenset[int], ...]]:
+        async def ask(deadline_s: float) -> Mapping[int, QemuThreads]:
             return await self.drivers.hypervisor.affinities(pids, deadline_s)
 
-        found = await self._ask("hypervisor", ask, self.deadline_s, {}) or {}
-        return {pid: affinity for pid, affinity in found.items() if affinity}
+        return dict(await self._ask("hypervisor", ask, self.deadline_s, {}) or {})
+
+    def _watched(self, domain: DomainFacts) -> bool:
+        """Whether it matters where the threads of this domain run."""
+        pinned = any(len(pin) == 1 for pin in domain.vcpu_pins)
+        return domain.owned and bool(domain.pid) and domain.phase in ACTIVE and (pinned or self.floating)
 
     @property
     def uncut(self) -> bool:
@@ -103,7 +109,9 @@ class Observer:
             self._check_network(now_s),
         )
         self._functions = functions if functions is not None else self._functions
-        self._affinities = await self._look_at_pins(tuple(d.pid for d in domains or () if d.owned and watched(d)))
+        self._affinities = await self._look_at_pins(
+            tuple(filter(None, (d.pid for d in domains or () if self._watched(d))))
+        )
         self._silent_since_s = {port: self._silent_since_s.get(port, now_s) for port in silent}
         guarded: dict[str, tuple[str, ...]] = {}
         if networks is not None and networks.guards:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from casemate_agent import actions as act
-from casemate_agent.actions import Action
+from casemate_agent.actions import Action, Pin
 from casemate_agent.admission import Admission, Audit, admit, audit, foreign_claim
 from casemate_agent.conditions import host_conditions
 from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.giving import orphans
+from casemate_agent.pool import Pool, moves, pool_of
 from casemate_agent.records import (
     Book,
     InstanceRecord,
@@ -49,6 +50,11 @@ class Plan:
     #: Answers about claims, for the next round: what follows from the same again is not worked out again.
     admissions: Mapping[str, Admission] = field(default_factory=dict)
     audit: Audit | None = None
+    #: Running VMs whose threads are to be bound; beside their own jobs, which may take long.
+    pins: Mapping[str, Pin] = field(default_factory=dict)
+    #: Of threads that somebody moved: the same as long as they are there.
+    moved: tuple[Note, ...] = ()
+    pool: Pool | None = None
 
 
 def plan(book: Book, observed: Observation, settings: Settings | None = None, before: Plan | None = None) -> Plan:
@@ -68,8 +74,11 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
         book.instances, _wanting(book, observed), topology, foreign, before.admissions if before is not None else None
     )
     audited = audit(book.instances, topology, foreign, before.audit if before is not None else None)
+    pool = pool_of(book, observed, admissions, foreign)
+    moved = moves(pool, observed, settings)
+    drift += moved.drift
     plans = {
-        uid: converge(record, observed, networks, admissions.get(uid), settings)
+        uid: converge(record, observed, networks, admissions.get(uid), settings, pool)
         for uid, record in sorted(book.instances.items())
         if uid not in observed.busy
     }
@@ -86,6 +95,9 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
         cleaning=cleaning,
         adopt=adopted,
         notes=tuple(Note(r.uid, "Adopted", "rebuilt from the domain's metadata", "Warning") for r in adopted),
+        moved=moved.notes,
+        pins=moved.pins if not adopted else {},
+        pool=pool,
         report=HostReport(
             foreign=len(observed.foreign),
             drift=tuple(drift),

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from typing import Any
 
-from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, StoredFiles
+from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, QemuThreads, StoredFiles
 from casemate_agent.functions import FunctionFacts
 from casemate_core.claims import Claim
+from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CallerError
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, PodState
@@ -180,8 +181,12 @@ class Observation:
     files: StoredFiles | None = None
     networks: NetworkFacts | None = None
     functions: FunctionFacts | None = None
-    #: By process of a domain with dedicated vCPUs: where each of them may run, as the kernel says it.
-    affinities: Mapping[int, tuple[frozenset[int], ...]] = field(default_factory=dict)
+    #: By process of a domain: where its threads may run, as the kernel says it. Only of those that were looked at.
+    affinities: Mapping[int, QemuThreads] = field(default_factory=dict)
+    #: By process: the vCPUs' sets and the others' that this agent has bound its threads to last.
+    pinned: Mapping[int, tuple[tuple[CpuSet, ...], CpuSet]] = field(default_factory=dict)
+    #: Instances that may have been started since the observation began.
+    unsure: frozenset[str] = frozenset()
     #: Guarded taps of ours by the uid of the instance, in the order of its interfaces.
     guarded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     guests: Mapping[str, GuestView] = field(default_factory=dict)

@@ -16,17 +16,20 @@ from casemate_agent.domain.elements import plain_words, xml_text
 from casemate_agent.domain.metadata import full_record, record_digest
 from casemate_agent.drivers.ports import DomainFiles, DomainPhase
 from casemate_agent.records import from_metadata
-from casemate_core.cpuset import CpuSet
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import InternalError
 from casemate_core.spec.instance import DesiredInstance, File, ImageRef, Placement
 from support.instances import UID, dedicated_claim, image, instance, nic, some_digest
 
-TCG = HostShape(kind="qemu", machine="pc-q35-7.2")
-KVM = HostShape(kind="kvm", machine="pc-q35-10.0", shared_threads=CpuSet.parse("1-3,17-19"))
+TCG = HostShape(kind="qemu", machine="pc-q35-7.2", numa=False)
+KVM = HostShape(kind="kvm", machine="pc-q35-10.0")
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
 
 
-def files(desired: DesiredInstance) -> DomainFiles:
+def files(desired: DesiredInstance, shape: HostShape | None = None) -> DomainFiles:
+    rest = (
+        EMPTY if shape is None or shape.kind != "kvm" else desired.placement.claim.emulator or CpuSet.parse("1-3,17-19")
+    )
     folder = f"/var/lib/casemate/instances/{desired.uid}"
     stored = "/var/lib/casemate/images/sha256-"
     return DomainFiles(
@@ -39,6 +42,7 @@ def files(desired: DesiredInstance) -> DomainFiles:
         kernel=f"{stored}{2:064x}" if desired.image.kernel else "",
         initrd=f"{stored}{3:064x}" if desired.image.initrd else "",
         cmdline=desired.image.cmdline,
+        rest=rest,
     )
 
 
@@ -67,7 +71,7 @@ CASES: dict[str, tuple[DesiredInstance, HostShape]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_xml_is_the_one_that_was_read_and_kept(name: str, golden: Callable[[str, str], None]) -> None:
     desired, shape = CASES[name]
-    golden(f"domain/{name}.xml", domain_xml(desired, files(desired), shape))
+    golden(f"domain/{name}.xml", domain_xml(desired, files(desired, shape), shape))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,13 +80,13 @@ def test_xml_is_valid_by_the_schema_of_libvirt(name: str) -> None:
         pytest.fail(f"{SCHEMA} is missing: install libvirt-daemon, whose schema this compares with")
     desired, shape = CASES[name]
     schema = etree.RelaxNG(etree.parse(str(SCHEMA)))
-    assert schema.validate(etree.fromstring(domain_xml(desired, files(desired), shape))), schema.error_log
+    assert schema.validate(etree.fromstring(domain_xml(desired, files(desired, shape), shape))), schema.error_log
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_facts_come_back_from_the_xml(name: str) -> None:
     desired, shape = CASES[name]
-    facts, owner = parse_domain(domain_xml(desired, files(desired), shape), DomainPhase.RUNNING, 4711)
+    facts, owner = parse_domain(domain_xml(desired, files(desired, shape), shape), DomainPhase.RUNNING, 4711)
     assert owner is not None
     assert (facts.uuid, facts.instance_uid, facts.owned, facts.pid) == (UID, UID, True, 4711)
     assert (facts.generation, facts.placement_epoch, facts.placement_generation) == (5, 3, 7)
@@ -97,7 +101,7 @@ def test_facts_come_back_from_the_xml(name: str) -> None:
 
 def test_a_machine_has_nothing_that_a_guest_does_not_use() -> None:
     desired, shape = CASES["plain-kvm"]
-    devices = fromstring(domain_xml(desired, files(desired), shape)).find("devices")
+    devices = fromstring(domain_xml(desired, files(desired, shape), shape)).find("devices")
     assert devices is not None
     assert {device.tag for device in devices} == {
         "emulator", "disk", "controller", "interface", "channel", "serial", "console", "rng", "memballoon",
@@ -108,7 +112,7 @@ def test_a_machine_has_nothing_that_a_guest_does_not_use() -> None:
 
 def test_every_disk_names_its_format_and_closes_its_chain() -> None:
     for desired, shape in CASES.values():
-        for disk in fromstring(domain_xml(desired, files(desired), shape)).iterfind("devices/disk"):
+        for disk in fromstring(domain_xml(desired, files(desired, shape), shape)).iterfind("devices/disk"):
             chain = disk
             while (inner := chain.find("backingStore")) is not None and len(inner):
                 assert inner.find("format") is not None
@@ -171,7 +175,7 @@ def test_a_domain_without_our_metadata_is_foreign() -> None:
 @pytest.mark.parametrize("change", ["uuid", "generation"])
 def test_metadata_that_was_cloned_or_edited_makes_a_domain_foreign(change: str) -> None:
     desired, shape = CASES["plain-tcg"]
-    xml = domain_xml(desired, files(desired), shape)
+    xml = domain_xml(desired, files(desired, shape), shape)
     if change == "uuid":
         xml = xml.replace(f"<uuid>{UID}", "<uuid>0b6e1c2a-0000-4000-8000-000000000001")
     else:
@@ -188,9 +192,9 @@ def test_contradictions_are_our_own_defects() -> None:
         domain_xml(desired, replace(files(desired), backing_format="vmdk"), shape)
     short = replace(dedicated_claim(UID), vcpus=(4,))
     with pytest.raises(InternalError, match="pins 1 of 4"):
-        domain_xml(replace(desired, cpus=2, placement=Placement(short, 1, 1)), files(desired), shape)
+        domain_xml(replace(desired, cpus=2, placement=Placement(short, 1, 1)), files(desired, shape), shape)
     with pytest.raises(InternalError, match="UUID"):
-        domain_xml(instance(uid="../../etc"), files(desired), shape)
+        domain_xml(instance(uid="../../etc"), files(desired, shape), shape)
     with pytest.raises(InternalError, match="parse"):
         parse_domain("<domain", DomainPhase.RUNNING)
 

@@ -2,13 +2,15 @@
 
 import asyncio
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from casemate_agent.drivers.threads import affinity_of
-from casemate_agent.pinning import moved, watched
+from casemate_agent.drivers.ports import QemuThreads
+from casemate_agent.drivers.threads import ThreadReader
 from casemate_agent.records import Note
 from casemate_core.claims import Claim, PlainMemory
+from casemate_core.cpuset import CpuSet
 from casemate_core.spec.instance import DesiredInstance
 from support.agents import Rig, instance, uid
 from support.functions import HOST, PORTS, with_functions
@@ -27,24 +29,43 @@ def dedicated(number: int, *threads: int) -> DesiredInstance:
     return instance(number, claim=claim, cpus=len(threads), cpu_policy="dedicated")
 
 
-def test_a_vcpu_that_may_run_elsewhere_is_named() -> None:
-    claim = dedicated(1, 4, 5).placement.claim
-    assert moved(claim, (frozenset({4}), frozenset({5}))) == ()
-    assert moved(claim, ()) == (), "what was not asked is not judged"
-    assert moved(claim, (frozenset({4, 6, 7}), frozenset({5}))) == (
-        "AffinityChanged: vCPU 0 may run on 4,6-7, should be on 4",
-    )
-
-
 def test_affinity_is_read_from_the_kernel_by_the_names_of_threads(tmp_path: Path) -> None:
-    for task, name, cpus in (("10", "qemu-system-x86", "0-7"), ("11", "CPU 0/KVM", "4"), ("12", "CPU 1/TCG", "5-6")):
-        folder = tmp_path / "10/task" / task
+    names = {10: "qemu-system-x86", 11: "CPU 0/KVM", 12: "CPU 1/TCG", 13: "IO iothread1"}
+    allowed = {10: {0, 1}, 11: {4}, 12: {5, 6}, 13: {1, 2}}
+    for task, name in names.items():
+        folder = tmp_path / f"10/task/{task}"
         folder.mkdir(parents=True)
         (folder / "comm").write_text(name + "\n")
-        (folder / "status").write_text(f"Name:\t{name}\nCpus_allowed:\tff\nCpus_allowed_list:\t{cpus}\n")
-    assert affinity_of(10, tmp_path) == (frozenset({4}), frozenset({5, 6}))
-    assert affinity_of(99, tmp_path) == ()
-    assert affinity_of(os.getpid()) == (), "this process is no QEMU"
+    reader = ThreadReader(tmp_path, allowed.__getitem__)
+    want = QemuThreads((CpuSet.of(4), CpuSet.of(5, 6)), CpuSet.of(0, 1, 2))
+    assert reader.look((10, 99)) == {10: want}
+    assert want.all == CpuSet.parse("0-2,4-6")
+    # a name is read once: what a guest may call its own threads later is nobody's vCPU
+    (tmp_path / "10/task/11/comm").write_text("other\n")
+    assert reader.look((10,)) == {10: want}
+    assert ThreadReader().look((os.getpid(),))[os.getpid()].vcpus == (), "this process is no QEMU"
+
+
+def test_a_thread_that_has_no_name_yet_is_read_again(tmp_path: Path) -> None:
+    folder = tmp_path / "10/task/11"
+    folder.mkdir(parents=True)
+    (folder / "comm").write_text("qemu-system-x86\n")
+    reader = ThreadReader(tmp_path, lambda task: {4})
+    assert reader.look((10,)) == {10: QemuThreads((), CpuSet.of(4))}
+    (folder / "comm").write_text("CPU 0/KVM\n")
+    assert reader.look((10,)) == {10: QemuThreads((CpuSet.of(4),))}
+
+
+def test_a_thread_of_this_machine_is_bound_and_read_back() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            allowed = CpuSet.from_ids(os.sched_getaffinity(process.pid))
+            reader, one = ThreadReader(), CpuSet.of(allowed.first)
+            assert reader.look((process.pid,)) == {process.pid: QemuThreads((), allowed)}
+            reader.bind_rest(process.pid, one)
+            assert reader.look((process.pid,)) == {process.pid: QemuThreads((), one)}
+        finally:
+            process.kill()
 
 
 def test_a_moved_vcpu_is_an_event_and_bound_again_under_the_same_process() -> None:
@@ -55,8 +76,9 @@ def test_a_moved_vcpu_is_an_event_and_bound_again_under_the_same_process() -> No
         await rig.settle()
         pid = rig.active()[uid(1)]
         domain = rig.host.domains[uid(1)]
-        assert watched(domain.facts) and not watched(rig.host.domains[uid(2)].facts)
-        domain.affinity = (frozenset({4}), frozenset(range(8)))
+        bound = domain.threads
+        assert bound.vcpus == (CpuSet.of(4), CpuSet.of(5))
+        domain.threads = replace(bound, vcpus=(CpuSet.of(4), CpuSet.parse("0-7")))
         assert rig.agent is not None
         told: list[Note] = []
         rig.agent.note = told.append  # type: ignore[method-assign]
@@ -64,7 +86,7 @@ def test_a_moved_vcpu_is_an_event_and_bound_again_under_the_same_process() -> No
         assert [(n.uid, n.reason, n.message) for n in told] == [
             (uid(1), "AffinityChanged", "vCPU 1 may run on 0-7, should be on 5")
         ]
-        assert domain.affinity == () and rig.active()[uid(1)] == pid
+        assert domain.threads == bound and rig.active()[uid(1)] == pid
         await rig.kill()
 
     run_virtual(story)
@@ -80,7 +102,8 @@ def test_three_things_changed_behind_a_stopped_agent_are_three_named_drifts() ->
         await rig.settle()
         pid, key = rig.active()[uid(1)], f"{PORTS[0]}/0"
         await rig.kill()
-        rig.host.domains[uid(1)].affinity = (frozenset({0}), frozenset({5}))
+        domain = rig.host.domains[uid(1)]
+        domain.threads = replace(domain.threads, vcpus=(CpuSet.of(0), CpuSet.of(5)))
         rig.host.cards.states[key] = replace(rig.host.cards.states[key], mac="02:00:00:00:00:01")
         rig.host.guards.clear()
         rig.broken.clear()

@@ -6,7 +6,7 @@ host. No libvirt, no files, no clock.
 
 Theory of operation. The XML is a tree of elements from beginning to end; no piece of it is ever text that is pasted
 together, so that no string of a tenant's can become an element. What depends on the host and not on the instance (the
-emulator, its machine type, the pool of shared threads, folders) comes as one value, ``HostShape``. A domain is made from
+emulator, its machine type, folders) comes as one value, ``HostShape``. A domain is made from
 the instance's exact claim: the claim is not interpreted a second time here, only written down.
 
 The machine is bare: q35, virtio devices, and nothing that a guest of ours does not use: no USB, graphics, sound, floppy,

@@ -6,6 +6,7 @@ from casemate_agent.domain.cpu import add_cpu_model, add_vcpus
 from casemate_agent.domain.devices import add_channels, add_console, add_disks, add_interfaces, add_small
 from casemate_agent.domain.elements import add, plain_words
 from casemate_agent.domain.functions import add_functions
+from casemate_agent.domain.limits import memory_limits
 from casemate_agent.domain.memory import add_balloon, add_memory, add_memory_backing
 from casemate_agent.domain.metadata import NAMESPACE, add_metadata
 from casemate_agent.domain.names import check_uid, domain_name
@@ -25,13 +26,18 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     add(domain, "title", text=plain_words(title, 120))
     add_metadata(domain, desired)
     add_memory(domain, desired)
-    add_vcpus(domain, desired, shape)
-    add_memory_backing(domain, desired)
+    add_vcpus(domain, desired, files.rest)
+    claim = desired.placement.claim
+    limits = memory_limits(max(desired.memory_mib, claim.memory_max_mib), len(files.functions), locked=claim.realtime)
+    add_memory_backing(domain, desired, shape, limits)
     _add_boot(domain, files, shape)
     features = add(domain, "features")
     add(features, "acpi")
     add(features, "apic")
     add(features, "vmport", {"state": "off"})
+    if claim.realtime:
+        # Performance counters of the guest cost an interrupt that is not its own.
+        add(features, "pmu", {"state": "off"})
     add_cpu_model(domain, desired, shape)
     _add_clock(domain)
     add(domain, "on_poweroff", text="destroy")
@@ -39,7 +45,7 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     add(domain, "on_crash", text="destroy")
     devices = add(domain, "devices")
     add(devices, "emulator", text=shape.emulator)
-    add_disks(devices, files, shape)
+    add_disks(devices, files, shape, iothread=bool(claim.vcpus))
     add_small(devices)
     add_interfaces(devices, bridged(desired.nics), desired.uid, shape)
     add_functions(devices, files.functions)

@@ -24,7 +24,7 @@ def console_log(shape: HostShape, uid: str) -> str:
     return f"{shape.instances_dir}/{check_uid(uid)}/console.log"
 
 
-def add_disks(devices: Element, files: DomainFiles, shape: HostShape) -> None:
+def add_disks(devices: Element, files: DomainFiles, shape: HostShape, *, iothread: bool = False) -> None:
     """The root disk, the seed and the archives, in this order, each with a serial and nothing left to be probed.
 
     Formats are written for every file of a chain and the chain is closed by an empty ``<backingStore/>``: QEMU never
@@ -35,7 +35,8 @@ def add_disks(devices: Element, files: DomainFiles, shape: HostShape) -> None:
         if given not in FORMATS:
             raise InternalError(f"disk format {given!r} is none of {', '.join(FORMATS)}")
     cache = "writeback" if shape.kind == "kvm" else "unsafe"
-    root = _disk(devices, 0, files.root, files.root_format, {"cache": cache, "discard": "unmap"})
+    options = {"cache": cache, "discard": "unmap"} | ({"iothread": "1"} if iothread else {})
+    root = _disk(devices, 0, files.root, files.root_format, options)
     if files.backing:
         backing = add(root, "backingStore", {"type": "file"})
         add(backing, "format", {"type": files.backing_format})

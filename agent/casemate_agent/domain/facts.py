@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element, ParseError, fromstring
 from casemate_agent.domain.devices import HELPER_PORT
 from casemate_agent.domain.metadata import Ownership, parse_metadata
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
-from casemate_core.cpuset import CpuSet
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import InternalError
 
 #: Factors of libvirt's units of memory (formatdomain, "Memory Allocation"); KiB is its default.
@@ -56,6 +56,7 @@ def parse_domain(xml: str, phase: DomainPhase, pid: int = 0) -> tuple[DomainFact
         files=_files(domain),
         channel_path=_channel_path(domain),
         vcpu_pins=_vcpu_pins(domain, most),
+        emulator_pin=_emulator_pin(domain),
         record=owner.record if owner else "",
     )
     return facts, owner
@@ -94,6 +95,11 @@ def _channel_path(domain: Element) -> str:
         if target is not None and source is not None and target.get("name") == HELPER_PORT:
             return source.get("path", "")
     return ""
+
+
+def _emulator_pin(domain: Element) -> CpuSet:
+    pin = domain.find("cputune/emulatorpin")
+    return CpuSet.parse(pin.get("cpuset", "")) if pin is not None else EMPTY
 
 
 def _vcpu_pins(domain: Element, most: int) -> tuple[frozenset[int], ...]:

@@ -3,6 +3,8 @@
 from xml.etree.ElementTree import Element
 
 from casemate_agent.domain.elements import add
+from casemate_agent.domain.limits import MemoryLimits
+from casemate_agent.domain.shape import HostShape
 from casemate_core.errors import InternalError
 from casemate_core.spec.instance import DesiredInstance
 
@@ -12,23 +14,34 @@ def add_memory(domain: Element, desired: DesiredInstance) -> None:
     add(domain, "memory", {"unit": "MiB"}, str(desired.memory_mib))
 
 
-def add_memory_backing(domain: Element, desired: DesiredInstance) -> None:
-    """``<memoryBacking>`` and ``<numatune>``.
+def binds_memory(desired: DesiredInstance, shape: HostShape) -> bool:
+    """Whether its memory is bound to cells: where there is more than one, it could be elsewhere."""
+    return shape.numa and bool(desired.placement.claim.cells)
+
+
+def add_memory_backing(domain: Element, desired: DesiredInstance, shape: HostShape, limits: MemoryLimits) -> None:
+    """``<memtune>``, ``<memoryBacking>`` and ``<numatune>``.
 
     Pages are never merged with those of another guest (KSM): merging tells one tenant what another has in memory.
-    The cells are those of the claim, strictly: memory elsewhere is what somebody else was promised.
+    The cells are those of the claim, strictly: memory elsewhere is what somebody else was promised. They are bound by QEMU, for
+    the guest's memory as one cell of the guest's, and not by the element that binds a whole process: with that one libvirt
+    lets QEMU begin on every thread of these cells, dedicated ones of others among them.
     """
     claim = desired.placement.claim
     sizes = {pages.page_kib for pages in claim.pages}
     if len(sizes) > 1:
         raise InternalError(f"{desired.uid}: claim mixes pages of {sorted(sizes)} KiB")
+    if limits.lock_mib:
+        add(add(domain, "memtune"), "hard_limit", {"unit": "MiB"}, str(limits.lock_mib))
     backing = add(domain, "memoryBacking")
     if sizes:
         add(add(backing, "hugepages"), "page", {"size": sizes.pop(), "unit": "KiB"})
     add(backing, "nosharepages")
-    if claim.cells:
+    if claim.realtime:
+        add(backing, "locked")
+    if binds_memory(desired, shape):
         nodes = ",".join(map(str, claim.cells))
-        add(add(domain, "numatune"), "memory", {"mode": "strict", "nodeset": nodes})
+        add(add(domain, "numatune"), "memnode", {"cellid": 0, "mode": "strict", "nodeset": nodes})
 
 
 def add_balloon(devices: Element, desired: DesiredInstance) -> None:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from casemate_core.cpuset import EMPTY, CpuSet
-
 
 @dataclass(frozen=True, slots=True)
 class HostShape:
@@ -16,8 +14,8 @@ class HostShape:
     kind: str
     machine: str
     emulator: str = "/usr/bin/qemu-system-x86_64"
-    #: Threads on which shared vCPUs and emulators float; empty: all of the host's.
-    shared_threads: CpuSet = EMPTY
+    #: The host has more than one cell, so that memory must be bound to be where it belongs.
+    numa: bool = True
     #: Folder of the channels' sockets, and the folder under which each instance has its own.
     run_dir: str = "/run/casemate"
     instances_dir: str = "/var/lib/casemate/instances"

@@ -29,11 +29,11 @@ from casemate_agent.domain.stats import parse_stats
 from casemate_agent.drivers.deadline import DeadlineExecutor, Observe, unobserved
 from casemate_agent.drivers.files import write_private
 from casemate_agent.drivers.kvm import Virtualisation, probe
-from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase, DomainStats
-from casemate_agent.drivers.threads import affinity_of
+from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase, DomainStats, QemuThreads
+from casemate_agent.drivers.threads import ThreadReader
 from casemate_agent.drivers.virtlines import Lines, Remaining
-from casemate_core.cpuset import EMPTY, CpuSet
-from casemate_core.errors import InternalError, NotFound
+from casemate_core.cpuset import CpuSet
+from casemate_core.errors import InternalError, MachineError, NotFound
 from casemate_core.spec.instance import DesiredInstance
 
 T = TypeVar("T")
@@ -76,17 +76,13 @@ STOPPED_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class LibvirtSettings:
-    """Where libvirt and our folders are. ``probe_cache`` is the file that remembers whether KVM works.
-
-    ``shared_threads`` are those on which vCPUs without a thread of their own float; empty: all.
-    """
+    """Where libvirt and our folders are. ``probe_cache`` is the file that remembers whether KVM works."""
 
     uri: str = DEFAULT_URI
     run_dir: str = "/run/casemate"
     instances_dir: str = "/var/lib/casemate/instances"
     probe_cache: str = "/var/lib/casemate/virtualisation.json"
     scope: str = "main"
-    shared_threads: CpuSet = EMPTY
 
 
 class LibvirtHypervisor:
@@ -102,6 +98,7 @@ class LibvirtHypervisor:
         self._virtualisation: Virtualisation | None = None
         self._probing = asyncio.Lock()
         self._pids: dict[tuple[str, int], int] = {}
+        self._threads = ThreadReader()
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -128,21 +125,38 @@ class LibvirtHypervisor:
             shape = await self.shape(left())
             await self._lines.call("define domain", lambda c: self._define(c, desired, files, shape), left())
 
-    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, tuple[frozenset[int], ...]]:
-        async with asyncio.timeout(deadline_s):
-            return await asyncio.to_thread(lambda: {pid: affinity_of(pid) for pid in pids})
+    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, QemuThreads]:
+        # In the loop: no call of it waits for anything, and a hundred VMs take a few milliseconds.
+        return self._threads.look(pids)
 
-    async def pin(self, uid: str, threads: tuple[int, ...], deadline_s: float) -> None:
+    async def pin(self, uid: str, vcpus: tuple[CpuSet, ...], rest: CpuSet, deadline_s: float) -> None:
         def pin(connection: Any) -> None:
             domain = _lookup(connection, uid)
             if domain is None:
                 raise NotFound("domain", uid)
-            online = len(domain.vcpus()[0])
-            for vcpu, thread in enumerate(threads[:online]):
-                cpus = tuple(number == thread for number in range(thread + 1))
-                domain.pinVcpuFlags(vcpu, cpus, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            if not domain.isActive():
+                return
+            live = libvirt.VIR_DOMAIN_AFFECT_LIVE
+            # The others first: they are as many as they like, a vCPU is never left without a place.
+            domain.pinEmulator(_map(rest), live)
+            for thread in domain.ioThreadInfo(live):
+                domain.pinIOThread(thread[0], _map(rest), live)
+            for vcpu in range(domain.vcpusFlags(live)):
+                wanted = vcpus[0] if len(vcpus) == 1 else vcpus[vcpu]
+                domain.pinVcpuFlags(vcpu, _map(wanted), live)
+            pid, reader = _qemu_pid(uid), ThreadReader()
+            reader.bind_rest(pid, rest)
+            found = reader.look((pid,)).get(pid)
+            if found is None:
+                return  # it has ended meanwhile
+            for vcpu, cpus in enumerate(found.vcpus):
+                wanted = vcpus[0] if len(vcpus) == 1 else vcpus[vcpu]
+                if cpus - wanted:
+                    raise MachineError(f"vCPU {vcpu} was bound to {wanted}, and may still run on {cpus}")
+            if found.rest - rest:
+                raise MachineError(f"threads of its emulator were bound to {rest}, and may still run on {found.rest}")
 
-        await self._lines.call("pin vCPUs", pin, deadline_s)
+        await self._lines.call("pin threads", pin, deadline_s)
 
     async def start(self, uid: str, deadline_s: float) -> None:
         def start(connection: Any) -> None:
@@ -264,6 +278,7 @@ class LibvirtHypervisor:
             async with Remaining(deadline_s) as left:
                 kind = "kvm" if await self.virtualisation(left()) == "kvm" else "qemu"
                 machine, emulator = await self._lines.call("read capabilities", lambda c: _machine(c, kind), left())
+                cells = await self._lines.call("read capabilities", _cells, left())
             self._shape = HostShape(
                 kind=kind,
                 machine=machine,
@@ -271,7 +286,7 @@ class LibvirtHypervisor:
                 run_dir=self._settings.run_dir,
                 instances_dir=self._settings.instances_dir,
                 scope=self._settings.scope,
-                shared_threads=self._settings.shared_threads,
+                numa=cells > 1,
             )
         return self._shape
 
@@ -398,10 +413,20 @@ def _lookup(connection: Any, uid: str) -> Any:
         raise
 
 
+def _map(cpus: CpuSet) -> tuple[bool, ...]:
+    """As libvirt takes it: one word for each thread of the host, the last one that is true ends it."""
+    return tuple(number in cpus for number in range(cpus.mask.bit_length()))
+
+
 def _machine(connection: Any, kind: str) -> tuple[str, str]:
     """(versioned machine type of q35, path of the emulator) for guests of this kind."""
     element = fromstring(connection.getDomainCapabilities(None, "x86_64", "q35", kind, 0))
     return element.findtext("machine", "q35"), element.findtext("path", "/usr/bin/qemu-system-x86_64")
+
+
+def _cells(connection: Any) -> int:
+    """How many NUMA cells libvirt sees."""
+    return len(fromstring(connection.getCapabilities()).findall("host/topology/cells/cell"))
 
 
 def _qemu_pid(uuid: str) -> int:

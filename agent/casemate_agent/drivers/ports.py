@@ -18,6 +18,7 @@ from casemate_agent.doctor.facts import HostSurvey
 from casemate_agent.drivers.gpuports import Gpus
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_agent.functions import FunctionFacts, Grant, Stamp
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
 from casemate_core.topology import Topology
@@ -61,8 +62,27 @@ class DomainFacts:
     channel_path: str = ""
     #: Host threads that its vCPUs are pinned to, one set a vCPU; empty where they are not pinned.
     vcpu_pins: tuple[frozenset[int], ...] = ()
+    #: Threads that its emulator is pinned to by its definition; empty: none.
+    emulator_pin: CpuSet = EMPTY
     #: Claim recorded in our metadata (Claim.to_dict()), from which a lost ledger is rebuilt; the whole desired record too.
     record: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QemuThreads:
+    """Where the threads of one QEMU may run, as the kernel says it: each vCPU's, empty for one that has no thread of its own
+    (any more); and all places of all its other threads together."""
+
+    vcpus: tuple[CpuSet, ...] = ()
+    rest: CpuSet = EMPTY
+
+    @property
+    def all(self) -> CpuSet:
+        """Wherever any of them may run."""
+        found = self.rest
+        for each in self.vcpus:
+            found |= each
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +110,8 @@ class DomainFiles:
     cmdline: str = ""
     #: PCI addresses of the functions that are passed through, VFs in the order of their interfaces, then devices.
     functions: tuple[str, ...] = ()
+    #: Where those of its threads run that have none of their own; empty: anywhere.
+    rest: CpuSet = EMPTY
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +185,13 @@ class Hypervisor(Protocol):
         """End the domain's QEMU at once."""
         ...
 
-    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, tuple[frozenset[int], ...]]:
-        """By process of a domain: host threads on which each of its vCPUs may run, as the kernel says it."""
+    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, QemuThreads]:
+        """By process of a domain: where its threads may run, as the kernel says it. One that is gone is left out."""
         ...
 
-    async def pin(self, uid: str, threads: tuple[int, ...], deadline_s: float) -> None:
-        """Bind each vCPU of a running domain to its thread, again where somebody moved it."""
+    async def pin(self, uid: str, vcpus: tuple[CpuSet, ...], rest: CpuSet, deadline_s: float) -> None:
+        """Bind the vCPUs of a running domain (each to its own set, or all to the only one) and its other threads; read back.
+        Raises NotFound, and MachineError where the kernel says otherwise afterwards."""
         ...
 
     async def suspend(self, uid: str, deadline_s: float) -> None:

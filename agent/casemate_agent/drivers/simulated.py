@@ -164,6 +164,16 @@ class SimulatedHost:
                 if self.guards.get(tap_name(uid, index)) != (nic.mac, nic.address):
                     found.append(f"{uid} runs with a tap that is not guarded")
             found += self._check_functions(uid, domain)
+            found += self._check_threads(uid, domain)
+        return found
+
+    def _check_threads(self, uid: str, domain: SimulatedDomain) -> list[str]:
+        """Nobody else may run on threads of a domain that runs."""
+        assert domain.desired is not None
+        owned, found = domain.desired.placement.claim.owned, []
+        for other, more in self.domains.items():
+            if other != uid and more.facts.phase in ACTIVE and (both := more.threads.all & owned):
+                found.append(f"{other} may run on {both}, which belong to {uid}, which runs")
         return found
 
     def _check_functions(self, uid: str, domain: SimulatedDomain) -> list[str]:

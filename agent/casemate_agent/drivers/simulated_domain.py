@@ -7,7 +7,7 @@ What may live here: values and small functions that :mod:`casemate_agent.drivers
 import asyncio
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from casemate_agent.drivers.ports import (
     BlockStats,
@@ -16,6 +16,7 @@ from casemate_agent.drivers.ports import (
     DomainPhase,
     DomainStats,
     InterfaceStats,
+    QemuThreads,
     VcpuStats,
 )
 from casemate_agent.drivers.simulated_guest import SimulatedGuest
@@ -35,8 +36,8 @@ class SimulatedDomain:
     guest: SimulatedGuest | None = None
     #: Keys of the functions that it holds open while it runs.
     functions: tuple[str, ...] = ()
-    #: Where somebody moved its vCPUs to; empty: they are where they were pinned.
-    affinity: tuple[frozenset[int], ...] = ()
+    #: Where its threads may run, while it runs.
+    threads: QemuThreads = field(default_factory=QemuThreads)
 
 
 def simulated_stats(domain: SimulatedDomain) -> DomainStats:

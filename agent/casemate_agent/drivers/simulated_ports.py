@@ -26,6 +26,7 @@ from casemate_agent.drivers.ports import (
     LogRecord,
     MachineFacts,
     NetworkFacts,
+    QemuThreads,
     StoredFiles,
 )
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
@@ -37,6 +38,7 @@ from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.functions import grant_of
 from casemate_agent.records import to_metadata
+from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, bridged
 
@@ -141,23 +143,29 @@ class _Hypervisor:
             files=tuple(f for f in (files.root, files.seed, files.kernel, files.initrd) if f),
             channel_path=f"/simulated/{uid}.sock",
             vcpu_pins=tuple(frozenset({thread}) for thread in desired.placement.claim.vcpus),
+            emulator_pin=files.rest,
             record=to_metadata(desired),
         )
-        host.domains[uid] = SimulatedDomain(facts, desired, files, old.guest if old else None)
+        new = SimulatedDomain(facts, desired, files, old.guest if old else None)
+        if old is not None:
+            new.threads, new.functions = old.threads, old.functions
+        host.domains[uid] = new
         host.tell(uid, "defined")
 
-    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, tuple[frozenset[int], ...]]:
-        def look() -> dict[int, tuple[frozenset[int], ...]]:
-            found = {d.facts.pid: d for d in self._host.domains.values() if d.facts.pid in pids}
-            return {pid: d.affinity or d.facts.vcpu_pins for pid, d in found.items()}
+    async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, QemuThreads]:
+        def look() -> dict[int, QemuThreads]:
+            return {d.facts.pid: d.threads for d in self._host.domains.values() if d.facts.pid in pids}
 
         return await self._call("affinities", look, deadline_s)
 
-    async def pin(self, uid: str, threads: tuple[int, ...], deadline_s: float) -> None:
+    async def pin(self, uid: str, vcpus: tuple[CpuSet, ...], rest: CpuSet, deadline_s: float) -> None:
         def pin() -> None:
-            if uid not in self._host.domains:
+            domain = self._host.domains.get(uid)
+            if domain is None:
                 raise NotFound("domain", uid)
-            self._host.domains[uid].affinity = ()
+            if domain.facts.phase in ACTIVE:
+                count = domain.facts.vcpus
+                domain.threads = QemuThreads((vcpus * count if len(vcpus) == 1 else vcpus)[:count], rest)
 
         await self._call("pin", pin, deadline_s)
 
@@ -190,10 +198,17 @@ class _Hypervisor:
         if given != tuple(places[key] for key in wanted):
             raise MachineError(f"{uid} was defined with functions at {given}, which is not where they are")
         domain.functions = wanted
-        domain.affinity = ()
+        domain.threads = self._threads(domain.facts)
         domain.facts = replace(domain.facts, phase=DomainPhase.RUNNING, pid=host.new_pid(), frozen=False)
         domain.guest = host.boot_guest(uid)
         host.tell(uid, "started")
+
+    def _threads(self, facts: DomainFacts) -> QemuThreads:
+        """Where they begin: as the domain was defined."""
+        anywhere = CpuSet(self._host.topology.index.online)
+        rest = facts.emulator_pin or anywhere
+        pins = tuple(CpuSet.from_ids(pin) for pin in facts.vcpu_pins)[: facts.vcpus]
+        return QemuThreads(pins or (rest,) * facts.vcpus, rest)
 
     async def shutdown(self, uid: str, deadline_s: float) -> None:
         await self._call("shutdown", lambda: self._shutdown(uid), deadline_s)
