@@ -4,12 +4,15 @@ The plug-ins below each own one of these; fixtures that a single package needs l
 """
 
 import os
+import signal
 
 import hypothesis
 
 from casemate_wire.tls import only_tls13
 
 only_tls13()  # a test may import gRPC before the packages that hold it to TLS 1.3
+# Started in the background by a shell, we ignore the interrupt, and so would every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest_plugins = ["support.guards", "support.golden", "support.groups", "support.libvirtd"]
 
 # A property test that fails says how to replay itself. In CI the examples are the same on each run, so that a change is

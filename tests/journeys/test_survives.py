@@ -123,7 +123,7 @@ def test_libvirtd_hangs_for_a_minute_and_dies_and_no_vm_notices(real_fleet: Real
         assert fleet.instance("late")["status"]["phase"] in ("Placed", "Unknown", "Preparing")
     finally:
         os.kill(fleet.sandbox.pid, signal.SIGCONT)
-    assert asked >= 5 and longest_s < 10, f"{asked} answers, the longest in {longest_s:.1f} s"
+    assert asked >= 5 and longest_s < 30, f"{asked} answers, the longest in {longest_s:.1f} s"
     fleet.until_running("late")
     fleet.until("libvirtd is reached again", lambda: conditions(fleet).get("Hypervisor") == "True")
     assert of(fleet, "calm") == before

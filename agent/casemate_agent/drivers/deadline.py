@@ -54,6 +54,7 @@ class DeadlineExecutor:
         self._lock = threading.Lock()
         self._threads = 0
         self._idle = 0
+        self._waiting = 0  # jobs put and not yet counted off by the thread that took them
         self._stuck = 0
         self._closed = False
 
@@ -83,6 +84,7 @@ class DeadlineExecutor:
                 if self._stuck >= self._max_stuck:
                     raise Unavailable(f"{what}: {self._stuck} calls of {self._name} hang already")
                 self._jobs.put(job)
+                self._waiting += 1
                 self._spawn_if_short()
         except Unavailable:
             if unused is not None:
@@ -129,7 +131,7 @@ class DeadlineExecutor:
 
     def _spawn_if_short(self) -> None:
         """One thread more where jobs wait and the bound allows it. Called with the lock held."""
-        if self._jobs.qsize() > self._idle and self._threads - self._stuck < self._max_threads:
+        if self._waiting > self._idle and self._threads - self._stuck < self._max_threads:
             self._threads += 1
             threading.Thread(target=self._serve, name=self._name, daemon=True).start()
 
@@ -139,10 +141,12 @@ class DeadlineExecutor:
                 self._idle += 1
             job = self._jobs.get()
             with self._lock:
+                # Both in one step: a job that left the queue while its thread still counted as idle would hide the next one.
                 self._idle -= 1
                 if job is None:
                     self._threads -= 1
                     return
+                self._waiting -= 1
             if self._run(job):
                 with self._lock:
                     self._threads -= 1
