@@ -8,8 +8,10 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Coroutine, Mapping
+from dataclasses import asdict
 from typing import Any
 
+from casemate_agent import leaks
 from casemate_agent.drivers.ports import Drivers, ExecRequest, ExecSession, Guests
 from casemate_agent.drivers.sideports import EOF, ConsoleSession, CopyRequest
 from casemate_agent.support import HostSupport
@@ -43,7 +45,7 @@ COPY_DEADLINE_S = 60.0
 
 TOO_MANY = "too-many"
 """Kind of a channel that is opened only to say that it is not served."""
-SUPPORT_PIECE = 256 * 1024
+JSON_PIECE = 256 * 1024
 
 
 class BadParameters(CallerError):
@@ -83,9 +85,11 @@ async def serve_channel(
             case "authorize":
                 await _serve_authorize(request, stream, guests)
             case "support" if support is not None:
-                reader = await _serve_support(stream, support)
+                reader = await _serve_json(stream, support.files())
             case "witness" if witness is not None:
                 await _serve_witness(stream, witness)
+            case "fsck":
+                reader = await _serve_json(stream, _fsck(request, drivers))
             case "console":
                 console = await drivers.consoles.open(request.instance, EXEC_DEADLINE_S)
                 reader = await _serve_console(stream, console)
@@ -126,13 +130,15 @@ async def _drain(stream: Stream[Frame, Frame]) -> None:
         pass
 
 
-async def _serve_support(stream: Stream[Frame, Frame], support: HostSupport) -> asyncio.Task[None] | None:
-    """One JSON object: names of files and their texts."""
+async def _serve_json(
+    stream: Stream[Frame, Frame], answer: Coroutine[Any, Any, Mapping[str, Any]]
+) -> asyncio.Task[None] | None:
+    """One JSON object about this host, in pieces."""
 
     async def send() -> None:
-        data = json.dumps(await support.files()).encode()
-        for start in range(0, len(data), SUPPORT_PIECE):
-            await stream.send(Output("stdout", data[start : start + SUPPORT_PIECE]))
+        data = json.dumps(await answer).encode()
+        for start in range(0, len(data), JSON_PIECE):
+            await stream.send(Output("stdout", data[start : start + JSON_PIECE]))
 
     return await _until_over(send(), _drain(stream))
 
@@ -144,9 +150,21 @@ async def _serve_witness(stream: Stream[Frame, Frame], witness: Witness) -> None
     except OSError as error:
         raise Unavailable(f"what this host keeps of the audit chain cannot be read: {error.strerror}") from error
     data = witnessed_to_json(found)
-    for start in range(0, len(data), SUPPORT_PIECE):
-        await stream.send(Output("stdout", data[start : start + SUPPORT_PIECE]))
+    for start in range(0, len(data), JSON_PIECE):
+        await stream.send(Output("stdout", data[start : start + JSON_PIECE]))
     await stream.send(Eof())
+
+
+async def _fsck(request: OpenChannel, drivers: Drivers) -> Mapping[str, Any]:
+    """What is left of somebody on this host, after its repair where that is asked for."""
+    found = await leaks.look(drivers.functions, repair=_get(request.parameters, "repair", bool, False))
+    return {
+        "findings": [asdict(finding) for finding in found.findings[: leaks.MOST]],
+        "left_off": max(0, len(found.findings) - leaks.MOST),
+        "virtual_functions": len(found.facts.vfs),
+        "devices": len(found.facts.devices),
+        "free": found.free,
+    }
 
 
 async def _serve_logs(request: OpenChannel, stream: Stream[Frame, Frame], guests: Guests) -> asyncio.Task[None] | None:

@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from casemate_agent.config import Config, load
-from casemate_agent.functions import FunctionFacts
-from casemate_core.errors import CasemateError
-
-DEADLINE_S = 60.0
+from casemate_agent.leaks import Finding, Found, look
 
 
 def add_parser(verbs: Any) -> None:
@@ -37,44 +34,30 @@ def main(flags: dict[str, Any]) -> int:
     """Run it. Raises CallerError for settings without a meaning, CasemateError for a machine that does not answer."""
     repair, output = flags.pop("repair"), flags.pop("output")
     config = load(flags.pop("config"), flags, needs_name=False)
-    facts, told = asyncio.run(_check(config, repair=repair))
-    leaks = facts.leaks()
+    found = asyncio.run(_look(config, repair=repair))
     if output == "json":
-        text = json.dumps({**asdict(facts), "leaks": list(leaks)}, indent=2)
+        findings = [asdict(finding) for finding in found.findings]
+        text = json.dumps({**asdict(found.facts), "leaks": list(found.facts.leaks()), "findings": findings}, indent=2)
     else:
-        text = "\n".join([*told, *_lines(facts), *(f"leak: {leak}" for leak in leaks)])
+        text = "\n".join([*map(_line, found.findings), _sum(found)])
     sys.stdout.write(text + "\n")
-    return 1 if leaks or facts.problems or facts.lost else 0
+    return 0 if found.clean else 1
 
 
-def _lines(facts: FunctionFacts) -> list[str]:
-    """What is somebody's, and what is not as configured."""
-    lines = [
-        f"held: {key} by {stamp.owner}, placement {stamp.epoch}.{stamp.generation}"
-        for key, stamp in sorted(facts.stamped().items())
-    ]
-    lines += [f"lost: {key} of {stamp.owner} is not on this host any more" for key, stamp in sorted(facts.lost.items())]
-    free = sum(vf.stamp is None for vf in facts.vfs.values()) + sum(d.stamp is None for d in facts.devices.values())
-    return [*lines, *facts.problems, f"{len(facts.vfs)} virtual functions, {len(facts.devices)} devices, {free} free"]
+def _line(finding: Finding) -> str:
+    owner = f" by {finding.owner}," if finding.kind == "held" else f" of {finding.owner}" if finding.owner else ":"
+    return f"{finding.kind}: {finding.function}{owner} {finding.detail}" if finding.function else finding.detail
 
 
-async def _check(config: Config, *, repair: bool) -> tuple[FunctionFacts, list[str]]:
+def _sum(found: Found) -> str:
+    return f"{len(found.facts.vfs)} virtual functions, {len(found.facts.devices)} devices, {found.free} free"
+
+
+async def _look(config: Config, *, repair: bool) -> Found:
     from casemate_agent.drivers.sriov import HostFunctions  # pyroute2, only where it is used
 
     functions = HostFunctions(Path(config.run_dir), config.ports, config.devices)
-    told = []
     try:
-        facts = await functions.observe(DEADLINE_S)
-        if repair:
-            for key, vf in sorted(facts.vfs.items()):
-                if vf.stamp is not None or vf.is_clean:
-                    continue
-                try:
-                    await functions.clean(key, DEADLINE_S)
-                    told.append(f"cleaned: {key}")
-                except CasemateError as error:
-                    told.append(f"not cleaned: {key}: {error}")
-            facts = await functions.observe(DEADLINE_S)
-        return facts, told
+        return await look(functions, repair=repair)
     finally:
         await functions.aclose()

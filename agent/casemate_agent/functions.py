@@ -147,13 +147,19 @@ class FunctionFacts:
         found |= {key: device.stamp for key, device in self.devices.items() if device.stamp is not None}
         return found | dict(self.lost)
 
+    def leak(self, key: str) -> str:
+        """What is not clean about a VF."""
+        vf = self.vfs[key]
+        return "; ".join((*CLEAN.differences(vf.state), *([f"bound to {vf.driver}"] if vf.driver else [])))
+
+    def leaking(self) -> tuple[tuple[str, str], ...]:
+        """VFs that nobody has and that are not clean, each with what is left of somebody."""
+        dirty = sorted(key for key, vf in self.vfs.items() if vf.stamp is None and not vf.is_clean)
+        return tuple((key, self.leak(key)) for key in dirty)
+
     def leaks(self) -> tuple[str, ...]:
-        """VFs that nobody has and that are not clean: what is left of somebody."""
-        return tuple(
-            f"{key}: {'; '.join((*CLEAN.differences(vf.state), *([f'bound to {vf.driver}'] if vf.driver else [])))}"
-            for key, vf in sorted(self.vfs.items())
-            if vf.stamp is None and not vf.is_clean
-        )
+        """`leaking`, a line each."""
+        return tuple(f"{key}: {detail}" for key, detail in self.leaking())
 
 
 def vf_key(pf: str, index: int) -> str:

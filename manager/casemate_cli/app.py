@@ -42,6 +42,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "host": ("hosts", "host", "See the hosts, let machines join, and revoke them."),
         "top": ("top", "top", "Show capacity: what is used, free, and stranded, and why."),
         "cordon": ("hosts", "cordon", "Place nothing new on hosts."),
+        "fsck": ("fsck", "fsck", "Show what is left of somebody on a host, and repair it; exit 3 if anything is."),
         "ca": ("authorities", "ca", "See, follow and retire the authorities that sign certificates."),
         "uncordon": ("hosts", "uncordon", "Let hosts take instances again."),
     },

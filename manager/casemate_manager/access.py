@@ -156,6 +156,7 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.host.v1.Enrolment/Enrol": Row(P.ANYONE),
     "/casemate.host.v1.Enrolment/Renew": Row(P.ANYONE),
     "/casemate.v1.Support/Collect": Row(P.MANAGE, Where.FLEET),
+    "/casemate.v1.HostCare/Fsck": Row(P.OPERATE, Where.FLEET),
     "/casemate.host.v1.HostLink/Session": Row(P.HOST),
     "/casemate.host.v1.HostLink/Channel": Row(P.HOST),
     "/grpc.health.v1.Health/Check": Row(P.ANYONE),

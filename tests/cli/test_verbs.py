@@ -399,3 +399,13 @@ def test_a_support_bundle_names_what_it_holds(fleet: Fleet, tmp_path: Path) -> N
     unknown = fleet.run("support-bundle", "--host", "nobody", "-o", str(tmp_path / "c.tar.gz"))
     assert unknown.code == 4
     assert [each.name for each in tmp_path.iterdir()] == ["b.tar.gz"]
+
+
+def test_a_host_without_functions_has_nothing_left_of_anybody(fleet: Fleet) -> None:
+    assert fleet.run("fsck", "host", "sim-1").ok() == "0 virtual functions, 0 devices, 0 free\n"
+    repaired = fleet.run("fsck", "host", "host/sim-1", "--repair", "-o", "json")
+    assert json.loads(repaired.ok()) == {}
+    audit = fleet.run("audit", "-o", "json").ok()
+    assert '"fsck"' in audit and "host/sim-1" in audit
+    unknown = fleet.run("fsck", "host", "nobody")
+    assert unknown.code == 4

@@ -216,6 +216,10 @@ class Scribe:
         target = (f"instance/{tenant}/{instance}",)
         await self._writer.submit(By(by, NoteAct(act, "done", target, (tenant,), detail)))
 
+    async def on_host(self, by: Actor, act: str, host: str, detail: str) -> None:
+        """Something is about to be done on a host. Raises Unavailable where that cannot be written down: then it is not done."""
+        await self._writer.submit(By(by, NoteAct(act, "done", (f"host/{host}",), (), detail)))
+
     async def ended(self, by: Actor, act: str, tenant: str, instance: str, detail: str) -> None:
         """A session has ended."""
         with contextlib.suppress(CasemateError):

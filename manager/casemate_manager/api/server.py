@@ -21,6 +21,8 @@ from casemate_wire.v1 import (
     channels_pb2_grpc,
     enrolment_pb2,
     enrolment_pb2_grpc,
+    hostcare_pb2,
+    hostcare_pb2_grpc,
     hosts_pb2,
     hosts_pb2_grpc,
     identity_pb2,
@@ -89,6 +91,7 @@ async def serve(
     channels: channels_pb2_grpc.ChannelsServicer,
     hosts: hosts_pb2_grpc.HostLinkServicer,
     support: support_pb2_grpc.SupportServicer,
+    care: hostcare_pb2_grpc.HostCareServicer,
     gate: grpc.aio.ServerInterceptor,
     audit: audit_pb2_grpc.AuditServicer,
     identity: identity_pb2_grpc.IdentityServicer,
@@ -106,6 +109,7 @@ async def serve(
     audit_pb2_grpc.add_AuditServicer_to_server(audit, server)
     identity_pb2_grpc.add_IdentityServicer_to_server(identity, server)
     support_pb2_grpc.add_SupportServicer_to_server(support, server)
+    hostcare_pb2_grpc.add_HostCareServicer_to_server(care, server)
     names = [
         identity_pb2.DESCRIPTOR.services_by_name["Identity"].full_name,
         audit_pb2.DESCRIPTOR.services_by_name["Audit"].full_name,
@@ -113,6 +117,7 @@ async def serve(
         channels_pb2.DESCRIPTOR.services_by_name["Channels"].full_name,
         hosts_pb2.DESCRIPTOR.services_by_name["HostLink"].full_name,
         support_pb2.DESCRIPTOR.services_by_name["Support"].full_name,
+        hostcare_pb2.DESCRIPTOR.services_by_name["HostCare"].full_name,
     ]
     if joining is not None:
         enrolment_pb2_grpc.add_EnrolmentServicer_to_server(EnrolmentService(joining), server)
