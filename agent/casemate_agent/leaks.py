@@ -52,7 +52,8 @@ class Found:
     def free(self) -> int:
         """Functions that nobody has."""
         facts = self.facts
-        return sum(f.stamp is None for f in (*facts.vfs.values(), *facts.devices.values()))
+        stamps = [vf.stamp for vf in facts.vfs.values()] + [device.stamp for device in facts.devices.values()]
+        return stamps.count(None)
 
 
 async def look(functions: Functions, *, repair: bool, deadline_s: float = DEADLINE_S) -> Found:

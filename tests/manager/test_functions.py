@@ -56,7 +56,7 @@ def test_what_no_port_can_do_is_said_at_the_placement() -> None:
 
 
 def test_both_directions_of_the_codec() -> None:
-    before = wanting(nics=(NicSpec("fronthaul", "sriov", 5, True, 10, 20), NicSpec()))
+    before = wanting(nics=(NicSpec("fronthaul", "sriov", 5, True, 10, 20, "du"), NicSpec()))
     assert codec.from_message(codec.to_message(before)).spec == before.spec
 
 
@@ -72,6 +72,35 @@ def test_both_directions_of_the_codec() -> None:
 )
 def test_wrong_interfaces_are_refused_by_field(nic: dict[str, object], said: str) -> None:
     assert any(said in line for line in refused({"nics": [nic]}))
+
+
+def pod(name: str, **spec: object) -> dict[str, object]:
+    containers = [{"name": "app", "image": "localhost/app:1"}]
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": {"containers": containers, **spec}}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("du", ""),
+        ("cu", "spec.nics[0].pod: 'cu' is no pod of this environment; name one of spec.pods (du, own)"),
+        ("own", "spec.nics[0].pod: 'own' has the guest's own network; leave pod out, or remove hostNetwork from it"),
+    ],
+)
+def test_the_pod_of_an_interface_is_one_that_has_a_network_of_its_own(name: str, said: str) -> None:
+    nics = [{"network": "fronthaul", "type": "sriov", "pod": name}]
+    assert refused({"nics": nics, "pods": [pod("du"), pod("own", hostNetwork=True)]}) == ([said] if said else [])
+
+
+def test_the_pod_of_an_interface_reaches_the_host() -> None:
+    made = fleet()
+    pods = (pod("du"), pod("cu"))
+    made.apply(wanting(pods=pods, nics=(NicSpec(), NicSpec("default", pod="du"))))
+    made.settle()
+    (placement,) = made.state.placements.values()
+    told = desired.desired_instance(made.state, placement)
+    assert [n.pod for n in told.nics] == ["", "du"]
+    assert instance_from_message(instance_to_message(told)) == told
 
 
 def test_wrong_devices_are_refused_by_field() -> None:

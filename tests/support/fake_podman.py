@@ -21,6 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import fake_net
+
 Facts = dict[str, Any]
 
 
@@ -39,6 +42,8 @@ def facts_of(folder: Path) -> Facts:
     while folder.exists():
         with contextlib.suppress(FileNotFoundError):
             facts: Facts = json.loads((folder / "facts.json").read_text())
+            if (folder / "created").exists():
+                return facts | {"State": {"Running": False, "ExitCode": 0, "Pid": 0}}
             code = (folder / "code").read_text() if (folder / "code").exists() else ""
             pid = 0 if code else int((folder / "pid").read_text())
             return facts | {"State": {"Running": not code, "ExitCode": int(code or 0), "Pid": pid}}
@@ -58,6 +63,7 @@ def start(root: Path, folder: Path) -> None:
         time.sleep(0.005)  # the monitor of the run before is at its last line
     (folder / "pid").unlink(missing_ok=True)
     (folder / "code").unlink(missing_ok=True)
+    (folder / "created").unlink(missing_ok=True)
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
@@ -113,7 +119,7 @@ def monitor(root: Path, folder: Path, process: Facts) -> None:
     write_whole(folder / "code", str(code))
 
 
-def kube_play(root: Path) -> int:
+def kube_play(root: Path, *, begin: bool) -> int:
     manifest = json.load(sys.stdin)
     name = manifest["metadata"]["name"]
     if any(facts_of(folder)["Pod"] == name for folder in folders(root)):
@@ -126,23 +132,43 @@ def kube_play(root: Path) -> int:
         if "Probe" in json.dumps(container) or manifest["spec"]["restartPolicy"] != "Never":
             sys.stderr.write("Error: the helper must keep probes and restarts to itself\n")
             return 125
-    say(f"Pod:\n{hashlib.sha256(name.encode()).hexdigest()}\nContainers:")
+    pod_id = hashlib.sha256(name.encode()).hexdigest()
+    say(f"Pod:\n{pod_id}\nContainers:")
+    if not begin:
+        # What holds the pod's network; of no interest where the pod is started at once.
+        create(root, name, f"{pod_id[:12]}-infra", ["sleep", "1000"], [f"PATH={os.environ['PATH']}"])
     for container in manifest["spec"]["containers"]:
-        number = hashlib.sha256(f"{name}/{container['name']}/{time.time_ns()}".encode()).hexdigest()
-        whole = root / "fake/containers" / number
-        folder = whole.with_suffix(".new")
-        folder.mkdir(parents=True)
         env = [f"PATH={os.environ['PATH']}", *(f"{e['name']}={e['value']}" for e in container.get("env", ()))]
         args = [*container.get("command", ()), *container.get("args", ())]
-        (folder / "config.json").write_text(json.dumps({"process": {"args": args, "env": env, "cwd": "/"}}))
-        (folder / "ctr.log").touch()
-        facts = {"Id": number, "Name": f"{name}-{container['name']}", "Pod": name}
-        facts["HostConfig"] = {"LogConfig": {"Path": str(whole / "ctr.log")}}
-        (folder / "facts.json").write_text(json.dumps(facts))
-        folder.rename(whole)
-        start(root, whole)
-        say(number)
+        folder = create(root, name, f"{name}-{container['name']}", args, env)
+        if begin:
+            start(root, folder)
+        say(folder.name)
     return 0
+
+
+def create(root: Path, pod: str, name: str, args: list[str], env: list[str]) -> Path:
+    """A container that does not run yet."""
+    number = hashlib.sha256(f"{name}/{time.time_ns()}".encode()).hexdigest()
+    whole = root / "fake/containers" / number
+    folder = whole.with_suffix(".new")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"process": {"args": args, "env": env, "cwd": "/"}}))
+    (folder / "ctr.log").touch()
+    (folder / "created").touch()
+    facts: Facts = {"Id": number, "Name": name, "Pod": pod}
+    facts["HostConfig"] = {"LogConfig": {"Path": str(whole / "ctr.log")}}
+    (folder / "facts.json").write_text(json.dumps(facts))
+    folder.rename(whole)
+    return whole
+
+
+def start_all(root: Path, chosen: list[Path]) -> int:
+    """Start those of them that do not run."""
+    for folder in chosen:
+        if not facts_of(folder)["State"]["Running"]:
+            start(root, folder)
+    return 0 if chosen else 125
 
 
 def remove(root: Path, name: str, grace_s: float) -> int:
@@ -159,8 +185,9 @@ def remove(root: Path, name: str, grace_s: float) -> int:
         if facts_of(folder)["State"]["Running"]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(facts["State"]["Pid"], signal.SIGKILL)
-        while not (folder / "code").exists():
+        while facts["State"]["Pid"] and not (folder / "code").exists():
             time.sleep(0.005)
+        fake_net.gone(root, facts["State"]["Pid"])
         shutil.rmtree(folder.rename(folder.with_suffix(".old")))
     return 0
 
@@ -175,15 +202,18 @@ def podman(root: Path, words: list[str]) -> int:
             say(f"Loaded image: {text.strip()}")
             return 0
         case ["kube", "play", "--quiet", "-"]:
-            return kube_play(root)
+            return kube_play(root, begin=True)
+        case ["kube", "play", "--quiet", "--start=false", "-"]:
+            return kube_play(root, begin=False)
         case ["container", "inspect", *names]:
             found = [facts_of(f) for f in folders(root)]
             chosen = [f for f in found if f["Id"] in names or f["Name"] in names]
             say(json.dumps(chosen))
             return 0 if len(chosen) == len(names) else 125
-        case ["start", number]:
-            start(root, root / "fake/containers" / number)
-            return 0
+        case ["start", name]:
+            return start_all(root, [f for f in folders(root) if name in (f.name, facts_of(f)["Name"])])
+        case ["pod", "start", name]:
+            return start_all(root, [f for f in folders(root) if facts_of(f)["Pod"] == name])
         case ["pod", "rm", "--force", "--ignore", "--time", grace, name]:
             return remove(root, name, float(grace))
     sys.stderr.write(f"Error: fake podman does not know {words}\n")

@@ -201,10 +201,11 @@ class RealGuestBench(GuestBench):
         self.root = root
         self.path = str(root / "guest.sock")
         self.process: asyncio.subprocess.Process | None = None
+        self.command: list[str] = []
 
     async def boot(self) -> None:
         programs = self.root / "bin"
-        programs.mkdir()
+        programs.mkdir(exist_ok=True)
         tools = []
         for name in ("podman", "crun"):
             self._program(name, f'exec {sys.executable} {FAKE} {self.root} {name} "$@"')
@@ -213,10 +214,30 @@ class RealGuestBench(GuestBench):
         # guest that boots: the helper asks again.
         early = f'test -e {self.root}/early || {{ touch {self.root}/early; echo "Host is down" >&2; exit 1; }}'
         self._program("systemctl", f'{early}; echo "$@" > {self.root}/power; kill -TERM "$PPID"')
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", "-E", helper.__file__, f"root={self.root}", f"socket={self.path}", *tools),
-            env={"PATH": f"{programs}:{os.environ['PATH']}"},
-        )
+        self.command = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-E",
+            helper.__file__,
+            f"root={self.root}",
+            f"socket={self.path}",
+            *tools,
+        ]
+        await self._start_helper()
+
+    async def _start_helper(self) -> None:
+        path = f"{self.root / 'bin'}:{os.environ['PATH']}"
+        self.process = await asyncio.create_subprocess_exec(*self.command, env={"PATH": path})
+
+    async def restart_helper(self) -> None:
+        """Kill the helper, start another, and attach to that."""
+        assert self.process is not None
+        await self.end_agent()
+        self.process.kill()
+        await self.process.wait()
+        await self._start_helper()
+        await self.start_agent()
 
     def _program(self, name: str, line: str) -> None:
         path = self.root / "bin" / name

@@ -65,6 +65,7 @@ def host_name(desired: DesiredInstance) -> str:
 
 def meta_data(desired: DesiredInstance) -> dict[str, Any]:
     """Who the guest is. ``instance-id`` never changes, so cloud-init runs once in an instance's life."""
+    interfaces = pod_interfaces(desired)
     return {
         "instance-id": desired.uid,
         "local-hostname": host_name(desired),
@@ -72,16 +73,42 @@ def meta_data(desired: DesiredInstance) -> dict[str, Any]:
         # for our helper; cloud-init leaves what it does not know
         "casemate-environment": desired.environment,
         "casemate-ordinal": desired.ordinal,
+        **({"casemate-pod-interfaces": interfaces} if interfaces else {}),
     }
+
+
+def pod_interfaces(desired: DesiredInstance) -> list[dict[str, Any]]:
+    """Interfaces that go into a pod's network: whose, which, and how it is called and addressed there.
+
+    On the seed and not with the pods, for it is the interfaces of the domain that runs which it speaks of.
+    """
+    found: list[dict[str, Any]] = []
+    for index, nic in enumerate(desired.nics):
+        if not nic.pod:
+            continue
+        before = sum(other["pod"] == nic.pod for other in found)
+        found.append(
+            {
+                "pod": nic.pod,
+                "mac": nic.mac,
+                "name": f"net{before + 1}",
+                "guest-name": f"eth{index}",
+                "address": f"{nic.address}/{nic.prefix_length}",
+                "mtu": nic.mtu,
+            }
+        )
+    return found
 
 
 def network_config(desired: DesiredInstance) -> dict[str, Any]:
     """Version 2 of cloud-init's network configuration: interfaces found by MAC, named eth0, eth1 …; no DHCP, no IPv6.
 
-    The default route goes through the first interface.
+    The default route goes through the first interface. What goes into a pod's network is left out: our helper has it.
     """
     ethernets: dict[str, Any] = {}
     for index, nic in enumerate(desired.nics):
+        if nic.pod:
+            continue
         entry: dict[str, Any] = {
             "match": {"macaddress": nic.mac},
             "set-name": f"eth{index}",

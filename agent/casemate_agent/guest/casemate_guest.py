@@ -68,6 +68,8 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S, BACKOFF_FORGET_S = 10.0, 300.0, 600.0  # those o
 LOG_KEEP = 16 << 20  # bytes kept of each container's log; up to twice that until it is trimmed
 LOG_TRIM_EVERY_S = 10.0
 PODMAN_TIMEOUT_S = 600.0
+NIC_WAIT_S = 60.0  # for an interface to appear: an emulated guest loads its driver late
+NIC_BACK_S = 10.0  # for it to come back out of a network that is gone: the kernel does so a moment later
 POWER_TRIES = 60  # a guest that is emulated on a busy host may take half a minute to its systemd
 POWER_AGAIN_S = 1.0
 DIAL_S = 10.0  # for a port to take a connection
@@ -1230,7 +1232,89 @@ class Paths:
         self.etc_hostname = f"{root}/etc/hostname"
         self.hostname = f"{root}/proc/sys/kernel/hostname"
         self.sys = f"{root}/sys"
+        self.ip, self.nsenter = "ip", "nsenter"
         self.dev = f"{root}/dev"
+
+
+class PodNics:
+    """Interfaces of the guest that go into the network of a pod: a virtual function, or any other, known by its MAC address.
+
+    The seed says which, for it is of the domain that runs. An interface is given before the pod's first container starts, and
+    again wherever the pod's network was made anew (the guest was rebooted). It comes back by itself: when the network of a
+    pod goes, the kernel moves what is hardware in it to the guest's own (net/core/dev.c, default_device_exit_net). In its pod
+    it is looked for by its permanent address too, for a container may give it another one.
+    """
+
+    def __init__(self, loop: Loop, paths: Paths) -> None:
+        self.loop, self.paths = loop, paths
+        self.wanted: list[Message] = []
+        with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError):
+            for entry in json.loads(read_text(f"{paths.seed}/meta-data")).get("casemate-pod-interfaces") or []:
+                fields = {key: str(entry[key]) for key in ("pod", "mac", "name", "guest-name", "address")}
+                if not any(c.isspace() for value in fields.values() for c in value):
+                    self.wanted.append({**fields, "mac": fields["mac"].lower(), "mtu": int(entry["mtu"])})
+
+    def of(self, pod: str) -> list[Message]:
+        """Those of one pod, in their order."""
+        return [nic for nic in self.wanted if nic["pod"] == pod]
+
+    async def give(self, pod: str, pid: int) -> str:
+        """Have the pod's interfaces in the network of this process; why not, or nothing. Done again it changes nothing."""
+        for nic in self.of(pod):
+            inside = f"--net=/proc/{pid}/ns/net"
+            name = await self._find(nic, [self.paths.nsenter, inside])
+            if not name:
+                name = await self._await(nic, NIC_WAIT_S)
+                if not name:
+                    return (
+                        f"interface {nic['mac']} of pod {pod} has not appeared in the guest: is there a driver for it?"
+                    )
+                # Under a name of its own on the way: the pod's network has an eth0 already.
+                moving = f"to-{nic['guest-name']}"
+                lines = [f"link set {name} down", f"link set {name} name {moving}", f"link set {moving} netns {pid}"]
+                if problem := await self._ip([], lines):
+                    return f"interface {nic['mac']} cannot be moved into pod {pod}: {problem}"
+                name = moving
+            lines = [] if name == nic["name"] else [f"link set {name} down", f"link set {name} name {nic['name']}"]
+            lines += [f"link set {nic['name']} mtu {nic['mtu']}", f"addr replace {nic['address']} dev {nic['name']}"]
+            if problem := await self._ip([self.paths.nsenter, inside], [*lines, f"link set {nic['name']} up"]):
+                return f"interface {nic['mac']} in pod {pod}: {problem}"
+        return ""
+
+    async def take_back(self, pod: str) -> str:
+        """The pod is gone: have its interfaces in the guest again, down and by their names; which is not, or nothing."""
+        for nic in self.of(pod):
+            name = await self._await(nic, NIC_BACK_S)
+            if not name:
+                return f"interface {nic['mac']} has not come back from pod {pod}"
+            lines = [f"link set {name} down", f"addr flush dev {name}"]
+            lines += [] if name == nic["guest-name"] else [f"link set {name} name {nic['guest-name']}"]
+            if problem := await self._ip([], lines):
+                return f"interface {nic['mac']}, back from pod {pod}: {problem}"
+        return ""
+
+    async def _await(self, nic: Message, wait_s: float) -> str:
+        """Name of an interface in the guest's own network once it is there: its driver, or the end of a pod, takes a moment."""
+        end = time.monotonic() + wait_s
+        while not (name := await self._find(nic, [])) and time.monotonic() < end:
+            await self.loop.sleep(0.25)
+        return name
+
+    async def _find(self, nic: Message, prefix: list[str]) -> str:
+        """Name of an interface in a network; nothing where it is elsewhere."""
+        ended = await run(self.loop, [*prefix, self.paths.ip, "-json", "link", "show"])
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            for link in json.loads(ended.out):
+                # Where the address was changed, the permanent one is told beside it.
+                if str(link.get("permaddr") or link.get("address")).lower() == nic["mac"]:
+                    return str(link["ifname"])
+        return ""
+
+    async def _ip(self, prefix: list[str], lines: list[str]) -> str:
+        """Commands of ip, in one go; what went wrong, or nothing."""
+        words = [*prefix, self.paths.ip, "-batch", "-"]
+        ended = await run(self.loop, words, "\n".join(lines).encode() + b"\n")
+        return "" if ended.code == 0 else ended.reason()
 
 
 class Container:
@@ -1294,6 +1378,7 @@ class Pod:
         self.name = name
         self.wanted: Message | None = None  # its manifest; None: to be removed
         self.playing = ""  # text of the manifest that podman was given; "" while there is nothing
+        self.infra = ""  # name of the container that holds its network
         self.maybe_there = False  # podman may have something of this name
         self.containers: dict[str, Container] = {}
         self.reason, self.message = "", ""
@@ -1349,6 +1434,7 @@ class Pods:
         self.helper, self.loop, self.paths = helper, helper.loop, helper.paths
         self.pods: dict[str, Pod] = {}
         self.revision = ""
+        self.nics = PodNics(self.loop, self.paths)
         self.loaded: dict[str, list[str]] = {}  # fingerprint of an archive -> names of the images that came from it
         self._by_id: dict[str, tuple[Pod, Container]] = {}
         self._early_exits: dict[str, tuple[int, float]] = {}  # of containers whose id is not known yet
@@ -1369,6 +1455,7 @@ class Pods:
                 {
                     "manifest": pod.wanted,
                     "playing": pod.playing,
+                    "infra": pod.infra,
                     "address": pod.address,
                     "started": pod.started,
                     "containers": {
@@ -1398,7 +1485,7 @@ class Pods:
             for entry in state["pods"]:
                 pod = Pod(entry["manifest"]["metadata"]["name"], self.loop)
                 pod.wanted, pod.playing, pod.address = entry["manifest"], entry["playing"], entry["address"]
-                pod.started, pod.maybe_there = entry["started"], True
+                pod.started, pod.maybe_there, pod.infra = entry["started"], True, str(entry.get("infra", ""))
                 for name, saved in entry["containers"].items():
                     container = pod.containers[name] = Container(name, saved["image"])
                     for field in Container.SAVED:
@@ -1594,6 +1681,8 @@ class Pods:
                 pod.reason, pod.message = "RemoveFailed", ended.reason()
                 self.changed()
                 return False
+            if problem := await self.nics.take_back(pod.name):
+                self.helper.note(pod.name, "", "NicNotBack", problem, "Warning")
         self._forget(pod)
         return True
 
@@ -1602,7 +1691,7 @@ class Pods:
             self._by_id.pop(container.id, None)
             self.helper.log_complete(container)
         pod.containers = {}
-        pod.playing, pod.maybe_there = "", False
+        pod.playing, pod.maybe_there, pod.infra = "", False, ""
 
     async def _play(self, pod: Pod, wanted: str) -> None:
         if pod.maybe_there and not await self._remove(pod):
@@ -1618,7 +1707,7 @@ class Pods:
         for container in spec["containers"]:
             for probe in ("readinessProbe", "livenessProbe", "startupProbe"):
                 container.pop(probe, None)
-        ended = await self._podman(["kube", "play", "--quiet", "-"], json.dumps(manifest).encode())
+        ended = await self._begin(pod, manifest)
         if ended.code != 0:
             pod.failures += 1
             pod.retry_at = time.monotonic() + max(BACKOFF_FIRST_S, backoff(pod.failures))
@@ -1627,12 +1716,8 @@ class Pods:
             self.changed()
             self.settle()
             return
-        words = ended.out.decode(errors="replace").split()
-        pod_id = words[words.index("Pod:") + 1] if "Pod:" in words[:-1] else ""
         names = [f"{pod.name}-{c}" for c in pod.containers]
-        facts = await self._inspect(
-            [*names, f"{pod_id[:12]}-infra"] if pod_id and not spec.get("hostNetwork") else names
-        )
+        facts = await self._inspect([*names, pod.infra] if pod.infra and not spec.get("hostNetwork") else names)
         pod.playing, pod.reason, pod.message, pod.failures = wanted, "", "", 0
         pod.started = time.time()
         for fact in facts.values():
@@ -1660,7 +1745,41 @@ class Pods:
         self.changed()
         self.settle()
 
+    async def _begin(self, pod: Pod, manifest: Message) -> Ended:
+        """Have podman make and start a pod. Its own interfaces are in its network before its first container starts."""
+        nics = self.nics.of(pod.name)
+        words = ["kube", "play", "--quiet", *(["--start=false"] if nics else []), "-"]
+        ended = await self._podman(words, json.dumps(manifest).encode())
+        if ended.code != 0:
+            return ended
+        words = ended.out.decode(errors="replace").split()
+        pod.infra = f"{words[words.index('Pod:') + 1][:12]}-infra" if "Pod:" in words[:-1] else ""
+        if not nics:
+            return ended
+        if problem := await self._give_nics(pod):
+            return Ended(1, b"", problem.encode())
+        started = await self._podman(["pod", "start", pod.name])
+        return ended if started.code == 0 else started
+
+    async def _give_nics(self, pod: Pod) -> str:
+        """Have a pod's network, and its interfaces in it; why not, or nothing."""
+        if not self.nics.of(pod.name):
+            return ""
+        ended = await self._podman(["start", pod.infra])
+        if ended.code != 0:
+            return f"the network of pod {pod.name}: {ended.reason()}"
+        for fact in (await self._inspect([pod.infra])).values():
+            return await self.nics.give(pod.name, int(fact["State"]["Pid"]))
+        return f"the network of pod {pod.name} is gone"
+
     async def _start(self, pod: Pod, container: Container) -> None:
+        if problem := await self._give_nics(pod):
+            # Not without what it was promised: it is tried again as a container that failed to start is.
+            self.helper.note(pod.name, container.name, "NicMissing", problem, "Warning")
+            container.restart_at = time.monotonic() + BACKOFF_FIRST_S
+            container.state, container.reason, container.message = "waiting", "NicMissing", problem[:MAX_TEXT]
+            self.changed()
+            return
         container.restart_at = 0.0
         container.starts = [*container.starts, _size_of(container.log_path)][-8:]
         self._early_exits.pop(container.id, None)

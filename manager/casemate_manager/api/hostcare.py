@@ -110,7 +110,7 @@ def answer(data: bytes, name_of: Any) -> pb.FsckResponse:
         told = json.loads(data)
         findings = [_finding(each, name_of) for each in told["findings"][:MOST]]
         counts = {key: int(told[key]) for key in ("virtual_functions", "devices", "free", "left_off")}
-        return pb.FsckResponse(findings=findings, **counts)  # type: ignore[arg-type]
+        return pb.FsckResponse(findings=findings, **counts)
     except (ValueError, KeyError, TypeError) as error:
         raise _Unusable(f"what the host sent is no answer: {shown(repr(error))}") from None
 

@@ -217,6 +217,7 @@ def _put_with_nics(draft: Draft, record: EnvironmentRecord, instance: InstanceRe
                         trust=wanted.trust,
                         min_rate_mbps=wanted.min_rate_mbps,
                         max_rate_mbps=wanted.max_rate_mbps,
+                        pod=wanted.pod,
                     )
                 )
             else:

@@ -194,6 +194,7 @@ class Draft:
             wanted.trust,
             wanted.min_rate_mbps,
             wanted.max_rate_mbps,
+            wanted.pod,
         )
 
     def _mac(self, uid: str, index: int) -> str:

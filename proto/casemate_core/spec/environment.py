@@ -69,6 +69,8 @@ class NicSpec:
     trust: bool = False
     min_rate_mbps: int = 0
     max_rate_mbps: int = 0
+    #: Name of the pod whose network it goes into; empty: it stays in the guest's.
+    pod: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,8 @@ def check_environment(env: Environment) -> Iterator[Violation]:
     for i, nic in enumerate(spec.nics):
         yield from check_name(f"spec.nics[{i}].network", nic.network)
         yield from _check_nic(f"spec.nics[{i}]", nic)
+        if nic.pod:
+            yield from _check_nic_pod(f"spec.nics[{i}].pod", nic.pod, spec.pods)
     yield from _at_most("spec.devices", len(spec.devices), MAX_DEVICES)
     for i, device in enumerate(spec.devices):
         yield from _check_device(f"spec.devices[{i}]", device)
@@ -249,6 +253,24 @@ def _check_nic(path: str, nic: NicSpec) -> Iterator[Violation]:
         yield Violation(
             f"{path}.minRate", f"{nic.min_rate_mbps}Mbit", "is above the highest rate", "write at most maxRate"
         )
+
+
+def _check_nic_pod(path: str, pod: str, pods: tuple[Mapping[str, Any], ...]) -> Iterator[Violation]:
+    """Violations of an interface's pod, where pods have the form that is checked elsewhere."""
+    specs = {
+        p["metadata"].get("name"): p.get("spec")
+        for p in pods
+        if isinstance(p, Mapping) and isinstance(p.get("metadata"), Mapping)
+    }
+    names = ", ".join(sorted(str(name) for name in specs)[:8])
+    if pod not in specs:
+        yield Violation(
+            path, shown(pod), "is no pod of this environment", f"name one of spec.pods ({names or 'none yet'})"
+        )
+        return
+    found = specs[pod]
+    if isinstance(found, Mapping) and found.get("hostNetwork") is True:
+        yield Violation(path, shown(pod), "has the guest's own network", "leave pod out, or remove hostNetwork from it")
 
 
 def _check_device(path: str, device: DeviceSpec) -> Iterator[Violation]:

@@ -88,6 +88,8 @@ class Nic:
     trust: bool = False
     min_rate_mbps: int = 0
     max_rate_mbps: int = 0
+    #: Name of the pod whose network it goes into; empty: it stays in the guest's.
+    pod: str = ""
 
 
 def bridged(nics: tuple[Nic, ...]) -> tuple[Nic, ...]:

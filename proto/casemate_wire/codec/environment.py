@@ -89,6 +89,7 @@ def _nic_from_message(message: pb.Nic) -> NicSpec:
         message.trust,
         _mbps(message.min_rate),
         _mbps(message.max_rate),
+        message.pod,
     )
 
 
@@ -105,6 +106,7 @@ def _nic_to_message(nic: NicSpec) -> pb.Nic:
         trust=nic.trust,
         min_rate=f"{nic.min_rate_mbps}Mbit" if nic.min_rate_mbps else "",
         max_rate=f"{nic.max_rate_mbps}Mbit" if nic.max_rate_mbps else "",
+        pod=nic.pod,
     )
 
 

@@ -215,6 +215,7 @@ def instance_to_message(value: DesiredInstance) -> pb.DesiredInstance:
                 trust=n.trust,
                 min_rate_mbps=n.min_rate_mbps,
                 max_rate_mbps=n.max_rate_mbps,
+                pod=n.pod,
             )
             for n in value.nics
         ],
@@ -325,6 +326,7 @@ def _nic_from_message(n: pb.HostNic) -> Nic:
         trust=n.trust,
         min_rate_mbps=_bounded(n.min_rate_mbps, MAX_RATE_MBPS, "rate"),
         max_rate_mbps=_bounded(n.max_rate_mbps, MAX_RATE_MBPS, "rate"),
+        pod=_text(n.pod, 63),
     )
 
 

@@ -343,6 +343,7 @@ class Nic(_message.Message):
     NEAR_FIELD_NUMBER: _builtins.int
     MIN_RATE_FIELD_NUMBER: _builtins.int
     MAX_RATE_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
     network: _builtins.str
     """Name of a Network."""
     type: _builtins.str
@@ -358,6 +359,11 @@ class Nic(_message.Message):
     min_rate: _builtins.str
     """Lowest and highest rate of the virtual function."""
     max_rate: _builtins.str
+    pod: _builtins.str
+    """Name of a pod of this environment: the interface goes into that pod's network and out of the guest's own, for as long as
+    the pod is there. In the pod it is `net1`, `net2` … in the order of this list, beside the pod's own `eth0`; it has its
+    address and no route but to its own subnet. There it is before the pod's first container starts.
+    """
     def __init__(
         self,
         *,
@@ -368,10 +374,11 @@ class Nic(_message.Message):
         near: _builtins.str = ...,
         min_rate: _builtins.str = ...,
         max_rate: _builtins.str = ...,
+        pod: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_rate", b"max_rate", "min_rate", b"min_rate", "near", b"near", "network", b"network", "trust", b"trust", "type", b"type", "vlan", b"vlan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_rate", b"max_rate", "min_rate", b"min_rate", "near", b"near", "network", b"network", "pod", b"pod", "trust", b"trust", "type", b"type", "vlan", b"vlan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

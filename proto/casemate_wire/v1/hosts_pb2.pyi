@@ -624,6 +624,7 @@ class HostNic(_message.Message):
     TRUST_FIELD_NUMBER: _builtins.int
     MIN_RATE_MBPS_FIELD_NUMBER: _builtins.int
     MAX_RATE_MBPS_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
     network: _builtins.str
     mac: _builtins.str
     address: _builtins.str
@@ -636,6 +637,8 @@ class HostNic(_message.Message):
     trust: _builtins.bool
     min_rate_mbps: _builtins.int
     max_rate_mbps: _builtins.int
+    pod: _builtins.str
+    """Name of the pod whose network it goes into; empty: it stays in the guest's."""
     @_builtins.property
     def dns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -653,10 +656,11 @@ class HostNic(_message.Message):
         trust: _builtins.bool = ...,
         min_rate_mbps: _builtins.int = ...,
         max_rate_mbps: _builtins.int = ...,
+        pod: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "dns", b"dns", "gateway", b"gateway", "mac", b"mac", "max_rate_mbps", b"max_rate_mbps", "min_rate_mbps", b"min_rate_mbps", "mtu", b"mtu", "network", b"network", "prefix_length", b"prefix_length", "trust", b"trust", "type", b"type", "vlan", b"vlan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "dns", b"dns", "gateway", b"gateway", "mac", b"mac", "max_rate_mbps", b"max_rate_mbps", "min_rate_mbps", b"min_rate_mbps", "mtu", b"mtu", "network", b"network", "pod", b"pod", "prefix_length", b"prefix_length", "trust", b"trust", "type", b"type", "vlan", b"vlan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
