@@ -86,9 +86,23 @@ _CODES: dict[str, tuple[Exit, str]] = {
     "RESOURCE_EXHAUSTED": (Exit.ERROR, "the manager is at a limit"),
 }
 
+#: What to do where the manager does not say it better.
 _REMEDIES: dict[str, str] = {
+    "INVALID_ARGUMENT": "casemate explain KIND documents what may be written",
+    "OUT_OF_RANGE": "casemate explain KIND documents what may be written",
+    "UNIMPLEMENTED": "compare the versions: casemate version",
+    "NOT_FOUND": "casemate get shows what is there",
+    "ALREADY_EXISTS": "choose another name, or end what has it",
+    "ABORTED": "see how it is now, and ask again",
+    "FAILED_PRECONDITION": "casemate describe shows its state",
+    "PERMISSION_DENIED": "casemate whoami shows what you may; docs/access.md says who gives more",
+    "UNAUTHENTICATED": "show a good key or token by CASEMATE_TOKEN, or name the file with your certificate by CASEMATE_CONFIG",
     "DEADLINE_EXCEEDED": "ask again; the same request has its effect only once",
+    "CANCELLED": "ask again",
+    "UNAVAILABLE": "wait until it does, and ask again",
+    "RESOURCE_EXHAUSTED": "ask for less, or later",
 }
+_OURS = "the log of the manager has the story; casemate support-bundle collects it"
 
 #: Reason words of `google.rpc.ErrorInfo` that mean: no host has room.
 _UNSCHEDULABLE = frozenset({"Unschedulable", "NoFit", "NOTHING_FITS"})
@@ -106,7 +120,7 @@ def from_rpc(error: "grpc.RpcError", manager: str, doing: str = "") -> Failure:
     if code_name == "UNAVAILABLE" and packed_details is None:
         return unreachable(manager, message)
     code, meaning = _CODES.get(code_name, (Exit.ERROR, f"the manager failed ({code_name})"))
-    remedy = _REMEDIES.get(code_name, "")
+    remedy = _REMEDIES.get(code_name, _OURS)
     details: list[Detail] = []
     sentences: list[Detail] = []
     reason = ""
@@ -130,13 +144,39 @@ def from_rpc(error: "grpc.RpcError", manager: str, doing: str = "") -> Failure:
             remedy = info.metadata.get("remedy", remedy)
             if info.reason in _UNSCHEDULABLE:
                 code = Exit.UNSCHEDULABLE
+        elif packed.Is(error_details_pb2.ResourceInfo.DESCRIPTOR):
+            missing = error_details_pb2.ResourceInfo()
+            packed.Unpack(missing)
+            remedy = _shows(missing.resource_type) or remedy
+        elif packed.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            packed.Unpack(retry)
+            remedy = f"ask again in {retry.retry_delay.ToMilliseconds() / 1000:.1f} s"
         elif packed.Is(error_details_pb2.Help.DESCRIPTOR):
             help_ = error_details_pb2.Help()
             packed.Unpack(help_)
             remedy = "; ".join(link.description for link in help_.links) or remedy
     what = f"{doing}: {message or meaning}" if doing else message or meaning
     # A manager sends what is wrong twice: in parts, and as the sentences of google.rpc for other clients.
-    return Failure(what, code=code, details=details or sentences, remedy=remedy, reason=reason)
+    found = details or sentences
+    if any(detail.remedy for detail in found):
+        remedy = ""  # each field has its own
+    return Failure(what, code=code, details=found, remedy=remedy, reason=reason)
+
+
+def _shows(kind: str) -> str:
+    """What shows the objects of a kind that there are; empty where no verb does."""
+    from casemate_cli import kinds
+
+    others = {
+        "AccessKey": "casemate key list",
+        "Token": "casemate host token list",
+        "authority": "casemate ca list",
+        "enrolled host": "casemate get hosts",
+    }
+    if (command := others.get(kind)) is None and kind in kinds.BY_NAME:
+        command = f"casemate get {kinds.BY_NAME[kind].plural}"
+    return f"{command} shows what is there" if command else ""
 
 
 def _status_details(error: "grpc.RpcError") -> "list[Any] | None":

@@ -72,6 +72,8 @@ def parse(document: Any, where: str = "") -> operators_pb2.Resource:
     message.SetInParent()
     found += _fill(message, {k: v for k, v in document.items() if k != "apiVersion"}, "")
     message.api_version = schema.API_VERSION
+    if not message.metadata.name and not any(v.path.startswith("metadata") for v in found):
+        found.append(Violation("metadata.name", "", "is missing", "name the object"))
     if found:
         raise InvalidSpec(
             tuple(Violation(f"{prefix}{subject}: {v.path}", v.value, v.problem, v.remedy) for v in found), subject

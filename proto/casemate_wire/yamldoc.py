@@ -67,9 +67,13 @@ def load(text: bytes, source: str) -> list[tuple[str, Any]]:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         problem = " ".join(str(part) for part in (error.context, error.problem) if part)
-        raise _refuse(source, error.problem_mark or error.context_mark, f"is not YAML: {problem}") from None
+        raise _refuse(
+            source, error.problem_mark or error.context_mark, f"is not YAML: {problem}", "mend the line"
+        ) from None
     except yaml.YAMLError as error:
-        raise _refuse(source, None, f"is not YAML: {' '.join(str(error).split())}") from None
+        raise _refuse(
+            source, None, f"is not YAML: {' '.join(str(error).split())}", "write text in YAML or JSON"
+        ) from None
     except RecursionError:
         raise _refuse(source, None, f"is nested deeper than {MAX_DEPTH} levels", "flatten it") from None
     return documents

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from casemate_cli import options
-from casemate_cli.failure import Exit, Failure
+from casemate_cli.failure import Detail, Exit, Failure
 from casemate_cli.pipes import CHUNK
 from casemate_cli.verbs.logs import parse_name
 
@@ -75,6 +75,9 @@ def _sides(source: str, destination: str) -> tuple[_Side, str, bool]:
     if (found[0] is None) == (found[1] is None):
         raise Failure(
             "one side must be local and the other NAME:/PATH",
+            details=[
+                Detail("sides", f"{source} {destination}", "are both local" if found[0] is None else "are both remote")
+            ],
             remedy="write for example hello:/etc/hostname; a local name with a colon as ./a:b",
         )
     match = found[0] or found[1]

@@ -49,6 +49,8 @@ def ssh(ctx: click.Context, name: str, command: tuple[str, ...], identity: Path 
     from casemate_cli.client import Client
     from casemate_wire.v1 import channels_pb2 as pb
 
+    if name.startswith("-"):  # ssh's own options are let through, behind the name
+        raise click.NoSuchOption(name, ctx=ctx)
     program = shutil.which("ssh")
     if program is None:
         raise Failure("there is no ssh on this machine", remedy="install openssh-client, or use casemate exec -it --vm")

@@ -38,7 +38,7 @@ from casemate_manager.api.errors import abort
 from casemate_manager.api.lookup import instance_named
 from casemate_manager.api.peer import Nobody, User, peer_of
 from casemate_manager.fleet.acts import Actor, object_scope
-from casemate_manager.fleet.records import tenant_key
+from casemate_manager.fleet.records import instance_or_environment, tenant_key
 from casemate_manager.fleet.state import State
 from casemate_manager.limits import Limiter
 from casemate_manager.tickets import TicketRefused, Tickets
@@ -264,7 +264,7 @@ class Gate(grpc.aio.ServerInterceptor):
             tenant, name = named(request)
             scope = Scope(tenant, self._environment(tenant, name))
             if not grants.allows(row.permission, scope):
-                kind = "Instance" if tenant_key(tenant, name) in self._state().instance_names else "Environment"
+                kind = instance_or_environment(name)
                 await self._deny(
                     found,
                     f"{method} {kind.lower()}/{tenant}/{name}",

@@ -13,7 +13,7 @@ from casemate_core.selector import Selector
 from casemate_core.spec.meta import TENANT_KINDS, Meta
 from casemate_manager import views
 from casemate_manager.fleet.observed import Observed
-from casemate_manager.fleet.records import InstanceRecord, tenant_key
+from casemate_manager.fleet.records import InstanceRecord, instance_or_environment, tenant_key
 from casemate_manager.fleet.state import State
 from casemate_wire.codec import resources
 from casemate_wire.v1 import operators_pb2 as pb
@@ -182,7 +182,7 @@ def instance_named(state: State, tenant: str, name: str) -> InstanceRecord:
         return state.instances[uid]
     environment = state.environments.get(tenant_key(tenant, name))
     if environment is None:
-        raise NotFound("Instance", name)
+        raise NotFound(instance_or_environment(name), name)
     instances = list(state.instances_of(environment.environment.meta.uid))
     if len(instances) == 1:
         return instances[0]

@@ -23,7 +23,14 @@ from casemate_core.spec.views import ObjectRef
 from casemate_manager.fleet.commands import Batch, OperateAnswer, OperateInstances
 from casemate_manager.fleet.draft import MAX_RECORDS, Draft, instance_ref, make_uid
 from casemate_manager.fleet.observed import Observed
-from casemate_manager.fleet.records import EnvironmentRecord, InstanceRecord, OperationRecord, RequestRecord, tenant_key
+from casemate_manager.fleet.records import (
+    EnvironmentRecord,
+    InstanceRecord,
+    OperationRecord,
+    RequestRecord,
+    instance_or_environment,
+    tenant_key,
+)
 from casemate_manager.fleet.requests import answered, check_key
 from casemate_manager.fleet.state import State
 
@@ -90,7 +97,7 @@ def _instances(state: State, command: OperateInstances) -> tuple[list[InstanceRe
         if not found:
             raise Conflict(f"environment {command.name} has no instances")
     else:
-        raise NotFound("Instance", command.name)
+        raise NotFound(instance_or_environment(command.name), command.name)
     if command.uid and command.uid != meta.uid:
         raise Conflict(f"{command.name} has uid {meta.uid}, not {shown(command.uid)}")
     if len(found) > MAX_INSTANCES:

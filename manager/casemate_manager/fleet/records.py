@@ -303,6 +303,11 @@ def tenant_key(tenant: str, name: str) -> str:
     return f"{tenant}/{name}"
 
 
+def instance_or_environment(name: str) -> str:
+    """The kind that a name is taken for where there is neither: read off the name alone, so that it tells nothing of others."""
+    return "Instance" if name.rpartition("-")[2].isdecimal() else "Environment"
+
+
 def key_of(record: Record) -> str:
     """Key of a record, unique for its kind."""
     match record:
