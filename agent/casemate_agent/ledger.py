@@ -30,6 +30,7 @@ from casemate_agent.records import (
     Book,
     HostRecord,
     InstanceRecord,
+    domain_digest,
 )
 from casemate_core.errors import CallerError, MachineError
 from casemate_core.plain import from_plain, to_plain
@@ -182,7 +183,11 @@ class Ledger:
                 continue
             new = replace(old, desired=desired, removed=False, adopted=False)
             if desired.generation != old.desired.generation or desired.run != old.desired.run:
-                new = replace(new, failure=None, exits=0)
+                new = replace(new, failure=None)
+            # Ends by itself count until it is another machine, or was asked to run anew: a field that is live (how long it
+            # lives, whom it may be deleted by) starts nothing that was left off.
+            if desired.run != old.desired.run or domain_digest(desired) != domain_digest(old.desired):
+                new = replace(new, exits=0)
             if new != old:
                 changes.append(new)
         gone = set(self._instances) - named if update.snapshot else set(update.removed) - named

@@ -320,6 +320,11 @@ def test_a_vm_that_ends_by_itself_is_left_or_given_up(changes: dict[str, Any], s
         await asyncio.sleep(100)
         state = rig.states()[ME]
         assert (state.phase, state.reason, state.starts) == (Phase.FAILED, reason, starts)
+        # Nor does a change start it that nothing of the VM is made from: its environment's lifetime, say.
+        await rig.want(instance(1, generation=2, **changes))
+        await asyncio.sleep(100)
+        state = rig.states()[ME]
+        assert (state.generation, state.phase, state.reason, state.starts) == (2, Phase.FAILED, reason, starts)
         await ask(rig, order(Verb.RESTART))
         assert (await ended(rig)).phase is OrderPhase.DONE
         await rig.settle()
