@@ -94,8 +94,7 @@ class Core:
     def _published(self, published: Published) -> None:
         if published.reset:
             self.feed.reset(published.state)
-        for batch in published.batches:
-            self.feed.publish(batch)
+        self.feed.publish(published.batches, published.born)
 
 
 def make_rules(placer: Placer | None = None, admins: frozenset[str] = ADMINS) -> Rules:

@@ -25,6 +25,7 @@ from casemate_core.metrics import Meter
 from casemate_manager import metrics
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.acts import By
+from casemate_manager.fleet.births import Born, born
 from casemate_manager.fleet.commands import Advance, Advanced, Answer, Batch, Command, Due, EndSession, Expire
 from casemate_manager.fleet.machine import Rules, apply, is_crowded
 from casemate_manager.fleet.observed import Observed
@@ -55,14 +56,15 @@ RETRY_S: Final = 1.0
 class Published:
     """What was committed. ``state`` is the committed state after it (folded further by later commits: use it at once).
 
-    ``batches`` in their order, folded; ``hosts``: uids of instances whose record changed, by host. ``reset``: the state
-    was loaded anew, and whatever was held of the former one is void.
+    ``batches`` in their order, folded; ``born``: the objects that they made; ``hosts``: uids of instances whose record
+    changed, by host. ``reset``: the state was loaded anew, and whatever was held of the former one is void.
     """
 
     state: State
     observed: Observed
     revision: int
     batches: tuple[Batch, ...] = ()
+    born: frozenset[Born] = frozenset()
     hosts: tuple[tuple[str, frozenset[str]], ...] = ()
     effects: tuple[EndSession, ...] = ()
     reset: bool = False
@@ -284,7 +286,9 @@ class Writer:
     def _publish(self, batches: list[Batch]) -> None:
         hosts: dict[str, set[str]] = {}
         effects: list[EndSession] = []
+        made: set[Born] = set()
         for batch in batches:
+            made.update(born(self.state, batch))
             for host, uids in desired.affected(self.state, batch).items():
                 hosts.setdefault(host, set()).update(uids)
             metrics.count_batch(self.meter, self.state, batch)
@@ -298,6 +302,7 @@ class Writer:
                     self.observed,
                     self.state.revision,
                     news,
+                    frozenset(made),
                     tuple((host, frozenset(uids)) for host, uids in hosts.items()),
                     tuple(effects),
                 )

@@ -12,11 +12,12 @@ not durable.
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from casemate_core.spec.views import EventView
+from casemate_manager.fleet.births import Born
 from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.observed import ForgetHost, SeeHost, SeeInstance, Tried
 from casemate_manager.fleet.records import (
@@ -111,6 +112,8 @@ class Feed:
         self._state = state
         self.sequence = 0
         self._ring: deque[tuple[int, str, str]] = deque(maxlen=RING)
+        #: When objects were made, the latest last: as many as are remembered were made within the ring.
+        self._born: dict[Born, int] = {}
         self._subscriptions: set[Subscription] = set()
 
     @property
@@ -122,6 +125,7 @@ class Feed:
         """The state was loaded anew: every watcher starts over."""
         self._state = state
         self._ring.clear()
+        self._born.clear()
         self.sequence += 1
         for subscription in self._subscriptions:
             subscription.overflowed = True
@@ -151,13 +155,23 @@ class Feed:
             return None
         return tuple(dict.fromkeys(key for n, k, key in self._ring if n > token.sequence and k == kind))
 
-    def publish(self, batch: Batch) -> None:
-        """Note what a committed and folded batch touched."""
-        for kind, key in dict.fromkeys(self._touched(batch)):
-            self.sequence += 1
-            self._ring.append((self.sequence, kind, key))
-            for subscription in self._subscriptions:
-                subscription.touch(kind, key, self.sequence)
+    def publish(self, batches: Iterable[Batch], born: Iterable[Born] = ()) -> None:
+        """Note what committed and folded batches touched, and the objects that they made."""
+        for batch in batches:
+            for kind, key in dict.fromkeys(self._touched(batch)):
+                self.sequence += 1
+                self._ring.append((self.sequence, kind, key))
+                for subscription in self._subscriptions:
+                    subscription.touch(kind, key, self.sequence)
+        for each in born:
+            self._born.pop(each, None)
+            self._born[each] = self.sequence
+        while len(self._born) > RING:
+            del self._born[next(iter(self._born))]
+
+    def is_new(self, token: Token, kind: str, key: str, name: str) -> bool:
+        """Whether an object was made after a token that `since` has an answer for."""
+        return max(self._born.get((kind, key), 0), self._born.get((kind, f"{key}/{name}"), 0)) > token.sequence
 
     def _touched(self, batch: Batch) -> Iterator[Touched]:
         for change in batch.records:

@@ -5,7 +5,7 @@ objects (the pods of an instance).
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from casemate_core.errors import InvalidSpec, NotFound, Violation, shown
@@ -52,6 +52,10 @@ class Query:
         if self.owner and self.owner not in found.owners:
             return False
         return self.selector.matches(found.meta.labels) and self.sees(self.kind, found.meta)
+
+    def wanted_once(self, found: Found) -> bool:
+        """Whether other labels are all that keeps an object out: it may have had them."""
+        return not self.selector.matches(found.meta.labels) and replace(self, selector=EVERYTHING).wants(found)
 
 
 class Reader:

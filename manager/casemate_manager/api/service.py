@@ -369,13 +369,23 @@ class _Watcher:
     def begin(self, reader: Reader, feed: Feed, resume_token: str) -> list[pb.WatchEvent]:
         """First events: what changed since the token, or a snapshot."""
         token = parse_token(resume_token) if resume_token else None
-        touched = feed.since(token, self._query.kind) if token else None
-        if touched is None or any(not list(reader.find(self._query.kind, key)) for key in touched):
+        kind = self._query.kind
+        touched = feed.since(token, kind) if token else None
+        if token is None or touched is None or any(self._may_have_left(reader, key) for key in touched):
             first = [pb.WatchEvent(type=pb.WatchEvent.RESYNC)] if resume_token else []
             return first + self.snapshot(reader, feed)
-        for key in reader.keys(self._query.kind):
-            self._held[key] = {_identity(f): None for f in reader.find(self._query.kind, key) if self._query.wants(f)}
+        for key in reader.keys(kind):
+            self._held[key] = {
+                _identity(found): None
+                for found in reader.find(kind, key)
+                if self._query.wants(found) and not feed.is_new(token, kind, key, found.meta.name)
+            }
         return self.changes(reader, touched, str(feed.token))
+
+    def _may_have_left(self, reader: Reader, key: str) -> bool:
+        """Whether the client may hold what it should not any more, and cannot be told what: its name is not known."""
+        found = list(reader.find(self._query.kind, key))
+        return not found or any(self._query.wanted_once(f) for f in found)
 
     def snapshot(self, reader: Reader, feed: Feed) -> list[pb.WatchEvent]:
         """Everything, then a bookmark."""

@@ -386,6 +386,19 @@ class State:
         if key := self.environment_keys.get(record.environment_uid):
             self.work[key] = None
 
+    def holds(self, kind: str, key: str) -> bool:
+        """Whether there is a record of this key. Those of the audit chain are not held here, and count as known."""
+        if kind.startswith("Audit"):
+            return True
+        tables: dict[str, Any] = {
+            "Environment": self.environments,
+            "Instance": self.instances,
+            "Placement": self.placements,
+            "RoleBinding": self.role_bindings,
+            "Event": self.events,
+        }
+        return key in tables[kind] if kind in tables else key in self._table(kind)
+
     def _table(self, kind: str) -> dict[str, Record]:
         tables: dict[str, Any] = {
             "Revision": self.specs,
