@@ -288,7 +288,8 @@ class Executor:
             case act.AttachGuest(uid=uid, channel_path=path):
                 await guests.attach(uid, path)
             case act.ApplyPods(desired=desired, revision=revision):
-                peers = {peer.name: peer.address for peer in desired.peers}
+                # one that is isolated has none
+                peers = {peer.name: peer.address for peer in desired.peers if peer.address}
                 await guests.apply(desired.uid, tuple(desired.pods), len(desired.archives), revision, peers, deadline_s)
             case act.Shutdown():
                 await self._shut_down(action, deadline_s)

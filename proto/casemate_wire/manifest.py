@@ -72,6 +72,8 @@ def parse(document: Any, where: str = "") -> operators_pb2.Resource:
     message.SetInParent()
     found += _fill(message, {k: v for k, v in document.items() if k != "apiVersion"}, "")
     message.api_version = schema.API_VERSION
+    if (empty := _no_interfaces(document)) is not None:
+        found.append(empty)
     if not message.metadata.name and not any(v.path.startswith("metadata") for v in found):
         found.append(Violation("metadata.name", "", "is missing", "name the object"))
     if found:
@@ -79,6 +81,18 @@ def parse(document: Any, where: str = "") -> operators_pb2.Resource:
             tuple(Violation(f"{prefix}{subject}: {v.path}", v.value, v.problem, v.remedy) for v in found), subject
         )
     return resource
+
+
+def _no_interfaces(document: Mapping[str, Any]) -> Violation | None:
+    """The wire cannot tell an empty list from none: who writes one means no interface, and would get one."""
+    spec = document.get("spec")
+    if document.get("kind") != "Environment" or not isinstance(spec, dict):
+        return None
+    if spec.get("nics") != [] or spec.get("isolated"):
+        return None
+    return Violation(
+        "spec.nics", "[]", "is empty", "write isolated: true for no interface, or leave it out for one on network default"
+    )
 
 
 def _unknown_kind(prefix: str, document: Mapping[str, Any], kind: Any) -> Violation:

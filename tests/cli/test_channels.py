@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,38 @@ def test_several_ports_are_led_through_until_interrupted(side: Fleet) -> None:
         child.stdout.close()
         child.stderr.close()
     assert code == 0
+
+
+ONLOOKER = """
+apiVersion: casemate/v1
+kind: User
+metadata: {name: onlooker}
+spec: {type: service}
+---
+apiVersion: casemate/v1
+kind: RoleBinding
+metadata: {name: onlooker}
+spec: {role: viewer, users: [onlooker], scope: tenant/default}
+"""
+
+
+def test_ports_are_led_through_as_whoever_shows_a_token(side: Fleet) -> None:
+    """The connections are calls too: who may only look finds the instance, and gets through to nothing."""
+    side.run("apply", "-f", "-", stdin=ONLOOKER).ok()
+    shown = {"CASEMATE_TOKEN": side.run("key", "create", "onlooker").ok().strip()}
+    child = replace(side, environ={**side.environ, **shown}).start("port-forward", "side-0.web", "0:8080")
+    assert child.stdout and child.stderr
+    try:
+        port = int(child.stdout.readline().split()[0].removeprefix("127.0.0.1:"))
+        assert exchange(port, b"x") == b""
+        assert child.stderr.readline().startswith("error: onlooker may not exec")
+    finally:
+        child.send_signal(signal.SIGINT)
+        assert child.wait(WITHIN_S) == 0
+        child.stdout.close()
+        child.stderr.close()
+        side.run("delete", "rolebinding", "onlooker").ok()
+        side.run("delete", "user", "onlooker").ok()
 
 
 def test_ports_that_cannot_be_led_through(side: Fleet) -> None:

@@ -8,7 +8,9 @@ import json
 import os
 import signal
 from datetime import datetime
+from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import fromstring
 
 import pytest
 
@@ -45,9 +47,12 @@ def messages(fleet: RealFleet, name: str, reason: str) -> list[str]:
 def test_crashes_protection_and_the_end_of_a_lifetime(real_fleet: RealFleet) -> None:
     fleet = real_fleet
     fleet.apply(empty_environment("brief", onCrash="leave"))
-    fleet.apply(empty_environment("again", onCrash="restart", crashLimit=2, protected=True))
+    fleet.apply(empty_environment("again", onCrash="restart", crashLimit=2, protected=True, isolated=True))
     for name in ("brief", "again"):
         fleet.until_running(name)
+
+    for name, nics in (("brief", 1), ("again", 0)):
+        _has_fewest_devices(fleet, fleet.uids[name], nics)
 
     refused = fleet.run("delete", "env", "again")
     assert refused.code == 7 and refused.out == "", refused
@@ -90,10 +95,28 @@ def test_crashes_protection_and_the_end_of_a_lifetime(real_fleet: RealFleet) -> 
     assert fleet.traces_of(fleet.uids["brief"]) == []
 
     # What is protected is deleted when it is not any more.
-    fleet.apply(empty_environment("again", onCrash="restart", crashLimit=2))
+    fleet.apply(empty_environment("again", onCrash="restart", crashLimit=2, isolated=True))
     fleet.run("delete", "env", "again", timeout_s=330).ok()
     assert fleet.traces_of(fleet.uids["again"]) == []
     assert fleet.domains() == set()
+
+
+def _has_fewest_devices(fleet: RealFleet, uid: str, nics: int) -> None:
+    """What libvirt made of the domain, and QEMU of that: nothing beside what the spec needs."""
+    devices = fromstring(fleet.virsh("dumpxml", uid)).find("devices")
+    assert devices is not None
+    kinds = {device.tag for device in devices} - {"emulator", "audio", "watchdog"}
+    assert kinds <= {"disk", "controller", "rng", "interface", "channel", "serial", "console", "memballoon"}
+    assert {audio.get("type") for audio in devices.iterfind("audio")} <= {"none"}
+    assert {disk.get("device") for disk in devices.iterfind("disk")} == {"disk"}
+    assert {target.get("bus") for target in devices.iterfind("disk/target")} == {"virtio"}
+    assert {c.get("model") for c in devices.iterfind("controller[@type='usb']")} == {"none"}
+    assert len(devices.findall("interface")) == nics
+    argv = Path(f"/proc/{fleet.qemus()[uid]}/cmdline").read_bytes().decode().split("\0")
+    assert "-nodefaults" in argv and argv[argv.index("-display") + 1] == "none"
+    for word in ("usb", "floppy", "isa-fdc", "cdrom", "ide-cd", "scsi-cd", "VGA", "virtio-gpu", "hda", "sound", "vnc"):
+        assert not [each for each in argv if word in each], word
+    assert len([each for each in argv if "virtio-net" in each]) == nics
 
 
 def _is(fleet: RealFleet, name: str, reason: str) -> dict[str, Any]:

@@ -55,6 +55,19 @@ def test_what_no_port_can_do_is_said_at_the_placement() -> None:
     )
 
 
+def test_an_isolated_environment_has_no_interface_and_no_address() -> None:
+    made = fleet()
+    made.apply(environment("alone", replicas=2, nics=(), isolated=True))
+    made.settle()
+    told = [desired.desired_instance(made.state, placement) for placement in made.state.placements.values()]
+    assert [(d.nics, [peer.address for peer in d.peers]) for d in told] == [((), [""])] * 2
+    # Given an interface, it has one when it is started the next time.
+    made.apply(environment("alone", replicas=2))
+    made.settle()
+    assert {len(i.nics) for i in made.state.instances.values()} == {0}
+    assert not made.state.check()
+
+
 def test_both_directions_of_the_codec() -> None:
     before = wanting(nics=(NicSpec("fronthaul", "sriov", 5, True, 10, 20, "du"), NicSpec()))
     assert codec.from_message(codec.to_message(before)).spec == before.spec

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casemate_core.errors import InvalidSpec
+from casemate_core.spec.environment import Environment
 from casemate_wire import manifest, schema, yamldoc
 from casemate_wire.codec import resources
 from casemate_wire.diff import changes
@@ -70,6 +71,17 @@ def test_a_good_manifest_comes_back_with_its_defaults() -> None:
     assert again["spec"]["pods"][0]["spec"]["containers"][0]["ports"] == [{"containerPort": 80}]
 
 
+def test_an_environment_without_an_interface_comes_back_without_one() -> None:
+    for nics in ([], None):
+        document = changed("spec.nics", nics)
+        document["spec"]["isolated"] = True
+        value = resources.from_message(manifest.parse(document))
+        assert isinstance(value, Environment) and value.spec.isolated and value.spec.nics == ()
+        again = manifest.to_plain(resources.to_message(value))
+        assert "nics" not in again["spec"]
+        assert resources.from_message(manifest.parse(again)) == value
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
@@ -91,6 +103,8 @@ def test_a_good_manifest_comes_back_with_its_defaults() -> None:
         ("metadata.labels.tier", 3, "metadata.labels.tier: '3' is not text; write \"3\" in quotes"),
         ("spec.gpus", [{"count": 1}], "spec.gpus: is not served by this release"),
         ("spec.nics", {}, "spec.nics: '{}' is not a list"),
+        ("spec.nics", [], "spec.nics: '[]' is empty; write isolated: true for no interface"),
+        ("spec.isolated", True, "spec.isolated: 'true' excludes interfaces, and spec.nics names some"),
         ("spec.nics.0.vlan", 100, "spec.nics[0].vlan: '100' is for virtual functions"),
         ("spec.pods.0.spec.hostPID", True, "spec.pods[0].spec.hostPID: is not a supported Pod field"),
         ("spec.pods.0.spec.containers.0.image", None, "spec.pods[0].spec.containers[0].image: is missing"),

@@ -198,6 +198,7 @@ class State:
             stop_grace_s=now.stop_grace_s,
             lifetime_s=now.lifetime_s,
             protected=now.protected,
+            isolated=restart.isolated,
             update_strategy=now.update_strategy,
             devices=restart.devices,
         )

@@ -151,6 +151,8 @@ class EnvironmentSpec:
     #: None: changes wait until an instance is stopped or rebuilt.
     update_strategy: UpdateStrategy | None = None
     devices: tuple[DeviceSpec, ...] = ()
+    #: No network interface at all; ``nics`` is empty then, and only then.
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,10 @@ def check_environment(env: Environment) -> Iterator[Violation]:
             "spec.disk.size", format_mib(spec.disk_mib), "is out of range", f"write 1Mi to {format_mib(MAX_DISK_MIB)}"
         )
     yield from _at_most("spec.nics", len(spec.nics), MAX_NICS)
+    if spec.isolated and spec.nics:
+        yield Violation("spec.isolated", "true", "excludes interfaces, and spec.nics names some", "leave out one of them")
+    if not spec.isolated and not spec.nics:
+        yield Violation("spec.nics", "[]", "is empty", "name a network, or write isolated: true")
     for i, nic in enumerate(spec.nics):
         yield from check_name(f"spec.nics[{i}].network", nic.network)
         yield from _check_nic(f"spec.nics[{i}]", nic)

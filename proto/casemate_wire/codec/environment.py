@@ -45,7 +45,8 @@ def from_message(message: pb.Environment) -> Environment:
                 hugepages_kib=parse_bytes(spec.memory.hugepages) // 1024 if spec.memory.hugepages else 0,
                 cells=spec.memory.cells or "prefer",
             ),
-            nics=tuple(map(_nic_from_message, spec.nics)) or (NicSpec(),),
+            nics=tuple(map(_nic_from_message, spec.nics)) or (() if spec.isolated else (NicSpec(),)),
+            isolated=spec.isolated,
             devices=tuple(DeviceSpec(dict(d.labels), d.count or 1, d.near) for d in spec.devices),
             image=spec.image,
             archives=tuple(spec.archives),
@@ -146,6 +147,7 @@ def to_message(env: Environment, status: EnvironmentStatus | None = None) -> pb.
             stop_grace="" if spec.stop_grace_s is None else format_seconds(spec.stop_grace_s),
             lifetime=format_seconds(spec.lifetime_s) if spec.lifetime_s else "",
             protected=spec.protected,
+            isolated=spec.isolated,
         ),
     )
     if spec.update_strategy is not None:

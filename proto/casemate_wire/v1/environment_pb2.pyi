@@ -97,6 +97,7 @@ class EnvironmentSpec(_message.Message):
     GANG_FIELD_NUMBER: _builtins.int
     CRASH_LIMIT_FIELD_NUMBER: _builtins.int
     STOP_GRACE_FIELD_NUMBER: _builtins.int
+    ISOLATED_FIELD_NUMBER: _builtins.int
     replicas: _builtins.int
     """Number of VMs; 1 where it is not set, at most 1000. Instances are named `<environment>-<ordinal>`."""
     image: _builtins.str
@@ -123,6 +124,10 @@ class EnvironmentSpec(_message.Message):
     """A VM that ended by itself so many times in a row is given up and left off; it is never given up where it is not set."""
     stop_grace: _builtins.str
     """How long a guest that is asked to power off has until it is ended; its host's agent decides where it is not set (60s)."""
+    isolated: _builtins.bool
+    """No network interface at all, and none among `nics`: who is in it is reached through its host alone, by `exec`, `logs`,
+    `cp`, `console` and `port-forward`.
+    """
     @_builtins.property
     def cpu(self) -> Global___Cpu:
         """Processors of each instance."""
@@ -137,7 +142,9 @@ class EnvironmentSpec(_message.Message):
 
     @_builtins.property
     def nics(self) -> _containers.RepeatedCompositeFieldContainer[Global___Nic]:
-        """Network interfaces, in the order in which the guest sees them. One on network `default` where none is named."""
+        """Network interfaces, in the order in which the guest sees them. One on network `default` where none is named, unless the
+        environment is `isolated`.
+        """
 
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceRequest]:
@@ -205,10 +212,11 @@ class EnvironmentSpec(_message.Message):
         gang: _builtins.bool = ...,
         crash_limit: _builtins.int = ...,
         stop_grace: _builtins.str = ...,
+        isolated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "cpu", b"cpu", "disk", b"disk", "maintenance", b"maintenance", "memory", b"memory", "placement", b"placement", "replicas", b"replicas", "update_strategy", b"update_strategy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "archives", b"archives", "class", b"class", "cpu", b"cpu", "crash_limit", b"crash_limit", "devices", b"devices", "disk", b"disk", "gang", b"gang", "gpus", b"gpus", "image", b"image", "lifetime", b"lifetime", "maintenance", b"maintenance", "memory", b"memory", "nics", b"nics", "on_crash", b"on_crash", "placement", b"placement", "pods", b"pods", "priority", b"priority", "protected", b"protected", "replicas", b"replicas", "run", b"run", "ssh_keys", b"ssh_keys", "stop_grace", b"stop_grace", "update_strategy", b"update_strategy", "user_data", b"user_data", "virtualisation", b"virtualisation", "volumes", b"volumes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replicas", b"_replicas", "archives", b"archives", "class", b"class", "cpu", b"cpu", "crash_limit", b"crash_limit", "devices", b"devices", "disk", b"disk", "gang", b"gang", "gpus", b"gpus", "image", b"image", "isolated", b"isolated", "lifetime", b"lifetime", "maintenance", b"maintenance", "memory", b"memory", "nics", b"nics", "on_crash", b"on_crash", "placement", b"placement", "pods", b"pods", "priority", b"priority", "protected", b"protected", "replicas", b"replicas", "run", b"run", "ssh_keys", b"ssh_keys", "stop_grace", b"stop_grace", "update_strategy", b"update_strategy", "user_data", b"user_data", "virtualisation", b"virtualisation", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
     _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
