@@ -222,6 +222,8 @@ class Agent:
                 await self.drivers.serials.keep(self._pace.resync_s)
             except (CasemateError, OSError) as error:
                 log.warning("the logs of serial consoles are not kept: %s", error)
+            except Exception:
+                log.exception("the logs of serial consoles are not kept: defect")
             await asyncio.sleep(self._pace.serial_s)
 
     async def _identify(self) -> None:
@@ -232,7 +234,9 @@ class Agent:
                 return
             except (CasemateError, TimeoutError, OSError) as error:
                 log.warning("the host's facts cannot be read, trying again: %s", error)
-                await asyncio.sleep(self._pace.retry_s)
+            except Exception:
+                log.exception("the host's facts cannot be read, trying again: defect")
+            await asyncio.sleep(self._pace.retry_s)
 
     async def _round(self, group: asyncio.TaskGroup) -> float:
         """One look and what follows from it; the time to look again at the latest (seconds since the epoch)."""
@@ -291,6 +295,8 @@ class Agent:
                     self.note(Note(HOST, "GpuFault", f"{fault.uuid}: XID {fault.xid}: {words}", severe))
             except (CasemateError, OSError) as error:
                 log.debug("GPUs are not heard: %s", error)
+            except Exception:
+                log.exception("GPUs are not heard: defect")
             await asyncio.sleep(self._pace.gpus_s)
 
     async def _cut_ports(self) -> None:
@@ -299,9 +305,15 @@ class Agent:
             await self.drivers.functions.make_pools(POOL_DEADLINE_S)
             self._pool_problem = ""
         except CasemateError as error:
-            if str(error) != self._pool_problem:
-                self._pool_problem = str(error)
-                self.note(Note(HOST, error.reason, str(error), "Warning"))
+            self._pools_failed(error.reason, str(error))
+        except Exception as error:
+            log.exception("the pools of virtual functions are not made: defect")
+            self._pools_failed("Defect", f"a defect of the agent: {type(error).__name__}: {error}")
+
+    def _pools_failed(self, reason: str, why: str) -> None:
+        if why != self._pool_problem:
+            self._pool_problem = why
+            self.note(Note(HOST, reason, why, "Warning"))
 
     def _compare(self, machine: MachineFacts) -> None:
         """Tell what changed of the host's parts since the last look; the link sends the new inventory."""
@@ -411,6 +423,9 @@ class Agent:
                     take(event)
             except (CasemateError, OSError) as error:
                 log.warning("events of the %s broke off: %s", what, error)
+            except Exception:
+                # Looking for ourselves, every round, tells what the events would have told.
+                log.exception("events of the %s broke off: defect", what)
             self.wake()
             await asyncio.sleep(self._pace.retry_s)
 

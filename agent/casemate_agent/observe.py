@@ -176,5 +176,9 @@ class Observer:
             silent[port] = str(error)
         except OSError as error:
             silent[port] = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            # A driver's defect is that part's, not the host's: its VMs need an agent that goes on with the others.
+            silent[port] = f"a defect of the agent: {type(error).__name__}: {error}"
+            log.exception("%s: defect", port)
         log.warning("%s does not answer: %s", port, silent[port])
         return None

@@ -10,7 +10,7 @@ from casemate_agent.drivers.ports import MachineFacts, NetworkFacts, StoredFiles
 from casemate_agent.records import HostRecord, Observation
 from casemate_core.spec.views import Condition
 from casemate_core.topology_loaders import from_line
-from support.agents import Rig
+from support.agents import Rig, instance, uid
 from support.virtual import VirtualLoop, run_virtual
 
 WELL = Observation(
@@ -22,7 +22,7 @@ WELL = Observation(
     virtualisation="kvm",
     network_problem="",
 )
-TYPES = ["Virtualisation", "Hypervisor", "Network", "Images", "DiskSpace", "Hardware", "LedgerComplete"]
+TYPES = ["Ready", "Virtualisation", "Hypervisor", "Network", "Images", "DiskSpace", "Hardware", "LedgerComplete"]
 
 
 def say(observed: Observation, host: HostRecord | None = None, *damage: str) -> dict[str, Condition]:
@@ -132,3 +132,46 @@ def test_held_back_hardware_is_named_with_its_reason() -> None:
     problem = "PortMissing: no port has the permanent address 52:54:00:00:00:01"
     found = say(replace(WELL, machine=replace(WELL.machine, problems=(problem,))))["Hardware"]
     assert (found.status, found.reason, found.message) == ("False", "PortMissing", problem)
+
+
+def test_whether_instances_can_be_started_is_one_word() -> None:
+    assert say(WELL)["Ready"] == Condition("Ready", "True", "AllParts", "instances can be started")
+    away = replace(WELL, domains=None, networks=None, silent_since_s={"hypervisor": 5.0})
+    assert say(away)["Ready"] == Condition("Ready", "False", "Hypervisor", "Hypervisor, Network: see there", since_s=5.0)
+    assert say(replace(WELL, network_problem=None))["Ready"].status == "Unknown"
+    assert say(WELL, HostRecord())["Ready"].reason == "LedgerComplete"
+    for free_mib, status in ((1, "True"), (0, "False")):
+        full = replace(WELL, files=StoredFiles({}, {}, {}, free_mib=free_mib, total_mib=1_000_000))
+        assert say(full)["Ready"].status == status
+    slow = replace(WELL, virtualisation="tcg", machine=replace(WELL.machine, problems=("PortMissing: a port",)))
+    assert say(slow)["Ready"].status == "True"
+
+
+@pytest.mark.parametrize(
+    ("port", "kind"),
+    [("hypervisor", "Hypervisor"), ("networks", "Network"), ("images", "Images"), ("functions", "Hardware")],
+)
+def test_a_defect_of_a_driver_is_a_condition_of_its_part_and_ends_no_agent(port: str, kind: str) -> None:
+    async def story(loop: VirtualLoop) -> None:
+        rig = Rig(loop)
+        await rig.start()
+        await rig.want(instance(1))
+        await rig.settle()
+        rig.host.faults.defective.add(port)
+        await asyncio.sleep(100)
+        assert rig.agent is not None
+
+        def told(kind: str) -> Condition:
+            assert rig.agent is not None
+            return next(c for c in rig.agent.feed.report.conditions if c.type == kind)
+
+        assert (told(kind).status, told(kind).reason) == ("False", "NoAnswer")
+        assert told(kind).message.startswith("a defect of the agent: KeyError")
+        assert told("Ready").status == ("False" if kind != "Hardware" else "True")
+        assert set(rig.active()) == {uid(1)}
+        rig.host.faults.defective.clear()
+        await asyncio.sleep(100)
+        assert (told(kind).status, told("Ready").status) == ("True", "True")
+        await rig.kill()
+
+    run_virtual(story)

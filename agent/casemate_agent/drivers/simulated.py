@@ -49,6 +49,8 @@ class Faults:
 
     #: Ports whose calls do not return: ``hypervisor``, ``images``, ``networks``, ``machine``, ``guests``, ``functions``.
     hung: set[str] = field(default_factory=set)
+    #: Ports whose driver has a defect: its calls raise what no port may raise.
+    defective: set[str] = field(default_factory=set)
     #: Method name -> how many calls of it fail.
     failing: Counter[str] = field(default_factory=Counter)
     disk_full: bool = False

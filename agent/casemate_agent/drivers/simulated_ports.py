@@ -65,6 +65,8 @@ class Lease:
         """One operation: half its time, its effect, the other half."""
         takes_s = self.host.pace.call_s if takes_s is None else takes_s
         await self._pass(port, method, takes_s / 2, deadline_s)
+        if port in self.host.faults.defective:
+            raise KeyError(method)
         if self.host.faults.failing[method] > 0:
             self.host.faults.failing[method] -= 1
             raise MachineError(f"{method} failed, as it was asked to")
