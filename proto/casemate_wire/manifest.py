@@ -91,7 +91,10 @@ def _no_interfaces(document: Mapping[str, Any]) -> Violation | None:
     if spec.get("nics") != [] or spec.get("isolated"):
         return None
     return Violation(
-        "spec.nics", "[]", "is empty", "write isolated: true for no interface, or leave it out for one on network default"
+        "spec.nics",
+        "[]",
+        "is empty",
+        "write isolated: true for no interface, or leave it out for one on network default",
     )
 
 

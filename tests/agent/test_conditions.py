@@ -137,7 +137,9 @@ def test_held_back_hardware_is_named_with_its_reason() -> None:
 def test_whether_instances_can_be_started_is_one_word() -> None:
     assert say(WELL)["Ready"] == Condition("Ready", "True", "AllParts", "instances can be started")
     away = replace(WELL, domains=None, networks=None, silent_since_s={"hypervisor": 5.0})
-    assert say(away)["Ready"] == Condition("Ready", "False", "Hypervisor", "Hypervisor, Network: see there", since_s=5.0)
+    assert say(away)["Ready"] == Condition(
+        "Ready", "False", "Hypervisor", "Hypervisor, Network: see there", since_s=5.0
+    )
     assert say(replace(WELL, network_problem=None))["Ready"].status == "Unknown"
     assert say(WELL, HostRecord())["Ready"].reason == "LedgerComplete"
     for free_mib, status in ((1, "True"), (0, "False")):

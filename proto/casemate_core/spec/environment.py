@@ -177,7 +177,9 @@ def check_environment(env: Environment) -> Iterator[Violation]:
         )
     yield from _at_most("spec.nics", len(spec.nics), MAX_NICS)
     if spec.isolated and spec.nics:
-        yield Violation("spec.isolated", "true", "excludes interfaces, and spec.nics names some", "leave out one of them")
+        yield Violation(
+            "spec.isolated", "true", "excludes interfaces, and spec.nics names some", "leave out one of them"
+        )
     if not spec.isolated and not spec.nics:
         yield Violation("spec.nics", "[]", "is empty", "name a network, or write isolated: true")
     for i, nic in enumerate(spec.nics):
