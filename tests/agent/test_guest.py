@@ -347,6 +347,7 @@ async def test_pods_outlive_the_helper_and_are_adopted(guest: Guest) -> None:
     guest.seen.clear()
     await guest.start_helper()
     await guest.until(lambda: (c := guest.container("dies")) and c.restarts == 1 and c.ready)
+    await guest.until(lambda: (c := guest.container("web")) and c.ready)
     assert guest.processes()["web-app"] == before["web-app"]
     web, job = guest.container("web"), guest.container("job")
     assert web is not None

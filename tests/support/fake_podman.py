@@ -25,6 +25,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fake_net
 
 Facts = dict[str, Any]
+#: Looks of 5 ms at what another call is about to write: a minute and more. Nothing here outlives its test by spinning.
+PATIENCE = 15_000
+
+
+def until(path: Path) -> None:
+    """Wait for a file."""
+    for _ in range(PATIENCE):
+        if path.exists():
+            return
+        time.sleep(0.005)
+    raise RuntimeError(f"there never was {path}")
 
 
 def say(line: str) -> None:
@@ -39,7 +50,9 @@ def folders(root: Path) -> list[Path]:
 
 def facts_of(folder: Path) -> Facts:
     """Pod "" for a container that is removed meanwhile. One has ended once its monitor has said so, as with conmon."""
-    while folder.exists():
+    for _ in range(PATIENCE):
+        if not folder.exists():
+            return {"Id": "", "Name": "", "Pod": ""}
         with contextlib.suppress(FileNotFoundError):
             facts: Facts = json.loads((folder / "facts.json").read_text())
             if (folder / "created").exists():
@@ -48,7 +61,7 @@ def facts_of(folder: Path) -> Facts:
             pid = 0 if code else int((folder / "pid").read_text())
             return facts | {"State": {"Running": not code, "ExitCode": int(code or 0), "Pid": pid}}
         time.sleep(0.005)  # it is being started
-    return {"Id": "", "Name": "", "Pod": ""}
+    raise RuntimeError(f"{folder} is half a container")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -59,8 +72,8 @@ def write_whole(path: Path, text: str) -> None:
 def start(root: Path, folder: Path) -> None:
     """Run the container's command under a monitor that outlives us."""
     process = json.loads((folder / "config.json").read_text())["process"]
-    while (folder / "pid").exists() and not (folder / "code").exists():
-        time.sleep(0.005)  # the monitor of the run before is at its last line
+    if (folder / "pid").exists():
+        until(folder / "code")  # the monitor of the run before is at its last line
     (folder / "pid").unlink(missing_ok=True)
     (folder / "code").unlink(missing_ok=True)
     (folder / "created").unlink(missing_ok=True)
@@ -71,8 +84,7 @@ def start(root: Path, folder: Path) -> None:
                 monitor(root, folder, process)
         os._exit(0)
     os.wait()
-    while not (folder / "pid").exists():
-        time.sleep(0.005)
+    until(folder / "pid")
 
 
 def monitor(root: Path, folder: Path, process: Facts) -> None:
@@ -185,8 +197,8 @@ def remove(root: Path, name: str, grace_s: float) -> int:
         if facts_of(folder)["State"]["Running"]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(facts["State"]["Pid"], signal.SIGKILL)
-        while facts["State"]["Pid"] and not (folder / "code").exists():
-            time.sleep(0.005)
+        if facts["State"]["Pid"]:
+            until(folder / "code")
         fake_net.gone(root, facts["State"]["Pid"])
         shutil.rmtree(folder.rename(folder.with_suffix(".old")))
     return 0
