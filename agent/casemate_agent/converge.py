@@ -58,6 +58,7 @@ from casemate_core.spec.instance import (
     Virtualisation,
     bridged,
 )
+from casemate_core.spec.secret import lacks_text
 
 __all__ = ["ACTIVE", "ActionOutcome", "InstancePlan", "Settings", "converge", "remember"]
 
@@ -261,6 +262,9 @@ def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     wanted = pods_revision(desired)
     if r.adopted:
         wanted = guest.revision  # rebuilt from a domain, which does not say which pods: the guest knows, and goes on
+    elif lacks_text(tuple(desired.pods), desired.secrets):
+        wanted = guest.revision  # the manager is asked for them; meanwhile the guest goes on with what it has
+        d.drift.append(f"SecretsMissing: texts of secrets of {desired.name} are not on this host")
     if guest.connected and guest.revision != wanted:
         d.actions.append(act.ApplyPods(desired, wanted, "the guest works on another pod set"))
     if domain.phase is DomainPhase.PAUSED and domain.frozen:

@@ -29,6 +29,7 @@ from casemate_agent.ledger import Ledger
 from casemate_core.cpuset import EMPTY
 from casemate_core.errors import CallerError, CasemateError, DeadlineExceeded
 from casemate_core.spec.instance import bridged
+from casemate_core.spec.secret import resolved
 
 log = logging.getLogger("casemate.agent.execute")
 
@@ -290,7 +291,8 @@ class Executor:
             case act.ApplyPods(desired=desired, revision=revision):
                 # one that is isolated has none
                 peers = {peer.name: peer.address for peer in desired.peers if peer.address}
-                await guests.apply(desired.uid, tuple(desired.pods), len(desired.archives), revision, peers, deadline_s)
+                pods = tuple(resolved(pod, desired.secrets) for pod in desired.pods)
+                await guests.apply(desired.uid, pods, len(desired.archives), revision, peers, deadline_s)
             case act.Shutdown():
                 await self._shut_down(action, deadline_s)
             case act.Destroy(uid=uid):

@@ -7,7 +7,8 @@ Theory of operation. One file for the host (``host.json``) and one an instance (
 as a whole: written beside, fsynced, renamed, folder fsynced. A reader therefore finds the old record or the new one. Each
 file carries its format's version and a digest of its record; what does not check out is set aside, reported, and the host
 is then *not complete*: the manager is asked for a snapshot, and until it comes nothing unknown is cleaned away. Records of
-running instances are rebuilt from their domains' metadata meanwhile.
+running instances are rebuilt from their domains' metadata meanwhile. Texts of secrets have files of their own
+(``private/<uid>.json``), so that a record can be shown and copied; the record has their fingerprints.
 
 An update of desired state is written instance by instance, the host's revision last: killed in between, the agent asks
 for the same update again. In memory a record changes only after it is on disk; a write that fails fails the operation.
@@ -34,6 +35,7 @@ from casemate_agent.records import (
 )
 from casemate_core.errors import CallerError, MachineError
 from casemate_core.plain import from_plain, to_plain
+from casemate_core.spec.secret import SecretText
 from casemate_wire.session import next_counter
 from casemate_wire.stream import Desired
 
@@ -44,6 +46,8 @@ Offload = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 HOST_FILE = "host.json"
 FOLDER = "instances"
+#: Texts of secrets, a file an instance; nowhere else on this host.
+PRIVATE = "private"
 _UID = re.compile(r"[0-9A-Za-z][0-9A-Za-z-]{0,63}\Z", re.ASCII)
 
 
@@ -90,13 +94,24 @@ async def inline(call: Callable[[], Any]) -> Any:
 
 def encode(record: HostRecord | InstanceRecord) -> bytes:
     """A record as its file: JSON with version and digest."""
-    body = json.dumps(to_plain(record), sort_keys=True, separators=(",", ":"))
+    return _encoded(to_plain(record))
+
+
+def _encoded(plain: Any) -> bytes:
+    body = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(body.encode()).hexdigest()
     return f'{{"version":{RECORD_VERSION},"sha256":"{digest}","record":{body}}}\n'.encode()
 
 
 def decode(kind: type[T], data: bytes) -> T:
     """The record of a file. Raises Damaged."""
+    try:
+        return from_plain(kind, _decoded(data), ignore_unknown=True)
+    except (ValueError, TypeError, CallerError) as error:
+        raise Damaged(f"cannot be read: {error}") from error
+
+
+def _decoded(data: bytes) -> Any:
     try:
         whole = json.loads(data)
         version, digest, plain = whole["version"], whole["sha256"], whole["record"]
@@ -105,8 +120,8 @@ def decode(kind: type[T], data: bytes) -> T:
         body = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         if hashlib.sha256(body.encode()).hexdigest() != digest:
             raise Damaged("its digest does not match")
-        return from_plain(kind, plain, ignore_unknown=True)
-    except (ValueError, KeyError, TypeError, CallerError) as error:
+        return plain
+    except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"cannot be read: {error}") from error
 
 
@@ -119,6 +134,8 @@ class Ledger:
         self._host = book.host
         self._instances = dict(book.instances)
         self._damage = book.damage
+        #: What is on disk of secrets, by instance: fingerprint and text by place.
+        self._private = {uid: _texts(record) for uid, record in book.instances.items()}
         self._lock = asyncio.Lock()
 
     @classmethod
@@ -232,6 +249,7 @@ class Ledger:
             if not record.removed:
                 return False
             await self._write(lambda: _remove(self._files, uid))
+            self._private.pop(uid, None)
             del self._instances[uid]
             return True
 
@@ -247,9 +265,21 @@ class Ledger:
         self._host = host
 
     async def _save_instance(self, record: InstanceRecord) -> None:
-        data = encode(record)
-        await self._write(lambda: write_whole(self._files, FOLDER, f"{FOLDER}/{record.uid}.json", data))
-        self._instances[record.uid] = record
+        uid, texts = record.uid, _texts(record)
+        data = encode(_without(record))
+        kept = self._private.get(uid, {})
+
+        def write() -> None:
+            # Texts first: a record never names what is not there.
+            if texts and texts != kept:
+                write_whole(self._files, PRIVATE, f"{PRIVATE}/{uid}.json", _encoded(texts))
+            write_whole(self._files, FOLDER, f"{FOLDER}/{uid}.json", data)
+            if kept and not texts:
+                _remove_private(self._files, uid)
+
+        await self._write(write)
+        self._private[uid] = texts
+        self._instances[uid] = record
 
     async def _write(self, call: Callable[[], None]) -> None:
         try:
@@ -273,12 +303,53 @@ def write_whole(files: Files, folder: str, name: str, data: bytes) -> None:
 
 
 def _remove(files: Files, uid: str) -> None:
+    _remove_private(files, uid)
     files.remove(f"{FOLDER}/{uid}.json")
     files.sync_folder(FOLDER)
 
 
+def _remove_private(files: Files, uid: str) -> None:
+    files.remove(f"{PRIVATE}/{uid}.json")
+    files.sync_folder(PRIVATE)
+
+
+Texts = dict[str, tuple[str, str]]
+
+
+def _texts(record: InstanceRecord) -> Texts:
+    """What is in confidence of a record: fingerprint and text by place."""
+    return {p: (s.fingerprint, s.text) for p, s in record.desired.secrets.items() if s.text is not None}
+
+
+def _without(record: InstanceRecord) -> InstanceRecord:
+    """The record without texts of secrets; it says by their fingerprints which ones belong to it."""
+    if not record.desired.secrets:
+        return record
+    named = {place: SecretText(secret.fingerprint) for place, secret in record.desired.secrets.items()}
+    return replace(record, desired=replace(record.desired, secrets=named))
+
+
+def _with(record: InstanceRecord, files: Files, damage: list[str]) -> InstanceRecord:
+    """The record with its texts, where they are there and are the ones that it names."""
+    named, path = record.desired.secrets, f"{PRIVATE}/{record.uid}.json"
+    if not named:
+        return record
+    try:
+        plain = _decoded(files.read(path))
+        kept: Texts = {str(place): (str(mark), str(text)) for place, (mark, text) in plain.items()}
+    except (FileNotFoundError, Damaged, ValueError, TypeError, AttributeError) as error:
+        damage.append(f"{path} cannot be read: {type(error).__name__}")
+        return record
+    if any(kept.get(place, ("", ""))[0] != secret.fingerprint for place, secret in named.items()):
+        damage.append(f"{path} does not have what the record names")
+        return record
+    texts = {place: SecretText(*kept[place]) for place in named}
+    return replace(record, desired=replace(record.desired, secrets=texts))
+
+
 def _load(files: Files) -> Book:
     files.make_folder(FOLDER)
+    files.make_folder(PRIVATE)
     damage: list[str] = []
     host: HostRecord | None = None
     if HOST_FILE in files.listing(""):
@@ -296,7 +367,10 @@ def _load(files: Files) -> Book:
             damage.append(f"{path} is the record of {record.uid}")
             continue
         if record is not None:
-            instances[record.uid] = record
+            instances[record.uid] = _with(record, files, damage)
+    for name in files.listing(PRIVATE):
+        if name.removesuffix(".json") not in instances:
+            files.remove(f"{PRIVATE}/{name}")  # of an instance that is gone, or a write that was cut short
     if host is None or damage:
         # without the host's record nobody knows whether these are all the instances
         host = replace(host or HostRecord(), revision=0, complete=False)

@@ -243,6 +243,8 @@ def pods_revision(desired: DesiredInstance) -> str:
         "peers": to_plain(desired.peers),
         "archives": [a.file.digest for a in desired.archives],
     }
+    if desired.secrets:
+        body["secrets"] = {place: secret.fingerprint for place, secret in desired.secrets.items()}
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -270,8 +272,9 @@ def domain_digest(desired: DesiredInstance) -> str:
 
 
 def bare(desired: DesiredInstance) -> DesiredInstance:
-    """The record without its order: what a domain is made from, and may be rebuilt from, without doing anything again."""
-    return desired if desired.order is None else replace(desired, order=None)
+    """The record without its order and secrets: what a domain is made from, and may be rebuilt from, without doing anything
+    again."""
+    return desired if desired.order is None and not desired.secrets else replace(desired, order=None, secrets={})
 
 
 def to_metadata(desired: DesiredInstance) -> str:

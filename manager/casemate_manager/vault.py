@@ -7,6 +7,7 @@ from the manager's own, which is not in the store.
 """
 
 import base64
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 
 from casemate_core.errors import CallerError, InternalError
 from casemate_core.spec.instance import DesiredInstance
-from casemate_core.spec.secret import Secret, references, resolved
+from casemate_core.spec.secret import Secret, SecretText, place_of, references
 from casemate_manager.fleet.records import tenant_key
 from casemate_manager.fleet.state import State
 from casemate_manager.keyring import Keyring
@@ -68,10 +69,11 @@ class Vault:
                     raise WrongKey(f"{error}: is it the key file that belongs to this store?") from None
 
     def revealed(self, state: State, instance: DesiredInstance) -> DesiredInstance:
-        """The instance as its host gets it: with the text of the secrets that its pods name."""
-        pods = tuple(dict(pod) for pod in instance.pods)
-        named = {(secret, key) for _, secret, key in references(pods)}
-        if not named:
-            return instance
-        values = {(name, key): self.open(state.secrets[tenant_key(instance.tenant, name)], key) for name, key in named}
-        return replace(instance, pods=tuple(resolved(pod, values) for pod in pods))
+        """The instance as its host gets it: with the texts of the secrets that its pods name beside them."""
+        texts: dict[str, SecretText] = {}
+        for _, name, key in references(tuple(dict(pod) for pod in instance.pods)):
+            secret = state.secrets[tenant_key(instance.tenant, name)]
+            for wanted in (key,) if key else secret.sealed:
+                mark = hashlib.sha256(secret.sealed[wanted].encode()).hexdigest()
+                texts[place_of(name, wanted)] = SecretText(mark, self.open(secret, wanted))
+        return replace(instance, secrets=texts) if texts else instance

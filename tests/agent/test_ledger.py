@@ -1,6 +1,7 @@
 """The agent's memory on disk: what is accepted is there after a power cut, what is torn is said, what is stale is refused."""
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from casemate_agent.ledger import (
     inline,
 )
 from casemate_agent.records import Failure, HostRecord, InstanceRecord, Intent, Refusal, Started
-from casemate_core.spec.instance import Run
+from casemate_core.spec.instance import DesiredInstance, Run
+from casemate_core.spec.secret import SecretText
 from casemate_wire.stream import Desired
 from support.agents import NETWORK, instance, uid
 
@@ -113,6 +115,89 @@ def test_what_was_accepted_is_there_after_a_power_cut() -> None:
     run(story())
 
 
+SECRET = "canary-of-the-ledger"
+
+
+def with_secret(text: str, mark: str = "f1", **changes: Any) -> DesiredInstance:
+    return instance(1, secrets={"s/k": SecretText(mark, text)}, **changes)
+
+
+def test_texts_of_secrets_have_a_place_of_their_own(tmp_path: Path) -> None:
+    async def story() -> None:
+        folder = tmp_path / "ledger"
+        ledger = await loaded(OsFiles(folder))
+        await ledger.accept(Desired(1, 1, True, (with_secret(SECRET),)))
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        assert [p.parent.name for p in files if SECRET in p.read_text()] == ["private"]
+        assert {p.stat().st_mode & 0o777 for p in files} == {0o600}
+        assert {p.stat().st_mode & 0o777 for p in (folder, folder / "private", folder / "instances")} == {0o700}
+        assert SECRET not in repr(ledger.book)
+        again = await loaded(OsFiles(folder))
+        assert again.book == ledger.book and again.host.complete
+        await again.accept(Desired(1, 2, instances=(with_secret("rotated", "f2"),)))
+        assert not [p for p in folder.rglob("*") if p.is_file() and SECRET in p.read_text()]
+        assert (await loaded(OsFiles(folder))).book == again.book
+        await again.accept(Desired(1, 3, instances=(instance(1),)))  # its pods name none any more
+        assert not list((folder / "private").iterdir())
+        await again.accept(Desired(1, 4, instances=(with_secret(SECRET),)))
+        await again.accept(Desired(1, 5, removed=(uid(1),)))
+        assert await again.forget(uid(1))
+        assert not list((folder / "private").iterdir())
+
+    run(story())
+
+
+class CutDisk(SimulatedDisk):
+    """A disk whose operations end with the n-th one, counted from ``arm``."""
+
+    left = 0
+
+    def _operate(self, writes: bool = False) -> None:
+        if self.left:
+            self.left -= 1
+            if not self.left:
+                raise OSError(5, "cut")
+        super()._operate(writes)
+
+
+@pytest.mark.parametrize("operation", range(1, 17))
+def test_a_power_cut_leaves_a_record_with_the_texts_that_it_names_or_asks_for_them(operation: int) -> None:
+    async def story() -> None:
+        disk = CutDisk()
+        ledger = await loaded(disk)
+        await ledger.accept(Desired(1, 1, True, (with_secret("old", "f1"),)))
+        disk.left = operation
+        with contextlib.suppress(LedgerFailed):
+            await ledger.accept(Desired(1, 2, instances=(with_secret("new", "f2"),)))
+        disk.left = 0
+        disk.power_cut()
+        after = await loaded(disk)
+        (secret,) = after.book.instances[uid(1)].desired.secrets.values()
+        if secret.text is None:
+            assert after.book.damage and not after.host.complete
+        else:
+            assert (secret.fingerprint, secret.text) in (("f1", "old"), ("f2", "new"))
+
+    run(story())
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", encode(HostRecord(1)), None])
+def test_texts_that_are_damaged_or_gone_are_asked_for_again(tmp_path: Path, data: bytes | None) -> None:
+    async def story() -> None:
+        folder = tmp_path / "ledger"
+        await (await loaded(OsFiles(folder))).accept(Desired(1, 1, True, (with_secret(SECRET),)))
+        path = folder / "private" / f"{uid(1)}.json"
+        path.unlink() if data is None else path.write_bytes(data)
+        after = await loaded(OsFiles(folder))
+        assert not after.host.complete and after.host.revision == 0 and "private/" in after.book.damage[0]
+        record = after.book.instances[uid(1)]
+        assert record.desired.secrets["s/k"].text is None
+        await after.accept(Desired(1, 1, True, (with_secret(SECRET),)))
+        assert (await loaded(OsFiles(folder))).book.instances[uid(1)].desired.secrets["s/k"].text == SECRET
+
+    run(story())
+
+
 def test_it_lives_in_a_real_folder_for_its_owner_only(tmp_path: Path) -> None:
     async def story() -> None:
         offload = Threaded()
@@ -125,7 +210,12 @@ def test_it_lives_in_a_real_folder_for_its_owner_only(tmp_path: Path) -> None:
         again = await Ledger.load(OsFiles(tmp_path / "ledger"), offload)
         assert again.book == ledger.book
         assert await again.next_session(5.0) == 1_800_000_001
-        assert sorted(p.name for p in (tmp_path / "ledger").rglob("*")) == [f"{uid(2)}.json", "host.json", "instances"]
+        assert sorted(p.name for p in (tmp_path / "ledger").rglob("*")) == [
+            f"{uid(2)}.json",
+            "host.json",
+            "instances",
+            "private",
+        ]
         for path in (tmp_path / "ledger").rglob("*.json"):
             assert path.stat().st_mode & 0o077 == 0
         offload.close()

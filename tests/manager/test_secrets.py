@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casemate_agent.domain.metadata import public_record
+from casemate_agent.domain.metadata import full_record, public_record
 from casemate_agent.drivers.seed import seed_files
 from casemate_core.errors import Conflict, InternalError, InvalidSpec
 from casemate_core.spec.access import FLEET
 from casemate_core.spec.instance import DesiredInstance, Phase
 from casemate_core.spec.meta import Meta
-from casemate_core.spec.secret import Secret, check_secret, references, resolved
+from casemate_core.spec.secret import Secret, SecretText, check_secret, references, resolved
 from casemate_manager.access import Principal
 from casemate_manager.fleet import desired
 from casemate_manager.keyring import Keyring
@@ -157,7 +157,9 @@ def test_labels_change_without_the_texts_and_a_new_text_wakes_the_hosts_that_nee
     assert made.woken == {"h1": users}
     keep, _ = desired.since(made.state, "h1", revision)
     (again,) = [vault.revealed(made.state, instance) for instance in keep]
-    assert again.pods[0]["spec"]["containers"][0]["env"][0] == {"name": "V0", "value": "new"}
+    assert again.secrets["s0/k0"].text == "new"
+    given = resolved(again.pods[0], again.secrets)
+    assert given["spec"]["containers"][0]["env"][0] == {"name": "V0", "value": "new"}
 
 
 def test_what_a_host_keeps_beside_the_guest_has_no_text() -> None:
@@ -166,7 +168,8 @@ def test_what_a_host_keeps_beside_the_guest_has_no_text() -> None:
     made.apply(environment("a", pods=(pod(),)))
     keep, _ = desired.whole(made.state, "h1")
     (instance,) = [vault.revealed(made.state, one) for one in keep]
-    assert hits(json.dumps(instance.pods)) >= COUNT
+    assert hits(json.dumps([resolved(p, instance.secrets) for p in instance.pods])) >= COUNT
+    assert not hits(repr(instance)) and not hits(full_record(instance))
     assert not hits(public_record(instance))
     assert not any(hits(data) for data in seed_files(instance, b"helper").values())
 
@@ -175,11 +178,11 @@ def test_what_a_host_keeps_beside_the_guest_has_no_text() -> None:
 def test_resolving_touches_nothing_but_the_variables_that_name_a_secret(data: st.DataObject) -> None:
     count = data.draw(st.integers(0, 5))
     manifest = pod(count)
-    values = {(s, k): data.draw(st.text(max_size=5)) for _, s, k in references((manifest,))}
+    values = {f"{s}/{k}": SecretText("f", data.draw(st.text(max_size=5))) for _, s, k in references((manifest,))}
     found = resolved(manifest, values)
     assert list(references((found,))) == []
     env = found["spec"]["containers"][0]["env"]
-    assert [v["value"] for v in env[:count]] == [values[f"s{n // 10}", f"k{n}"] for n in range(count)]
+    assert [v["value"] for v in env[:count]] == [values[f"s{n // 10}/k{n}"].text for n in range(count)]
     assert env[count] == {"name": "PLAIN", "value": "seen"}
     assert manifest == pod(count)
 
@@ -271,7 +274,7 @@ async def test_fifty_canaries_are_on_their_host_and_nowhere_else(
                 while not any(i.pods for i in seen.values() if i.environment == "a"):
                     await asyncio.sleep(0.02)
             # On the host, each of them.
-            assert hits(json.dumps([i.pods for i in seen.values()])) >= COUNT
+            assert hits(json.dumps([s.text for i in seen.values() for s in i.secrets.values()])) >= COUNT
             # To people, in every form; and refusals of what is wrong with a secret.
             shown = await casemate("get", "secret", "s0", "-o", "yaml")
             assert re.search(r"k0: '?\"?[0-9a-f]{16}", shown.stdout)

@@ -153,6 +153,8 @@ def kube_play(root: Path, *, begin: bool) -> int:
         env = [f"PATH={os.environ['PATH']}", *(f"{e['name']}={e['value']}" for e in container.get("env", ()))]
         args = [*container.get("command", ()), *container.get("args", ())]
         folder = create(root, name, f"{name}-{container['name']}", args, env)
+        mounts = [manifest["spec"].get("volumes", []), container.get("volumeMounts", [])]
+        (folder / "mounts.json").write_text(json.dumps(mounts))
         if begin:
             start(root, folder)
         say(folder.name)

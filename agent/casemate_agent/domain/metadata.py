@@ -38,11 +38,15 @@ class Ownership:
 
 
 def full_record(desired: DesiredInstance) -> str:
-    """The complete record, as one line of ASCII JSON. May hold secrets: for files that only root reads.
+    """The complete record, as one line of ASCII JSON. Its user-data and variables may be in confidence: for files that only
+    root reads.
 
-    Without an order: a domain tells what it was made from, and nothing is to be done again because of it.
+    Without an order: a domain tells what it was made from, and nothing is to be done again because of it. Without the texts
+    of secrets: the ledger has a place of its own for them.
     """
-    return json.dumps(to_plain(replace(desired, order=None)), ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return json.dumps(
+        to_plain(replace(desired, order=None, secrets={})), ensure_ascii=True, sort_keys=True, separators=(",", ":")
+    )
 
 
 def public_record(desired: DesiredInstance) -> str:

@@ -1220,6 +1220,7 @@ class Paths:
         self.podman, self.crun = podman, crun
         self.run = f"{root}/run/casemate"
         self.seed = f"{self.run}/seed"
+        self.secrets = f"{self.run}/secrets"  # /run is memory: nothing of it is on a disk
         self.instance = f"{self.run}/instance.env"
         self.state = f"{root}/var/lib/casemate/guest.json"
         self.exits = f"{root}/run/libpod/exits"
@@ -1387,6 +1388,7 @@ class Pod:
         self.retry_at = 0.0
         self.failures = 0
         self.wake = Signal(loop)
+        self.files: dict[str, list[Message]] = {}  # of secrets, by volume; in memory alone
 
     def spec(self) -> Message:
         """The spec of the manifest that plays, or of the wanted one."""
@@ -1425,6 +1427,39 @@ def restarts_after(policy: str, code: int) -> bool:
 def backoff(failures: int) -> float:
     """Seconds before the next start, after so many ends in a row: none after the first, then doubling from 10."""
     return 0.0 if failures <= 1 else min(BACKOFF_FIRST_S * 2.0 ** min(failures - 2, 10), BACKOFF_MAX_S)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder of our own with all that is in it; nothing where there is none."""
+    for folder, folders, files in os.walk(path, topdown=False):
+        for name in files:
+            os.unlink(f"{folder}/{name}")
+        for name in folders:
+            os.rmdir(f"{folder}/{name}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(path)
+
+
+def secret_volumes(manifest: Message) -> list[str]:
+    """Names of the volumes that are made of a secret."""
+    return [str(v["name"]) for v in manifest["spec"].get("volumes") or () if "secret" in v]
+
+
+def take_files(manifest: Message) -> dict[str, list[Message]]:
+    """Files of secrets, by volume, out of a manifest: what is left of it may be kept on disk. Raises ValueError."""
+    found: dict[str, list[Message]] = {}
+    for volume in manifest["spec"].get("volumes") or ():
+        if "secret" in volume:
+            name, secret = volume["name"], volume["secret"]
+            files = secret.pop("files") if isinstance(secret, dict) else None
+            if not isinstance(name, str) or not all(c.isalnum() or c in "-._" for c in name) or name.startswith("."):
+                raise ValueError("bad name of a volume")
+            if not isinstance(files, list) or not all(
+                isinstance(f, dict) and isinstance(f["text"], str) and isinstance(f["path"], str) for f in files
+            ):
+                raise ValueError(f"bad files of volume {name}")
+            found[name] = files
+    return found
 
 
 class Pods:
@@ -1497,6 +1532,8 @@ class Pods:
             log(f"the saved state is unreadable, the host will send it again: {error!r}")
             self.pods.clear()
             return
+        if any(self._lacks_files(pod) for pod in self.pods.values()):
+            self.revision = ""  # the host gives them once more
         rebooted = state.get("boot") != self.helper.boot_id
         for pod in self.pods.values():
             self.loop.start(self._adopt(pod, rebooted))
@@ -1538,6 +1575,7 @@ class Pods:
             except (KeyError, TypeError) as error:
                 raise ValueError(f"not a pod: {error!r}") from error
             wanted[name] = manifest
+        files = {name: take_files(manifest) for name, manifest in wanted.items()}
         if len(wanted) != len(manifests) or len(wanted) > 256:
             raise ValueError("pods need names of their own, and are at most 256")
         for name, pod in self.pods.items():
@@ -1549,9 +1587,15 @@ class Pods:
             known = self.pods.get(name)
             if known is None:
                 known = self.pods[name] = Pod(name, self.loop)
-                known.wanted = manifest
+                known.wanted, known.files = manifest, files[name]
                 self.loop.start(self.work(known))
-            elif known.wanted != manifest:
+                continue
+            known.files = files[name]
+            if known.wanted == manifest:
+                if known.files and self._lacks_files(known):
+                    self._write_files(known)
+                known.wake.set()
+            else:
                 known.wanted, known.reason, known.retry_at, known.failures = manifest, "", 0.0, 0
                 known.wake.set()
         self.revision = revision
@@ -1645,6 +1689,50 @@ class Pods:
             raise LookupError(f"pod {pod} has no container {container}, but {', '.join(found.containers)}")
         return found.containers[container]
 
+    # Files of secrets.
+
+    def _folder(self, pod: Pod, volume: str) -> str:
+        return f"{self.paths.secrets}/{pod.name}/{volume}"
+
+    def _lacks_files(self, pod: Pod) -> bool:
+        """Whether a volume of a secret is not there, as after a boot of the guest."""
+        if pod.wanted is None:
+            return False
+        return not all(os.path.isdir(self._folder(pod, name)) for name in secret_volumes(pod.wanted))
+
+    def _write_files(self, pod: Pod) -> None:
+        """Volumes of secrets, each made beside and renamed, so that it is whole where it is there. Raises OSError."""
+        context = (pod.wanted or {}).get("spec", {}).get("securityContext") or {}
+        group = context.get("fsGroup")
+        for volume, files in pod.files.items():
+            folder = self._folder(pod, volume)
+            fresh = f"{folder}.new"
+            remove_tree(fresh)
+            os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+            os.mkdir(fresh, 0o755)
+            os.chmod(fresh, 0o755)
+            for file in files:
+                path = f"{fresh}/{file['path']}"
+                parts = file["path"].split("/")
+                if not all(parts) or {".", ".."} & set(parts):
+                    raise ValueError(f"bad path of a file in volume {volume}")
+                at = fresh
+                for part in parts[:-1]:
+                    at = f"{at}/{part}"
+                    if not os.path.isdir(at):
+                        os.mkdir(at, 0o755)
+                        os.chmod(at, 0o755)
+                mode = int(file["mode"]) & 0o777 | (0o440 if group is not None else 0)
+                with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
+                    out.write(file["text"])
+                    if group is not None:
+                        os.fchown(out.fileno(), 0, int(group))
+                    os.fchmod(out.fileno(), mode)
+            remove_tree(folder)
+            os.rename(fresh, folder)
+        for left in set(os.listdir(f"{self.paths.secrets}/{pod.name}")) - set(pod.files):
+            remove_tree(f"{self.paths.secrets}/{pod.name}/{left}")
+
     # One pod.
 
     async def work(self, pod: Pod) -> None:
@@ -1657,6 +1745,12 @@ class Pods:
                 if await self._remove(pod):
                     break
                 pod.retry_at = time.monotonic() + BACKOFF_FIRST_S
+            elif self._lacks_files(pod) and not pod.files:
+                pod.reason, pod.message = "SecretsMissing", "the host has not given its secrets yet, since this boot"
+                self.changed()
+                await pod.wake.wait(None)
+                pod.reason, pod.message = "", ""
+                continue
             elif wanted != pod.playing and now >= pod.retry_at:
                 await self._play(pod, wanted)
                 continue
@@ -1692,6 +1786,8 @@ class Pods:
             self.helper.log_complete(container)
         pod.containers = {}
         pod.playing, pod.maybe_there, pod.infra = "", False, ""
+        if pod.wanted is None:
+            remove_tree(f"{self.paths.secrets}/{pod.name}")
 
     async def _play(self, pod: Pod, wanted: str) -> None:
         if pod.maybe_there and not await self._remove(pod):
@@ -1699,6 +1795,20 @@ class Pods:
             return
         manifest = json.loads(wanted)
         spec = manifest["spec"]
+        if pod.files and pod.wanted is not None and json.dumps(pod.wanted, sort_keys=True) == wanted:
+            try:
+                self._write_files(pod)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                pod.failures += 1
+                pod.retry_at = time.monotonic() + max(BACKOFF_FIRST_S, backoff(pod.failures))
+                pod.reason, pod.message = "SecretFilesFailed", f"{type(error).__name__}"
+                self.helper.note(pod.name, "", pod.reason, pod.message, "Warning")
+                self.changed()
+                self.settle()
+                return
+        if not secret_volumes(manifest):
+            remove_tree(f"{self.paths.secrets}/{pod.name}")
+        self._mount_files(pod, spec)
         pod.containers = {c["name"]: Container(c["name"], c.get("image", "")) for c in spec["containers"]}
         pod.maybe_there = True
         self.changed()
@@ -1771,6 +1881,19 @@ class Pods:
         for fact in (await self._inspect([pod.infra])).values():
             return await self.nics.give(pod.name, int(fact["State"]["Pid"]))
         return f"the network of pod {pod.name} is gone"
+
+    def _mount_files(self, pod: Pod, spec: Message) -> None:
+        """Volumes of secrets as podman takes them: folders of ours, read-only."""
+        names = set()
+        for volume in spec.get("volumes") or ():
+            if "secret" in volume:
+                names.add(volume["name"])
+                del volume["secret"]
+                volume["hostPath"] = {"path": self._folder(pod, volume["name"]), "type": "Directory"}
+        for container in (*spec["containers"], *(spec.get("initContainers") or ())):
+            for mount in container.get("volumeMounts") or ():
+                if mount.get("name") in names:
+                    mount["readOnly"] = True
 
     async def _start(self, pod: Pod, container: Container) -> None:
         if problem := await self._give_nics(pod):

@@ -259,7 +259,7 @@ def _check_environment(given: _Given, one: Environment) -> Iterator[Violation]:
         secret = given.secrets.get(tenant_key(one.meta.tenant, name))
         if secret is None:
             yield Violation(f"{path}.name", name, "is no secret of this tenant", "apply the secret first")
-        elif key not in secret.sealed:
+        elif key and key not in secret.sealed:
             yield Violation(f"{path}.key", key, f"is not in secret {name}", _one_of("key", secret.sealed))
     longest = len(one.meta.name) + 1 + len(str(max(spec.replicas - 1, 0)))
     if longest > 63:
@@ -277,7 +277,7 @@ def _check_secret(state: State, one: Secret) -> Iterator[Violation]:
     for key in state.tenant_environments.get(one.meta.tenant, ()):
         environment = state.environments[key].environment
         for _, name, wanted in references(environment.spec.pods):
-            if name == one.meta.name and wanted not in one.sealed:
+            if name == one.meta.name and wanted and wanted not in one.sealed:
                 yield Violation(
                     f"spec.data[{wanted}]", "", f"is named by environment {environment.meta.name}", "keep the key"
                 )

@@ -5,6 +5,7 @@ it with what it observes, and acts. Everything an agent needs to make the VM aga
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from typing import Any
 
 from casemate_core.claims import Claim
 from casemate_core.spec.operation import Order, OrderState
+from casemate_core.spec.secret import SecretText
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z", re.ASCII)
 
@@ -165,6 +167,8 @@ class DesiredInstance:
     crash_limit: int = 0
     #: How long the guest has to power off; None: the agent's own.
     stop_grace_s: float | None = None
+    #: Texts of secrets that its pods name, by `casemate_core.spec.secret.place_of`; no part of what a domain is made from.
+    secrets: Mapping[str, SecretText] = field(default_factory=dict)
     #: What this state of it follows from (casemate_core.cause); its events carry it until it is as asked.
     cause: str = ""
 

@@ -16,6 +16,8 @@ from casemate_core.spec.meta import check_labels, check_name
 MAX_PODS = 64
 MAX_CONTAINERS = 32
 MAX_STRING = 64 * 1024
+#: Length of a path below a volume.
+MAX_PATH = 1024
 
 _PROBE = {
     "exec.command": "[string]",
@@ -82,6 +84,11 @@ FIELDS: Mapping[str, str] = {
     "spec.volumes[].emptyDir.sizeLimit": "bytes",
     "spec.volumes[].hostPath.path": "string",
     "spec.volumes[].hostPath.type": "|DirectoryOrCreate|Directory|FileOrCreate|File|Socket|CharDevice|BlockDevice",
+    "spec.volumes[].secret.secretName": "name",
+    "spec.volumes[].secret.defaultMode": "count",
+    "spec.volumes[].secret.items[].key": "string",
+    "spec.volumes[].secret.items[].path": "string",
+    "spec.volumes[].secret.items[].mode": "count",
     "spec.securityContext.runAsUser": "count",
     "spec.securityContext.runAsGroup": "count",
     "spec.securityContext.fsGroup": "count",
@@ -146,8 +153,10 @@ def check_pod(path: str, manifest: Mapping[str, Any]) -> Iterator[Violation]:
     if not isinstance(spec, Mapping) or not isinstance(spec.get("containers"), list) or not spec["containers"]:
         yield Violation(f"{path}.spec.containers", "", "is missing", "give the pod at least one container")
         return
+    yield from _check_secret_volumes(f"{path}.spec.volumes", _objects(spec.get("volumes")))
     # what is no text is told by its own path already
     volumes = {v.get("name") for v in _objects(spec.get("volumes")) if isinstance(v.get("name"), str)}
+    secret = {v.get("name") for v in _objects(spec.get("volumes")) if isinstance(v.get("name"), str) and "secret" in v}
     names: set[str] = set()
     for kind in ("initContainers", "containers"):
         containers = _objects(spec.get(kind))
@@ -157,7 +166,48 @@ def check_pod(path: str, manifest: Mapping[str, Any]) -> Iterator[Violation]:
             )
             return
         for i, container in enumerate(containers):
-            yield from _check_container(f"{path}.spec.{kind}[{i}]", container, names, volumes)
+            here = f"{path}.spec.{kind}[{i}]"
+            yield from _check_container(here, container, names, volumes)
+            for j, mount in enumerate(_objects(container.get("volumeMounts"))):
+                if mount.get("subPath") and mount.get("name") in secret:
+                    field = f"{here}.volumeMounts[{j}].subPath"
+                    remedy = "mount the volume, and give its files their paths by items"
+                    yield Violation(field, shown(mount["subPath"]), "is not served for a secret", remedy)
+
+
+def _check_secret_volumes(path: str, volumes: list[Mapping[str, Any]]) -> Iterator[Violation]:
+    """A volume of a secret names one, and puts each file at a place of its own below the volume."""
+    for i, volume in enumerate(volumes):
+        if "secret" not in volume:
+            continue
+        here, secret = f"{path}[{i}].secret", volume["secret"]
+        if others := sorted(set(volume) & {"emptyDir", "hostPath"}):
+            yield Violation(here, "", f"goes with no {others[0]}", "give the volume one source")
+        if not isinstance(secret, Mapping):
+            continue  # told as no object
+        if not secret.get("secretName"):
+            yield Violation(f"{here}.secretName", "", "is missing", "name the secret")
+        yield from _check_mode(f"{here}.defaultMode", secret.get("defaultMode"))
+        seen: set[str] = set()
+        for j, item in enumerate(_objects(secret.get("items"))):
+            place = item.get("path")
+            if not item.get("key"):
+                yield Violation(f"{here}.items[{j}].key", "", "is missing", "name a key of the secret")
+            parts = place.split("/") if isinstance(place, str) else []
+            if not parts or not all(parts) or {".", ".."} & set(parts) or len(str(place)) > MAX_PATH:
+                remedy = "write a path below the volume, such as tls/key.pem"
+                yield Violation(f"{here}.items[{j}].path", shown(place), "is no place in the volume", remedy)
+            elif any(place == p or f"{place}/".startswith(f"{p}/") or f"{p}/".startswith(f"{place}/") for p in seen):
+                remedy = "give each key a path of its own"
+                yield Violation(f"{here}.items[{j}].path", shown(place), "is taken by another key", remedy)
+            else:
+                seen.add(str(place))
+            yield from _check_mode(f"{here}.items[{j}].mode", item.get("mode"))
+
+
+def _check_mode(path: str, value: Any) -> Iterator[Violation]:
+    if value is not None and _is_count(value, 0, 2**31 - 1) and value > 0o777:
+        yield Violation(path, shown(value), "is no mode of a file", "write 0 to 0777; in JSON as decimal, 0400 is 256")
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:

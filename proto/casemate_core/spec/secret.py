@@ -51,10 +51,28 @@ def check_secret(secret: Secret) -> Iterator[Violation]:
 
 
 Place = tuple[str, str, str]
+#: Mode of a file where its pod names none, as in Kubernetes.
+DEFAULT_MODE: Final = 0o644
+
+
+@dataclass(frozen=True, slots=True)
+class SecretText:
+    """A text on its way to a guest. ``fingerprint`` changes with it and tells nothing of it; None: it is not at hand."""
+
+    fingerprint: str
+    text: str | None = field(default=None, repr=False)
+
+
+def place_of(secret: str, key: str) -> str:
+    """Names one text of a tenant."""
+    return f"{secret}/{key}"
 
 
 def references(pods: tuple[Mapping[str, Any], ...]) -> Iterator[Place]:
-    """(field path, secret, key) of every variable of checked pods that comes from a secret."""
+    """(field path, secret, key) of every variable and file of checked pods that comes from a secret.
+
+    The key is empty where a volume takes all keys of its secret.
+    """
     for i, pod in enumerate(pods):
         for kind in ("initContainers", "containers"):
             for j, container in enumerate(pod["spec"].get(kind) or ()):
@@ -63,25 +81,73 @@ def references(pods: tuple[Mapping[str, Any], ...]) -> Iterator[Place]:
                         ref = variable["valueFrom"]["secretKeyRef"]
                         path = f"spec.pods[{i}].spec.{kind}[{j}].env[{k}].valueFrom.secretKeyRef"
                         yield path, str(ref["name"]), str(ref["key"])
+        for j, volume in enumerate(pod["spec"].get("volumes") or ()):
+            if "secret" in volume:
+                path, secret = f"spec.pods[{i}].spec.volumes[{j}].secret", volume["secret"]
+                items = secret.get("items") or ()
+                if not items:
+                    yield path, str(secret["secretName"]), ""
+                for n, item in enumerate(items):
+                    yield f"{path}.items[{n}]", str(secret["secretName"]), str(item["key"])
 
 
-def resolved(pod: Mapping[str, Any], values: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    """The pod with the text of secrets, by (secret, key), where it named them. Raises KeyError for one that is not there."""
+def lacks_text(pods: tuple[Mapping[str, Any], ...], texts: Mapping[str, SecretText]) -> bool:
+    """Whether a text that pods name is not at hand."""
+    for _, secret, key in references(pods):
+        found = [texts[place] for place in _places(secret, key, texts) if place in texts]
+        if not found or any(text.text is None for text in found):
+            return True
+    return False
+
+
+def _places(secret: str, key: str, texts: Mapping[str, SecretText]) -> list[str]:
+    """Places that a reference means: all of the secret where it names no key."""
+    return [place_of(secret, key)] if key else sorted(p for p in texts if p.startswith(f"{secret}/"))
+
+
+def resolved(pod: Mapping[str, Any], texts: Mapping[str, SecretText]) -> dict[str, Any]:
+    """The pod with the texts that it names, by `place_of`, for the guest. Raises KeyError for one that is not there.
+
+    A volume gets ``files``, each with path, mode and text, and a ``fingerprint`` by which the guest knows others from the same.
+    """
     spec = dict(pod["spec"])
     for kind in ("initContainers", "containers"):
         if kind in spec:
-            spec[kind] = [_container(container, values) for container in spec[kind]]
+            spec[kind] = [_container(container, texts) for container in spec[kind]]
+    if "volumes" in spec:
+        spec["volumes"] = [_volume(volume, texts) for volume in spec["volumes"] or ()]
     return {**pod, "spec": spec}
 
 
-def _container(container: Mapping[str, Any], values: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+def _container(container: Mapping[str, Any], texts: Mapping[str, SecretText]) -> dict[str, Any]:
     if "env" not in container:
         return dict(container)
     env = []
     for variable in container["env"]:
         if "valueFrom" in variable:
             ref = variable["valueFrom"]["secretKeyRef"]
-            env.append({"name": variable["name"], "value": values[str(ref["name"]), str(ref["key"])]})
+            text = texts[place_of(str(ref["name"]), str(ref["key"]))].text
+            if text is None:
+                raise KeyError(place_of(str(ref["name"]), str(ref["key"])))
+            env.append({"name": variable["name"], "value": text})
         else:
             env.append(variable)
     return {**container, "env": env}
+
+
+def _volume(volume: Mapping[str, Any], texts: Mapping[str, SecretText]) -> dict[str, Any]:
+    if "secret" not in volume:
+        return dict(volume)
+    secret = volume["secret"]
+    name, mode = str(secret["secretName"]), int(secret.get("defaultMode", DEFAULT_MODE))
+    wanted = [
+        (place_of(name, str(item["key"])), str(item["path"]), int(item.get("mode", mode)))
+        for item in secret.get("items") or ()
+    ] or [(place, place.partition("/")[2], mode) for place in _places(name, "", texts)]
+    files, marks = [], hashlib.sha256()
+    for place, path, bits in sorted(wanted, key=lambda each: each[1]):
+        if (text := texts[place].text) is None:
+            raise KeyError(place)
+        files.append({"path": path, "mode": bits, "text": text})
+        marks.update(f"{path}\0{bits}\0{texts[place].fingerprint}\0".encode())
+    return {"name": volume["name"], "secret": {"secretName": name, "files": files, "fingerprint": marks.hexdigest()}}

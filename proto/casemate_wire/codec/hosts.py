@@ -30,6 +30,7 @@ from casemate_core.spec.instance import (
     Virtualisation,
 )
 from casemate_core.spec.operation import Order, OrderPhase, OrderState, Verb
+from casemate_core.spec.secret import SecretText
 from casemate_core.spec.views import Condition
 from casemate_core.topology import Topology
 from casemate_wire import stream
@@ -220,6 +221,9 @@ def instance_to_message(value: DesiredInstance) -> pb.DesiredInstance:
             for n in value.nics
         ],
         pods=[struct(p) for p in value.pods],
+        secrets={
+            place: pb.SecretText(fingerprint=s.fingerprint, text=s.text or "") for place, s in value.secrets.items()
+        },
         ssh_keys=value.ssh_keys,
         user_data=value.user_data,
         virtualisation=value.virtualisation.value,
@@ -257,6 +261,7 @@ def instance_from_message(m: pb.DesiredInstance) -> DesiredInstance:
         archives=tuple(_image_from_message(a) for a in m.archives),
         nics=tuple(_nic_from_message(n) for n in m.nics),
         pods=tuple(plain(p) for p in m.pods),
+        secrets={place: SecretText(s.fingerprint, s.text) for place, s in m.secrets.items()},
         ssh_keys=tuple(m.ssh_keys),
         user_data=m.user_data,
         virtualisation=Virtualisation(m.virtualisation),

@@ -78,7 +78,8 @@ class Credits:
 
 
 def weight(record: DesiredInstance) -> int:
-    return 2048 + len(record.user_data) + sum(len(repr(pod)) for pod in record.pods)
+    texts = sum(len(place) + 80 + len(secret.text or "") for place, secret in record.secrets.items())
+    return 2048 + len(record.user_data) + sum(len(repr(pod)) for pod in record.pods) + texts
 
 
 def cut_parts(records: Sequence[T], weights: Iterable[int]) -> list[tuple[T, ...]]:

@@ -319,6 +319,27 @@ class DesiredInstance(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class SecretsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___SecretText: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___SecretText | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     UID_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
@@ -348,6 +369,7 @@ class DesiredInstance(_message.Message):
     ON_CRASH_FIELD_NUMBER: _builtins.int
     CRASH_LIMIT_FIELD_NUMBER: _builtins.int
     STOP_GRACE_S_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     tenant: _builtins.str
@@ -395,6 +417,10 @@ class DesiredInstance(_message.Message):
     def order(self) -> Global___Order:
         """The operation that is asked for, until its end was told."""
 
+    @_builtins.property
+    def secrets(self) -> _containers.MessageMap[_builtins.str, Global___SecretText]:
+        """Texts of the secrets that its pods name, by `secret/key`."""
+
     def __init__(
         self,
         *,
@@ -427,17 +453,41 @@ class DesiredInstance(_message.Message):
         on_crash: _builtins.str = ...,
         crash_limit: _builtins.int = ...,
         stop_grace_s: _builtins.float | None = ...,
+        secrets: _abc.Mapping[_builtins.str, Global___SecretText] | None = ...,
         cause: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "claim", b"claim", "image", b"image", "order", b"order", "stop_grace_s", b"stop_grace_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "archives", b"archives", "cause", b"cause", "claim", b"claim", "cpu_policy", b"cpu_policy", "cpus", b"cpus", "crash_limit", b"crash_limit", "disk", b"disk", "disk_mib", b"disk_mib", "environment", b"environment", "generation", b"generation", "image", b"image", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_crash", b"on_crash", "order", b"order", "ordinal", b"ordinal", "page_kib", b"page_kib", "peers", b"peers", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "role", b"role", "run", b"run", "ssh_keys", b"ssh_keys", "stop_grace_s", b"stop_grace_s", "tenant", b"tenant", "uid", b"uid", "user_data", b"user_data", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "archives", b"archives", "cause", b"cause", "claim", b"claim", "cpu_policy", b"cpu_policy", "cpus", b"cpus", "crash_limit", b"crash_limit", "disk", b"disk", "disk_mib", b"disk_mib", "environment", b"environment", "generation", b"generation", "image", b"image", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_crash", b"on_crash", "order", b"order", "ordinal", b"ordinal", "page_kib", b"page_kib", "peers", b"peers", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "role", b"role", "run", b"run", "secrets", b"secrets", "ssh_keys", b"ssh_keys", "stop_grace_s", b"stop_grace_s", "tenant", b"tenant", "uid", b"uid", "user_data", b"user_data", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_grace_s: _TypeAlias = _typing.Literal["stop_grace_s"]  # noqa: Y015
     _WhichOneofArgType__stop_grace_s: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_grace_s) -> _WhichOneofReturnType__stop_grace_s | None: ...
 
 Global___DesiredInstance: _TypeAlias = DesiredInstance  # noqa: Y015
+
+@_typing.final
+class SecretText(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    """Changes with the text, and tells nothing of it."""
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecretText: _TypeAlias = SecretText  # noqa: Y015
 
 @_typing.final
 class Order(_message.Message):
