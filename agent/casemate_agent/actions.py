@@ -53,6 +53,16 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True)
+class Plug:
+    """Put a tap of a running instance back on the bridge of its network."""
+
+    uid: str
+    tap: str
+    network: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class GiveFunctions:
     """Have the instance's virtual functions and devices in their state, and bound for its domain."""
 
@@ -246,6 +256,7 @@ Action = (
     | CreateOverlay
     | WriteSeed
     | Guard
+    | Plug
     | Pin
     | GiveFunctions
     | TakeBack

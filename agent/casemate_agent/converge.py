@@ -307,6 +307,14 @@ def _keep_network(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     if guarded < len(nics):
         d.drift.append(f"GuardMissing: {d.record.uid}: {guarded} of {len(nics)} taps have their rules")
         d.actions.append(act.Guard(d.record.desired, "rules of its taps are gone"))
+        return
+    for tap, nic in zip(d.observed.guarded[d.record.uid], nics, strict=True):
+        bridge, found = seen.bridges.get(nic.network, ""), seen.plugged.get(tap)
+        if found is not None and bridge and found != bridge:
+            told = f"{tap} is on {found or 'no bridge'}, should be on {bridge}"
+            d.drift.append(f"TapMoved: {told} ({d.record.uid})")
+            d.note("TapMoved", told, "Warning")
+            d.actions.append(act.Plug(d.record.uid, tap, nic.network, "somebody took it off its bridge"))
 
 
 def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admission | None) -> None:

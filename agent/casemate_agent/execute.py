@@ -271,6 +271,9 @@ class Executor:
             case act.Guard(desired=desired):
                 async with self._network_lock:
                     await networks.guard(desired.uid, bridged(desired.nics), deadline_s)
+            case act.Plug(tap=tap, network=network):
+                async with self._network_lock:
+                    await networks.plug(tap, network, deadline_s)
             case act.Define(desired=desired):
                 # Given already: this asks where its functions are now, and has no other effect.
                 grant = grant_of(desired)

@@ -68,7 +68,15 @@ async def test_the_life_of_a_domain(real_host: RealHost, uid: str) -> None:
     assert from_metadata(facts.record) == desired
     assert Path(facts.channel_path).is_socket()
     assert (facts.vcpus, facts.memory_mib) == (1, 64)
-    assert facts.taps == (host.networks.tap(uid, 0),) == (await host.networks.observe(20)).taps
+    (tap,) = facts.taps
+    bridge = host.networks.bridge(NETWORK.name)
+    seen = await host.networks.observe(20)
+    assert (host.networks.tap(uid, 0), seen.taps, seen.plugged) == (tap, (tap,), {tap: bridge})
+    await asyncio.to_thread(subprocess.run, ["ip", "link", "set", tap, "nomaster"], check=True)
+    assert (await host.networks.observe(20)).plugged == {tap: ""}
+    for _ in range(2):
+        await host.networks.plug(tap, NETWORK.name, 20)
+        assert (await host.networks.observe(20)).plugged == {tap: bridge}
 
     await host.hypervisor.destroy(uid, 20)
     await host.hypervisor.destroy(uid, 20)

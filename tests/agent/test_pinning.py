@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from casemate_agent.drivers.ports import QemuThreads
+from casemate_agent.drivers.simulated_domain import tap_name
 from casemate_agent.drivers.threads import ThreadReader
 from casemate_agent.records import Note
 from casemate_core.claims import Claim, PlainMemory
@@ -105,7 +106,7 @@ def test_three_things_changed_behind_a_stopped_agent_are_three_named_drifts() ->
         domain = rig.host.domains[uid(1)]
         domain.threads = replace(domain.threads, vcpus=(CpuSet.of(0), CpuSet.of(5)))
         rig.host.cards.states[key] = replace(rig.host.cards.states[key], mac="02:00:00:00:00:01")
-        rig.host.guards.clear()
+        rig.host.plugs[tap_name(uid(1), 0)] = ""
         rig.broken.clear()
         await rig.start()
         assert rig.agent is not None
@@ -113,7 +114,7 @@ def test_three_things_changed_behind_a_stopped_agent_are_three_named_drifts() ->
         for _ in range(500):  # five seconds
             drift.update(rig.agent.feed.report.drift)
             await asyncio.sleep(0.01)
-        assert {line.partition(":")[0] for line in drift} == {"AffinityChanged", "VfChanged", "GuardMissing"}
+        assert {line.partition(":")[0] for line in drift} == {"AffinityChanged", "VfChanged", "TapMoved"}
         assert rig.active()[uid(1)] == pid and rig.host.check() == []
         await rig.kill()
 

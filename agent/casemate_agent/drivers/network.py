@@ -72,6 +72,9 @@ class HostNetworks:
         wanted = {self.tap(uid, index): nic for index, nic in enumerate(nics)}
         await self._run("guard taps", lambda: self._guard(uid, wanted, deadline_s), deadline_s)
 
+    async def plug(self, tap: str, network: str, deadline_s: float) -> None:
+        await self._run("plug a tap", lambda: self._plug(tap, network), deadline_s)
+
     async def unguard(self, uid: str, deadline_s: float) -> None:
         await self._run("unguard taps", lambda: self._guard(uid, {}, deadline_s), deadline_s)
 
@@ -104,15 +107,25 @@ class HostNetworks:
         _nft(nft.base_rules(self._scope), deadline_s, "--check")
 
     def _observe(self) -> NetworkFacts:
-        bridges, taps = {}, []
+        bridges, masters, names = {}, {}, {}
         with IPRoute() as ip:
             for link in ip.get_links():
                 name, network = link.get_attr("IFLA_IFNAME"), _network_of(link, self._scope)
+                names[link["index"]] = name
                 if network is not None:
                     bridges[network] = name
                 elif name.startswith(tap_prefix(self._scope)):
-                    taps.append(name)
-        return NetworkFacts(bridges=bridges, guards=self._guards(), taps=tuple(sorted(taps)))
+                    masters[name] = link.get_attr("IFLA_MASTER")
+        plugged = {tap: names.get(master, "") for tap, master in masters.items()}
+        return NetworkFacts(bridges, self._guards(), tuple(sorted(masters)), plugged)
+
+    def _plug(self, tap: str, network: str) -> None:
+        with IPRoute() as ip:
+            for name in (tap, bridge := self.bridge(network)):
+                if not ip.link_lookup(ifname=name):
+                    raise NetworkFailed(f"{tap} cannot be put on {bridge}: {name} is not there")
+            master = ip.link_lookup(ifname=bridge)[0]
+            ip.link("set", index=ip.link_lookup(ifname=tap)[0], master=master, state="up")
 
     def _guards(self) -> dict[str, tuple[str, str]]:
         argv = ["nft", "-j", "list", "set", "bridge", table_name(self._scope), nft.GUARD_SET]

@@ -299,6 +299,8 @@ class NetworkFacts:
     #: tap -> (mac, address) that its rules let through.
     guards: Mapping[str, tuple[str, str]]
     taps: tuple[str, ...] = ()
+    #: tap -> bridge that it is on; empty: none.
+    plugged: Mapping[str, str] = field(default_factory=dict)
 
 
 class Networks(Protocol):
@@ -322,6 +324,10 @@ class Networks(Protocol):
 
     async def guard(self, uid: str, nics: tuple[Nic, ...], deadline_s: float) -> None:
         """Let through on each tap of the instance only its own MAC and address. Made before the domain starts."""
+        ...
+
+    async def plug(self, tap: str, network: str, deadline_s: float) -> None:
+        """Put a tap that is there on the bridge of a network."""
         ...
 
     async def unguard(self, uid: str, deadline_s: float) -> None:

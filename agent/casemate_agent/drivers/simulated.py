@@ -85,6 +85,8 @@ class SimulatedHost:
         self.strays: set[str] = set()
         self.bridges: dict[str, HostNetwork] = {}
         self.guards: dict[str, tuple[str, str]] = {}
+        #: Taps that somebody put on another bridge, or on none ("").
+        self.plugs: dict[str, str] = {}
         #: What each guest wrote to its serial console: (time, bytes).
         self.serial: dict[str, list[tuple[float, bytes]]] = {}
         #: What its GPUs have told of themselves.
@@ -120,6 +122,7 @@ class SimulatedHost:
             self.end(uid, DomainPhase.SHUT_OFF, "host rebooted")
         self.bridges.clear()
         self.guards.clear()
+        self.plugs.clear()
         self.cards.reboot()
 
     def crash_domain(self, uid: str) -> None:
@@ -165,6 +168,8 @@ class SimulatedHost:
                     found.append(f"{uid} runs without bridge of network {nic.network}")
                 if self.guards.get(tap_name(uid, index)) != (nic.mac, nic.address):
                     found.append(f"{uid} runs with a tap that is not guarded")
+                if tap_name(uid, index) in self.plugs:
+                    found.append(f"{uid} runs with a tap that is not on its bridge")
             found += self._check_functions(uid, domain)
             found += self._check_threads(uid, domain)
         return found

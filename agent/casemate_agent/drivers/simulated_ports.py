@@ -425,9 +425,22 @@ class _Networks:
                 bridges={name: self.bridge(name) for name in host.bridges},
                 guards=dict(host.guards),
                 taps=tuple(sorted(tap for facts in active for tap in facts.taps)),
+                plugged=self._plugged(),
             )
 
         return await self._call("observe", look, deadline_s)
+
+    def _plugged(self) -> dict[str, str]:
+        running = [d for d in self._host.domains.values() if d.desired is not None and d.facts.phase in ACTIVE]
+        found = {}
+        for domain in running:
+            assert domain.desired is not None
+            for tap, nic in zip(domain.facts.taps, bridged(domain.desired.nics), strict=False):
+                found[tap] = self._host.plugs.get(tap, self.bridge(nic.network))
+        return found
+
+    async def plug(self, tap: str, network: str, deadline_s: float) -> None:
+        await self._call("plug", lambda: self._host.plugs.pop(tap, None), deadline_s)
 
     async def ensure_network(self, network: HostNetwork, deadline_s: float) -> None:
         await self._call("ensure_network", lambda: self._host.bridges.update({network.name: network}), deadline_s)
