@@ -3,7 +3,8 @@
 Run as ``fake_podman.py ROOT podman|crun ARGUMENTS``. A container is a process of this machine with a monitor beside it
 that does what conmon does: it writes the log in conmon's format, and the exit status into ``ROOT/run/libpod/exits``.
 State lies in ``ROOT/fake``: ``containers/<id>/`` with ``facts.json``, ``config.json``, ``ctr.log`` and ``pid``, and
-``calls``, one line for each call.
+``calls``, one line for each call. Devices are resolved by the specifications in ``ROOT/etc/cdi`` as podman does, and a
+container has a cgroup of plain files in ``ROOT/sys/fs/cgroup``.
 """
 
 import contextlib
@@ -99,6 +100,7 @@ def monitor(root: Path, folder: Path, process: Facts) -> None:
         os.dup2(pipes[1][1], 2)
         os.closerange(3, 64)
         os.execvpe(process["args"][0], process["args"], dict(e.split("=", 1) for e in process["env"]))
+    in_cgroup(root, folder.name, json.loads((folder / "facts.json").read_text()), child)
     record = root / "run/crun" / folder.name
     record.mkdir(parents=True, exist_ok=True)
     write_whole(record / "status", json.dumps({"pid": child}))
@@ -131,9 +133,39 @@ def monitor(root: Path, folder: Path, process: Facts) -> None:
     write_whole(folder / "code", str(code))
 
 
+def in_cgroup(root: Path, number: str, facts: Facts, pid: int) -> None:
+    """Where a process of a container is, with the files that crun and the kernel make there."""
+    inside = f"libpod_parent/{facts['Pod']}/libpod-{number}"
+    cgroup = root / "sys/fs/cgroup" / inside
+    cgroup.mkdir(parents=True, exist_ok=True)
+    for name, text in (("cpuset.cpus", facts.get("Cpuset", "")), ("cpuset.cpus.partition", "member")):
+        (cgroup / name).write_text(text)
+    (root / f"proc/{pid}").mkdir(parents=True, exist_ok=True)
+    (root / f"proc/{pid}/cgroup").write_text(f"0::/{inside}\n")
+
+
+def unresolvable(root: Path, manifest: Facts) -> list[str]:
+    """Devices that no specification has; and what podman 5.4 would silently leave away, which must not reach it."""
+    known = set()
+    for file in (root / "etc/cdi").glob("*.json"):
+        specification = json.loads(file.read_text())
+        known |= {f"{specification['kind']}={device['name']}" for device in specification["devices"]}
+    lost = []
+    for container in [*manifest["spec"].get("initContainers", []), *manifest["spec"]["containers"]]:
+        limits = container.get("resources", {}).get("limits", {})
+        lost += [key for key in limits if "/" in key and key not in known]
+        lost += [key for key in limits if key.startswith("hugepages-")]
+    media = [(v.get("emptyDir") or {}).get("medium") or "" for v in manifest["spec"].get("volumes", [])]
+    return lost + [medium for medium in media if medium.startswith("HugePages")]
+
+
 def kube_play(root: Path, *, begin: bool) -> int:
     manifest = json.load(sys.stdin)
     name = manifest["metadata"]["name"]
+    (root / f"fake/played-{name}.json").write_text(json.dumps(manifest))
+    if lost := unresolvable(root, manifest):
+        sys.stderr.write(f"Error: setting up CDI devices: unresolvable CDI devices {', '.join(lost)}\n")
+        return 125
     if any(facts_of(folder)["Pod"] == name for folder in folders(root)):
         sys.stderr.write(f"Error: pod {name} exists\n")
         return 125
@@ -219,6 +251,12 @@ def podman(root: Path, words: list[str]) -> int:
             return kube_play(root, begin=True)
         case ["kube", "play", "--quiet", "--start=false", "-"]:
             return kube_play(root, begin=False)
+        case ["update", "--cpuset-cpus", cpus, name]:
+            (folder,) = [f for f in folders(root) if facts_of(f)["Name"] == name]
+            facts = facts_of(folder) | {"Cpuset": cpus}
+            del facts["State"]
+            write_whole(folder / "facts.json", json.dumps(facts))
+            return 0
         case ["container", "inspect", *names]:
             found = [facts_of(f) for f in folders(root)]
             chosen = [f for f in found if f["Id"] in names or f["Name"] in names]

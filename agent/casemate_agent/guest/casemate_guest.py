@@ -1217,7 +1217,7 @@ class Paths:
     """Where things lie. Tests give another root."""
 
     def __init__(self, root: str, podman: str, crun: str) -> None:
-        self.podman, self.crun = podman, crun
+        self.podman, self.crun, self.root = podman, crun, root
         self.run = f"{root}/run/casemate"
         self.seed = f"{self.run}/seed"
         self.secrets = f"{self.run}/secrets"  # /run is memory: nothing of it is on a disk
@@ -1235,6 +1235,11 @@ class Paths:
         self.sys = f"{root}/sys"
         self.ip, self.nsenter = "ip", "nsenter"
         self.dev = f"{root}/dev"
+        self.proc = f"{root}/proc"
+        self.mounts = f"{root}/proc/self/mounts"
+        self.cgroup = f"{root}/sys/fs/cgroup"
+        self.cdi, self.run_cdi = f"{root}/etc/cdi", f"{root}/run/cdi"
+        self.recipes = f"{root}/etc/casemate/devices.d"
 
 
 class PodNics:
@@ -1337,6 +1342,8 @@ class Container:
         self.restart_at = 0.0  # monotonic; 0: not to be restarted
         self.starts: list[int] = []  # positions in the log at which the container was started, the last few
         self.trimmed: list[tuple[int, int]] = []  # (position up to which the log is gone, lines that went with it)
+        self.cpus: list[int] = []  # those that it has for itself
+        self.devices: list[str] = []  # qualified names of those that it was given by number
 
     def over(self) -> bool:
         """Whether it has ended and is not started again: its log is complete."""
@@ -1354,6 +1361,8 @@ class Container:
         "finished",
         "starts",
         "trimmed",
+        "cpus",
+        "devices",
     )
 
     def report(self) -> Message:
@@ -1468,6 +1477,7 @@ class Pods:
     def __init__(self, helper: "Helper") -> None:
         self.helper, self.loop, self.paths = helper, helper.loop, helper.paths
         self.pods: dict[str, Pod] = {}
+        self.needs = Needs(self)
         self.revision = ""
         self.nics = PodNics(self.loop, self.paths)
         self.loaded: dict[str, list[str]] = {}  # fingerprint of an archive -> names of the images that came from it
@@ -1524,7 +1534,8 @@ class Pods:
                 for name, saved in entry["containers"].items():
                     container = pod.containers[name] = Container(name, saved["image"])
                     for field in Container.SAVED:
-                        setattr(container, field, saved[field])
+                        if field in saved:  # an older helper knew fewer
+                            setattr(container, field, saved[field])
                     if container.id:
                         self._by_id[container.id] = (pod, container)
                 self.pods[pod.name] = pod
@@ -1606,7 +1617,7 @@ class Pods:
         digest = await self._fingerprint(device)
         if digest in self.loaded:
             return Ended(0, b"", b"")
-        ended = await self._podman(["load", "--quiet", "--input", device])
+        ended = await self.podman(["load", "--quiet", "--input", device])
         if ended.code == 0:
             lines = ended.out.decode(errors="replace").splitlines()
             self.loaded[digest] = [line.partition(":")[2].strip() for line in lines if line.startswith("Loaded image")]
@@ -1635,7 +1646,7 @@ class Pods:
 
     # podman.
 
-    async def _podman(self, words: list[str], stdin: bytes = b"") -> Ended:
+    async def podman(self, words: list[str], stdin: bytes = b"") -> Ended:
         while not self._podman_free:
             future = Future()
             self._podman_waiters.append(future)
@@ -1654,7 +1665,7 @@ class Pods:
         That podman fails is not that they are gone: it is asked again until it answers.
         """
         while True:
-            ended = await self._podman(["container", "inspect", *names])
+            ended = await self.podman(["container", "inspect", *names])
             try:
                 # It prints what it found, and fails, when one of them is missing.
                 return {str(fact["Id"]): fact for fact in json.loads(ended.out)}
@@ -1770,7 +1781,7 @@ class Pods:
     async def _remove(self, pod: Pod) -> bool:
         if pod.maybe_there:
             grace = int(pod.spec().get("terminationGracePeriodSeconds", 10))
-            ended = await self._podman(["pod", "rm", "--force", "--ignore", "--time", str(grace), pod.name])
+            ended = await self.podman(["pod", "rm", "--force", "--ignore", "--time", str(grace), pod.name])
             if ended.code != 0:
                 pod.reason, pod.message = "RemoveFailed", ended.reason()
                 self.changed()
@@ -1778,6 +1789,7 @@ class Pods:
             if problem := await self.nics.take_back(pod.name):
                 self.helper.note(pod.name, "", "NicNotBack", problem, "Warning")
         self._forget(pod)
+        await self.needs.take_back(pod)
         return True
 
     def _forget(self, pod: Pod) -> None:
@@ -1817,14 +1829,13 @@ class Pods:
         for container in spec["containers"]:
             for probe in ("readinessProbe", "livenessProbe", "startupProbe"):
                 container.pop(probe, None)
-        ended = await self._begin(pod, manifest)
+        try:
+            ended = await self._begin(pod, manifest)
+        except Lacking as lack:
+            self._not_played(pod, lack.reason, str(lack))
+            return
         if ended.code != 0:
-            pod.failures += 1
-            pod.retry_at = time.monotonic() + max(BACKOFF_FIRST_S, backoff(pod.failures))
-            pod.reason, pod.message = "PlayFailed", ended.reason()
-            self.helper.note(pod.name, "", "PlayFailed", pod.message, "Warning")
-            self.changed()
-            self.settle()
+            self._not_played(pod, "PlayFailed", ended.reason())
             return
         names = [f"{pod.name}-{c}" for c in pod.containers]
         facts = await self._inspect([*names, pod.infra] if pod.infra and not spec.get("hostNetwork") else names)
@@ -1851,31 +1862,35 @@ class Pods:
                 self._ended(pod, container, int(fact["State"]["ExitCode"]), look=True)
         for container in pod.containers.values():
             if container.state == "running":
+                self.needs.started(pod, container)
                 self._watch_readiness(pod, container)
         self.changed()
         self.settle()
 
     async def _begin(self, pod: Pod, manifest: Message) -> Ended:
-        """Have podman make and start a pod. Its own interfaces are in its network before its first container starts."""
-        nics = self.nics.of(pod.name)
-        words = ["kube", "play", "--quiet", *(["--start=false"] if nics else []), "-"]
-        ended = await self._podman(words, json.dumps(manifest).encode())
+        """Have podman make and start a pod. Its own interfaces are in its network, and CPUs of their own set on its
+        containers, before the first of them starts. Raises Lacking."""
+        nics, pinned = self.nics.of(pod.name), await self.needs.give(pod, manifest)
+        words = ["kube", "play", "--quiet", *(["--start=false"] if nics or pinned else []), "-"]
+        ended = await self.podman(words, json.dumps(manifest).encode())
         if ended.code != 0:
             return ended
         words = ended.out.decode(errors="replace").split()
         pod.infra = f"{words[words.index('Pod:') + 1][:12]}-infra" if "Pod:" in words[:-1] else ""
-        if not nics:
+        if not nics and not pinned:
             return ended
         if problem := await self._give_nics(pod):
             return Ended(1, b"", problem.encode())
-        started = await self._podman(["pod", "start", pod.name])
+        if (unpinned := await self.needs.pin(pod)) is not None:
+            return unpinned
+        started = await self.podman(["pod", "start", pod.name])
         return ended if started.code == 0 else started
 
     async def _give_nics(self, pod: Pod) -> str:
         """Have a pod's network, and its interfaces in it; why not, or nothing."""
         if not self.nics.of(pod.name):
             return ""
-        ended = await self._podman(["start", pod.infra])
+        ended = await self.podman(["start", pod.infra])
         if ended.code != 0:
             return f"the network of pod {pod.name}: {ended.reason()}"
         for fact in (await self._inspect([pod.infra])).values():
@@ -1895,6 +1910,14 @@ class Pods:
                 if mount.get("name") in names:
                     mount["readOnly"] = True
 
+    def _not_played(self, pod: Pod, reason: str, message: str) -> None:
+        pod.failures += 1
+        pod.retry_at = time.monotonic() + max(BACKOFF_FIRST_S, backoff(pod.failures))
+        pod.reason, pod.message = reason, message
+        self.helper.note(pod.name, "", reason, message, "Warning")
+        self.changed()
+        self.settle()
+
     async def _start(self, pod: Pod, container: Container) -> None:
         if problem := await self._give_nics(pod):
             # Not without what it was promised: it is tried again as a container that failed to start is.
@@ -1904,6 +1927,12 @@ class Pods:
             self.changed()
             return
         container.restart_at = 0.0
+        try:
+            await self.needs.again(pod)
+        except Lacking as lack:
+            self.helper.note(pod.name, container.name, lack.reason, str(lack), "Warning")
+            self._ended(pod, container, 128, lack.reason)
+            return
         container.starts = [*container.starts, _size_of(container.log_path)][-8:]
         self._early_exits.pop(container.id, None)
         container.restarts += 1
@@ -1911,7 +1940,7 @@ class Pods:
         container.started = time.time()
         # podman's own clean-up after the last run may be under way still, and then the start fails: once more, and again.
         for pause_s in (1.0, 3.0, 0.0):
-            ended = await self._podman(["start", container.id])
+            ended = await self.podman(["start", container.id])
             if pod.wanted is None or container.state != "running":
                 return  # it has ended again already, which was seen
             if ended.code == 0:
@@ -1924,6 +1953,7 @@ class Pods:
             self._ended(pod, container, 128, "StartFailed")
             return
         container.message = ""
+        self.needs.started(pod, container)
         self._watch_readiness(pod, container)
         self.helper.note(pod.name, container.name, "ContainerRestarted", f"restart {container.restarts}")
         self.changed()
@@ -2106,6 +2136,475 @@ def _size_of(path: str) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
+
+
+# --- what containers need of their guest: devices, huge pages, CPUs of their own --------------------------------------
+
+# Resource -> folder of the pool in sysfs, bytes of a page, the page size as mount(8) and the cgroup's files have it.
+HUGE_PAGES = {
+    "hugepages-2Mi": ("hugepages-2048kB", 2 << 20, "2M", "2MB"),
+    "hugepages-1Gi": ("hugepages-1048576kB", 1 << 30, "1G", "1GB"),
+}
+CDI_VERSION = "0.5.0"  # the first in which a node may have another path on the host; podman reads it from 4.1 on
+NVIDIA = "nvidia.com/gpu"
+# How devices of a kind are found and what a container of one gets. A guest's own, of the same form, are files in
+# /etc/casemate/devices.d. ``nodes`` belong to one device, ``shared`` and ``mounts`` (globs of files) to any of them.
+# In their text {n} is the device's place in the order of PCI addresses, {minor} the number that its driver gave it,
+# {render} and {card} its nodes of the kernel's graphics drivers. A recipe without a vendor is one device, declared.
+RECIPES: tuple[Message, ...] = (
+    {
+        "kind": NVIDIA,
+        "vendor": "0x10de",
+        "class": "0x03",
+        "nodes": ["/dev/nvidia{minor}"],
+        "shared": ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-modeset"],
+        "mounts": [
+            "/usr/lib/x86_64-linux-gnu/libcuda.so*",
+            "/usr/lib/x86_64-linux-gnu/libnvidia-*.so*",
+            "/usr/bin/nvidia-smi",
+        ],
+    },
+    {
+        "kind": "amd.com/gpu",
+        "vendor": "0x1002",
+        "class": "0x03",
+        "nodes": ["/dev/dri/{render}", "/dev/dri/{card}"],
+        "shared": ["/dev/kfd"],
+    },
+    {"kind": "intel.com/gpu", "vendor": "0x8086", "class": "0x03", "nodes": ["/dev/dri/{render}", "/dev/dri/{card}"]},
+)
+
+
+class Lacking(Exception):
+    """The guest does not have what a pod asks for. ``reason`` is the word for the pod's state."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def amounts(container: Message, which: str) -> Message:
+    """Limits or requests of a container, to be read and changed."""
+    found = (container.get("resources") or {}).get(which)
+    return found if isinstance(found, dict) else {}
+
+
+def parse_amount(value: Any) -> float:
+    """A quantity of Kubernetes as a number; of what was checked by the manager already."""
+    units = {
+        "m": 1e-3,
+        "k": 1e3,
+        "M": 1e6,
+        "G": 1e9,
+        "T": 1e12,
+        "Ki": 2.0**10,
+        "Mi": 2.0**20,
+        "Gi": 2.0**30,
+        "Ti": 2.0**40,
+    }
+    text = str(value)
+    number = text.rstrip("mkMGTi" + "K")
+    return float(number) * units.get(text[len(number) :], 1.0)
+
+
+def all_containers(spec: Message) -> list[Message]:
+    """Init containers and containers of a pod."""
+    return [*(spec.get("initContainers") or ()), *(spec.get("containers") or ())]
+
+
+def pages_of(spec: Message) -> dict[str, int]:
+    """Pages of each size that a pod holds: those of its containers, or of an init container that has more."""
+    held = {}
+    for key, (_, size, *_) in HUGE_PAGES.items():
+        once = [int(parse_amount(amounts(c, "limits").get(key, 0))) // size for c in spec.get("containers") or ()]
+        before = [int(parse_amount(amounts(c, "limits").get(key, 0))) // size for c in spec.get("initContainers") or ()]
+        if total := max([sum(once), *before]):
+            held[key] = total
+    return held
+
+
+def own_cpus(spec: Message, container: Message) -> int:
+    """CPUs that a container has for itself, as under the kubelet's static policy: whole ones of a Guaranteed pod."""
+    for other in all_containers(spec):
+        limits, requests = amounts(other, "limits"), amounts(other, "requests")
+        for key in ("cpu", "memory"):
+            limit = parse_amount(limits.get(key, 0))
+            if limit <= 0 or parse_amount(requests.get(key, limits[key])) != limit:
+                return 0
+    wanted = parse_amount(amounts(container, "limits")["cpu"])
+    return int(wanted) if wanted == int(wanted) else 0
+
+
+def parse_cpus(text: str) -> set[int]:
+    """A list of CPUs as the kernel writes it: ``0-3,8``."""
+    found: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit() and (last.isdigit() or not last):
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def format_cpus(cpus: set[int]) -> str:
+    """The same, without ranges: every reader of such lists takes it."""
+    return ",".join(map(str, sorted(cpus)))
+
+
+class Needs:
+    """Gives pods what their manifests ask of the guest, by changing the manifests into what podman understands.
+
+    Devices go by the Container Device Interface: what is in the guest is written down as specifications (by nvidia-ctk
+    where the image has it, else by recipes), and a number of devices becomes as many names, each given once. Huge pages
+    are reserved with the kernel, and a volume of them is a hugetlbfs that is mounted here. CPUs of its own are set on a
+    container before it starts, and then taken from everybody else by a partition of the kernel's cpusets.
+    """
+
+    def __init__(self, pods: "Pods") -> None:
+        self.pods, self.loop, self.paths = pods, pods.loop, pods.paths
+        self._missing: dict[str, str] = {}  # kind -> why a device of it that is there cannot be given
+
+    async def give(self, pod: "Pod", manifest: Message) -> bool:
+        """Change ``manifest``; whether its containers must not be started before `pin`. Raises Lacking."""
+        spec = manifest["spec"]
+        await self._pages(pod, spec)
+        named = self._annotated(manifest)
+        if named or any("/" in key for c in all_containers(spec) for key in amounts(c, "limits")):
+            await self.write_specifications()
+            self._devices(pod, spec, named)
+        self._cpus(pod, spec)
+        for container in all_containers(spec):
+            for key in HUGE_PAGES:
+                amounts(container, "limits").pop(key, None)
+                amounts(container, "requests").pop(key, None)
+        return any(c.cpus for c in pod.containers.values())
+
+    async def again(self, pod: "Pod") -> None:
+        """Before a container is started once more, maybe in another boot: what it needs is there. Raises Lacking."""
+        spec = pod.spec()
+        await self._pages(pod, json.loads(json.dumps(spec)), mounted=True)
+        if any(c.devices for c in pod.containers.values()):
+            await self.write_specifications()
+
+    async def take_back(self, pod: "Pod") -> None:
+        """The pod is gone: so are its volumes of huge pages, and the pages."""
+        folder = f"{self.paths.run}/hugepages/{pod.name}"
+        if os.path.isdir(folder):
+            for name in os.listdir(folder):
+                await run(self.loop, ["umount", f"{folder}/{name}"])
+                with contextlib.suppress(OSError):
+                    os.rmdir(f"{folder}/{name}")
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        for key in HUGE_PAGES:
+            self._pool(key, 0)
+
+    # Devices.
+
+    def _annotated(self, manifest: Message) -> list[str]:
+        """Names of devices for all containers of a pod, from its annotations; podman does not read those."""
+        annotations = manifest["metadata"].get("annotations") or {}
+        values = [str(value) for key, value in annotations.items() if key.startswith("cdi.k8s.io/")]
+        return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+    def _devices(self, pod: "Pod", spec: Message, named: list[str]) -> None:
+        known = self.known_devices()
+        others = {d for p in self.pods.pods.values() if p is not pod for c in p.containers.values() for d in c.devices}
+        given: set[str] = set()
+        for container in all_containers(spec):
+            limits, requests = amounts(container, "limits"), amounts(container, "requests")
+            if named:
+                limits = container.setdefault("resources", {}).setdefault("limits", limits)
+            limits.update(dict.fromkeys(named, 1))
+            mine: list[str] = []
+            for key in [k for k in limits if "/" in k and "=" not in k]:
+                count = int(parse_amount(limits.pop(key)))
+                requests.pop(key, None)
+                free = [d for d in known.get(key, ()) if d not in others and d not in given and d not in mine]
+                if len(free) < count:
+                    told = (
+                        self._missing.get(key) or f"this guest has {len(known.get(key, ()))}, {len(free)} of them free"
+                    )
+                    raise Lacking("DeviceUnavailable", f"{container['name']}: {count} of {key} asked: {told}")
+                mine += free[:count]
+            for key in [k for k in limits if "=" in k]:
+                kind = key.partition("=")[0]
+                if kind in self._missing and kind not in known:
+                    raise Lacking("DeviceUnavailable", f"{container['name']}: {key} asked: {self._missing[kind]}")
+            limits.update(dict.fromkeys(mine, 1))
+            record = pod.containers.get(container["name"])
+            if record is not None:  # an init container has ended before the others begin: they may have the same
+                record.devices = mine
+                given.update(mine)
+
+    def known_devices(self) -> dict[str, list[str]]:
+        """Qualified names of the guest's devices by kind, but for "all". YAML is read as far as its lines tell."""
+        found: dict[str, list[str]] = {}
+        for folder in (self.paths.cdi, self.paths.run_cdi):
+            for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                text = read_text(f"{folder}/{file}", 4 << 20)
+                if file.endswith(".json"):
+                    try:
+                        specification = json.loads(text)
+                        kind = str(specification["kind"])
+                        names = [str(device["name"]) for device in specification["devices"]]
+                    except (ValueError, KeyError, TypeError):
+                        continue
+                elif file.endswith((".yaml", ".yml")):
+                    lines = [line.strip().removeprefix("- ").partition(":") for line in text.splitlines()]
+                    kind = next((value.strip(" \"'") for key, _, value in lines if key == "kind"), "")
+                    names = [value.strip(" \"'") for key, _, value in lines if key == "name"]
+                else:
+                    continue
+                known = found.setdefault(kind, [])
+                known += [f"{kind}={name}" for name in names if name != "all" and f"{kind}={name}" not in known]
+        return found
+
+    async def write_specifications(self) -> None:
+        """Write down what this guest has now, one file for each kind. Somebody else's specification of a kind stands."""
+        self._missing = {}
+        os.makedirs(self.paths.cdi, exist_ok=True)
+        mine = {f for f in os.listdir(self.paths.cdi) if f.startswith("casemate-")}
+        devices = self._pci_devices()
+        written: set[str] = set()
+        tool = next(
+            (f"{p}/nvidia-ctk" for p in BASE_ENV["PATH"].split(":") if os.access(f"{p}/nvidia-ctk", os.X_OK)), ""
+        )
+        if tool and any(vendor == "0x10de" and code.startswith("0x03") for _, vendor, _, code in devices):
+            path = f"{self.paths.cdi}/casemate-nvidia-ctk.json"
+            ended = await run(
+                self.loop, [tool, "cdi", "generate", "--format=json", f"--output={path}"], timeout_s=120.0
+            )
+            if ended.code == 0:
+                written.add("casemate-nvidia-ctk.json")
+            else:
+                self._missing[NVIDIA] = f"nvidia-ctk: {ended.reason()}"
+        for file in mine - written:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self.paths.cdi}/{file}")
+        taken = {*self.known_devices(), *self._missing}
+        found: dict[str, Message] = {}
+        for recipe in (*RECIPES, *self._recipes()):
+            if recipe["kind"] not in taken:
+                self._cook(recipe, devices, found)
+        for kind, specification in found.items():
+            file = f"casemate-{kind.replace('/', '-')}.json"
+            write_text(f"{self.paths.cdi}/.{file}.new", json.dumps(specification))
+            os.replace(f"{self.paths.cdi}/.{file}.new", f"{self.paths.cdi}/{file}")
+
+    def _pci_devices(self) -> list[tuple[str, str, str, str]]:
+        """(address, vendor, device, class) of each function, by address."""
+        folder = f"{self.paths.sys}/bus/pci/devices"
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+        def word(name: str, which: str) -> str:
+            return read_text(f"{folder}/{name}/{which}", 16).strip()
+
+        return [(name, word(name, "vendor"), word(name, "device"), word(name, "class")) for name in names]
+
+    def _recipes(self) -> list[Message]:
+        """Those that the guest's image declares."""
+        folder, found = self.paths.recipes, []
+        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            try:
+                recipe = json.loads(read_text(f"{folder}/{file}"))
+                vendor, _, name = recipe["kind"].partition("/")
+                if not vendor or not name or not isinstance(recipe.get("nodes", []), list):
+                    raise ValueError("no kind vendor/class, or nodes are no list")
+                found.append(recipe)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                log(f"{folder}/{file} is no recipe: {error!r}")
+        return found
+
+    def _cook(self, recipe: Message, pci: list[tuple[str, str, str, str]], found: dict[str, Message]) -> None:
+        """Add the devices of one recipe to the specification of its kind."""
+        kind = recipe["kind"]
+        if "vendor" in recipe:
+            wanted = recipe["vendor"], recipe.get("device", ""), recipe.get("class", "")
+            places = [
+                a
+                for a, vendor, device, code in pci
+                if vendor == wanted[0] and device.startswith(wanted[1]) and code.startswith(wanted[2])
+            ]
+        else:
+            places = [""]
+        made: list[Message] = []
+        for n, address in enumerate(places):
+            words = self._words(n, address)
+            nodes = [self._node(node, words) for node in recipe.get("nodes", ())]
+            absent = [node["hostPath"] for node in nodes if not self._there(node["hostPath"])]
+            if absent:
+                self._missing[kind] = f"{absent[0]} of {address or kind} is not there: is its driver loaded?"
+                continue
+            made.append({"name": str(n), "containerEdits": {"deviceNodes": nodes}})
+        if not made:
+            return
+        self._missing.pop(kind, None)
+        shared = [self._node(node, {}) for node in recipe.get("shared", ())]
+        edits: Message = {"deviceNodes": [node for node in shared if self._there(node["hostPath"])]}
+        edits["mounts"] = [
+            {"hostPath": path, "containerPath": path, "options": ["ro", "nosuid", "nodev", "bind"]}
+            for pattern in recipe.get("mounts", ())
+            for path in self._glob(pattern)
+        ]
+        edits["env"] = [str(pair) for pair in recipe.get("env", ())]
+        every = [node for device in made for node in device["containerEdits"]["deviceNodes"]]
+        made.append({"name": "all", "containerEdits": {"deviceNodes": every}})
+        kept = {key: value for key, value in edits.items() if value}
+        found[kind] = {"cdiVersion": CDI_VERSION, "kind": kind, "devices": made, "containerEdits": kept}
+
+    def _words(self, n: int, address: str) -> dict[str, str]:
+        told = read_text(f"{self.paths.proc}/driver/nvidia/gpus/{address}/information") if address else ""
+        minor = next((line.split()[-1] for line in told.splitlines() if line.startswith("Device Minor")), str(n))
+        words = {"{n}": str(n), "{minor}": minor}
+        folder = f"{self.paths.sys}/bus/pci/devices/{address}/drm"
+        for name in sorted(os.listdir(folder)) if address and os.path.isdir(folder) else ():
+            for prefix, word in (("renderD", "{render}"), ("card", "{card}")):
+                if name.startswith(prefix):
+                    words[word] = name
+        return words
+
+    @staticmethod
+    def _node(node: Any, words: Mapping[str, str]) -> Message:
+        path, source = (
+            (node, node) if isinstance(node, str) else (str(node["path"]), str(node.get("from", node["path"])))
+        )
+        for word, text in words.items():
+            path, source = path.replace(word, text), source.replace(word, text)
+        return {"path": path, "hostPath": source}
+
+    def _there(self, path: str) -> bool:
+        return os.path.exists(f"{self.paths.root}{path}")
+
+    def _glob(self, pattern: str) -> list[str]:
+        import fnmatch  # here, since few guests need it
+
+        folder, _, name = pattern.rpartition("/")
+        where = f"{self.paths.root}{folder}"
+        names = sorted(os.listdir(where)) if os.path.isdir(where) else []
+        return [f"{folder}/{found}" for found in names if fnmatch.fnmatchcase(found, name)]
+
+    # Huge pages.
+
+    async def _pages(self, pod: "Pod", spec: Message, mounted: bool = False) -> None:
+        held = pages_of(spec)
+        for key, count in held.items():
+            self._pool(key, count, pod)
+        for volume in spec.get("volumes") or ():
+            empty = volume.get("emptyDir") or {}
+            medium = str(empty.get("medium") or "")
+            if not medium.startswith("HugePages"):
+                continue
+            key = f"hugepages-{medium[10:]}" if medium[10:] else next(iter(held))
+            folder = f"{self.paths.run}/hugepages/{pod.name}/{volume['name']}"
+            is_mount = f" {folder} hugetlbfs " in read_text(self.paths.mounts)
+            if is_mount and not mounted:
+                await run(self.loop, ["umount", folder])
+            if not is_mount or not mounted:
+                limit = int(parse_amount(empty.get("sizeLimit") or held[key] * HUGE_PAGES[key][1]))
+                os.makedirs(folder, mode=0o755, exist_ok=True)
+                options = f"pagesize={HUGE_PAGES[key][2]},size={limit},mode=0777"
+                ended = await run(self.loop, ["mount", "-t", "hugetlbfs", "-o", options, "casemate", folder])
+                if ended.code != 0:
+                    raise Lacking("HugePagesUnavailable", f"volume {volume['name']}: {ended.reason()}")
+            del volume["emptyDir"]
+            volume["hostPath"] = {"path": folder, "type": "Directory"}
+
+    def _pool(self, key: str, count: int, pod: "Pod | None" = None) -> None:
+        """Have the kernel keep as many pages as all pods hold, and what it kept when the guest booted. Raises Lacking."""
+        folder = f"{self.paths.sys}/kernel/mm/hugepages/{HUGE_PAGES[key][0]}"
+        path, floor_path = f"{folder}/nr_hugepages", f"{self.paths.run}/{key}.floor"
+        others = [pages_of(p.spec()).get(key, 0) for p in self.pods.pods.values() if p is not pod and p.maybe_there]
+        now = read_text(path, 32).strip()
+        if not count and not os.path.exists(floor_path):
+            return
+        if not now.isdigit():
+            raise Lacking("HugePagesUnavailable", f"{key}: this guest's processor or kernel has no such pages")
+        if not os.path.exists(floor_path):
+            write_text(floor_path, now)
+        wanted = max(int(read_text(floor_path) or 0), count + sum(others))
+        for again in (False, True):
+            if again:
+                write_text(f"{self.paths.proc}/sys/vm/compact_memory", "1")
+            if int(now) != wanted:
+                write_text(path, str(wanted))
+                now = read_text(path, 32).strip() or "0"
+            if not now.isdigit() or int(now) >= wanted or not count:
+                break
+        if count and (not now.isdigit() or int(now) < wanted):
+            had = max(0, (int(now) if now.isdigit() else 0) - sum(others))
+            raise Lacking("HugePagesUnavailable", f"{key}: {count} pages asked, the guest's memory yields {had}")
+
+    # CPUs.
+
+    def _cpus(self, pod: "Pod", spec: Message) -> None:
+        online = parse_cpus(read_text(f"{self.paths.sys}/devices/system/cpu/online"))
+        taken = {n for p in self.pods.pods.values() if p is not pod for c in p.containers.values() for n in c.cpus}
+        for container in spec["containers"]:
+            count = own_cpus(spec, container)
+            free = sorted(online - taken)
+            if count and count >= len(free):
+                told = f"{len(online)} are online, {len(online & taken)} belong to others, and one stays with the guest"
+                raise Lacking("CpusUnavailable", f"{container['name']}: {count} CPUs for itself asked: {told}")
+            mine = free[len(free) - count :] if count else []  # the last ones: interrupts and boot like the first
+            taken.update(mine)
+            pod.containers[container["name"]].cpus = mine
+
+    async def pin(self, pod: "Pod") -> Ended | None:
+        """Between the making of containers and their start: podman keeps the set for every later start too. What failed,
+        or None."""
+        for container in pod.containers.values():
+            if container.cpus:
+                words = ["update", "--cpuset-cpus", format_cpus(set(container.cpus)), f"{pod.name}-{container.name}"]
+                ended = await self.pods.podman(words)
+                if ended.code != 0:
+                    return ended
+        return None
+
+    def started(self, pod: "Pod", container: "Container") -> None:
+        """A container runs: bound what it may have of huge pages, and take its CPUs from everybody else."""
+        specs = [c for c in pod.spec().get("containers", ()) if c["name"] == container.name]
+        limits = amounts(specs[0], "limits") if specs else {}
+        pages = {key: int(parse_amount(limits[key])) for key in HUGE_PAGES if key in limits}
+        if not container.cpus and not pages:
+            return
+        try:
+            told = read_text(f"{self.paths.proc}/{self.pods.pid_of(container)}/cgroup")
+        except LookupError:
+            return  # it has ended already
+        where = next((line[3:] for line in told.splitlines() if line.startswith("0::/")), "")
+        parts = where.strip("/").split("/")
+        depth = next((i + 1 for i, part in enumerate(parts) if part.endswith(container.id) and container.id), 0)
+        if not depth:
+            return
+        for key, limit in pages.items():
+            # without the controller its volumes are bounded still, by their size
+            write_text(f"{self.paths.cgroup}/{'/'.join(parts[:depth])}/hugetlb.{HUGE_PAGES[key][3]}.max", str(limit))
+        if container.cpus:
+            problem = self._partition(pod, container, parts[:depth])
+            if problem:
+                text = (
+                    f"CPUs {format_cpus(set(container.cpus))} are its own, but others are not kept off them: {problem}"
+                )
+                self.pods.helper.note(pod.name, container.name, "CpusNotExclusive", text, "Warning")
+
+    def _partition(self, pod: "Pod", container: "Container", parts: list[str]) -> str:
+        """Make the container's cgroup a partition (cgroup v2, "cpuset.cpus.partition"): its CPUs are in nobody else's set.
+
+        Each cgroup above must hand them on first: the pod's those of its containers, the ones above those of all pods.
+        """
+        everybody = {n for p in self.pods.pods.values() for c in p.containers.values() for n in c.cpus}
+        of_pod = {n for c in pod.containers.values() for n in c.cpus}
+        path = self.paths.cgroup
+        for level, part in enumerate(parts):
+            path = f"{path}/{part}"
+            left = len(parts) - 1 - level
+            cpus = set(container.cpus) if not left else of_pod if left == 1 else everybody
+            if not write_text(f"{path}/cpuset.cpus.exclusive", format_cpus(cpus)):
+                return f"{part} takes no cpuset.cpus.exclusive (Linux 6.7 and later have it)"
+        if not write_text(f"{path}/cpuset.cpus.partition", "root"):
+            return f"{parts[-1]} takes no partition"
+        state = read_text(f"{path}/cpuset.cpus.partition").strip()
+        return "" if state == "root" else state
 
 
 # --- what a guest does for itself --------------------------------------------------------------------------------------

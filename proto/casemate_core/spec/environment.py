@@ -12,6 +12,7 @@ from casemate_core.errors import Violation, shown
 from casemate_core.quantity import format_mib, format_seconds
 from casemate_core.spec.meta import Meta, check_labels, check_meta, check_name
 from casemate_core.spec.pod import check_pods
+from casemate_core.spec.podresources import check_against_vm
 
 MAX_REPLICAS = 1000
 MAX_CPUS = 512
@@ -20,6 +21,9 @@ MAX_MEMORY_MIB = 64 * 1024 * 1024
 MAX_DISK_MIB = 64 * 1024 * 1024
 MAX_NICS = 16
 MAX_DEVICES = 16
+MAX_GPU_REQUESTS = 8
+MAX_GPUS = 64
+MAX_GPU_TEXT = 128
 MAX_VLAN = 4094
 MAX_RATE_MBPS = 1_000_000
 MAX_ARCHIVES = 8
@@ -80,6 +84,19 @@ class DeviceSpec:
     labels: Mapping[str, str]
     count: int = 1
     near: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSpec:
+    """GPUs as asked for: ``count`` of a model, whole or one slice of each (``share``: a profile, or thousandths of it)."""
+
+    model: str = "*"
+    count: int = 1
+    link: str = "any"
+    #: Name of a MIG or vGPU profile; empty: not by profile.
+    share: str = ""
+    #: A slice of so many thousandths, by whatever profile has them; 0: not by size.
+    share_milli: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +170,12 @@ class EnvironmentSpec:
     devices: tuple[DeviceSpec, ...] = ()
     #: No network interface at all; ``nics`` is empty then, and only then.
     isolated: bool = False
+    gpus: tuple[GpuSpec, ...] = ()
+
+    @property
+    def gpu_count(self) -> int:
+        """GPUs, whole or in part, that each instance has."""
+        return sum(gpu.count for gpu in self.gpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +216,13 @@ def check_environment(env: Environment) -> Iterator[Violation]:
     yield from _at_most("spec.archives", len(spec.archives), MAX_ARCHIVES)
     for i, archive in enumerate(spec.archives):
         yield from check_name(f"spec.archives[{i}]", archive)
-    yield from check_pods("spec.pods", spec.pods)
+    yield from _check_gpus(spec.gpus)
+    unsound = list(check_pods("spec.pods", spec.pods))
+    yield from unsound
+    if not unsound:
+        yield from check_against_vm(
+            "spec.pods", spec.pods, gpus=spec.gpu_count, cpus=spec.cpu.count, memory_mib=spec.memory.size_mib
+        )
     yield from _at_most("spec.sshKeys", len(spec.ssh_keys), MAX_SSH_KEYS)
     for i, key in enumerate(spec.ssh_keys):
         if not _SSH_KEY.match(key):
@@ -286,6 +315,20 @@ def _check_device(path: str, device: DeviceSpec) -> Iterator[Violation]:
     if not device.labels:
         yield Violation(f"{path}.labels", "", "is empty", "name what it is, for example {type: fec}")
     yield from _between(f"{path}.count", device.count, 1, 64)
+
+
+def _check_gpus(gpus: tuple[GpuSpec, ...]) -> Iterator[Violation]:
+    yield from _at_most("spec.gpus", len(gpus), MAX_GPU_REQUESTS)
+    for i, gpu in enumerate(gpus):
+        path = f"spec.gpus[{i}]"
+        yield from _between(f"{path}.count", gpu.count, 1, MAX_GPUS)
+        for name, text in (("model", gpu.model), ("share", gpu.share)):
+            if len(text) > MAX_GPU_TEXT or not text.isprintable():
+                yield Violation(
+                    f"{path}.{name}", shown(text), "is no name", f"keep it within {MAX_GPU_TEXT} characters"
+                )
+        if (gpu.share or gpu.share_milli) and gpu.link != "any":
+            yield Violation(f"{path}.link", gpu.link, "is for whole GPUs: slices have none", "leave out link, or share")
 
 
 def _check_cpu(cpu: Cpu) -> Iterator[Violation]:

@@ -12,6 +12,7 @@ from typing import Any
 from casemate_core.errors import Violation, shown
 from casemate_core.quantity import BadQuantity, parse_bytes, parse_millicpus
 from casemate_core.spec.meta import check_labels, check_name
+from casemate_core.spec.podresources import check_annotations, check_resources, check_volumes, is_device
 
 MAX_PODS = 64
 MAX_CONTAINERS = 32
@@ -51,8 +52,16 @@ _CONTAINER = {
     "ports[].protocol": "TCP|UDP|SCTP",
     "resources.limits.cpu": "cpus",
     "resources.limits.memory": "bytes",
+    "resources.limits.hugepages-2Mi": "bytes",
+    "resources.limits.hugepages-1Gi": "bytes",
+    "resources.limits.<vendor>/<class>": "amount",
+    "resources.limits.<vendor>/<class>=<name>": "amount",
     "resources.requests.cpu": "cpus",
     "resources.requests.memory": "bytes",
+    "resources.requests.hugepages-2Mi": "bytes",
+    "resources.requests.hugepages-1Gi": "bytes",
+    "resources.requests.<vendor>/<class>": "amount",
+    "resources.requests.<vendor>/<class>=<name>": "amount",
     "volumeMounts[].name": "string",
     "volumeMounts[].mountPath": "string",
     "volumeMounts[].readOnly": "bool",
@@ -80,7 +89,7 @@ FIELDS: Mapping[str, str] = {
     "spec.hostname": "name",
     "spec.terminationGracePeriodSeconds": "count",
     "spec.volumes[].name": "string",
-    "spec.volumes[].emptyDir.medium": "|Memory",
+    "spec.volumes[].emptyDir.medium": "|Memory|HugePages|HugePages-2Mi|HugePages-1Gi",
     "spec.volumes[].emptyDir.sizeLimit": "bytes",
     "spec.volumes[].hostPath.path": "string",
     "spec.volumes[].hostPath.type": "|DirectoryOrCreate|Directory|FileOrCreate|File|Socket|CharDevice|BlockDevice",
@@ -110,6 +119,8 @@ def _tree() -> dict[str, Any]:
 
 
 TREE = _tree()
+#: Stands in the table for every name of a device (`podresources.DEVICE_KEY`).
+_DEVICE = "<vendor>/<class>"
 _OBJECTS_THAT_MAY_BE_EMPTY = frozenset({"emptyDir"})
 
 
@@ -154,6 +165,8 @@ def check_pod(path: str, manifest: Mapping[str, Any]) -> Iterator[Violation]:
         yield Violation(f"{path}.spec.containers", "", "is missing", "give the pod at least one container")
         return
     yield from _check_secret_volumes(f"{path}.spec.volumes", _objects(spec.get("volumes")))
+    yield from check_annotations(path, manifest)
+    yield from check_volumes(path, manifest)
     # what is no text is told by its own path already
     volumes = {v.get("name") for v in _objects(spec.get("volumes")) if isinstance(v.get("name"), str)}
     secret = {v.get("name") for v in _objects(spec.get("volumes")) if isinstance(v.get("name"), str) and "secret" in v}
@@ -226,6 +239,7 @@ def _check_container(
             f"{path}.name", shown(name), "is the name of another container of this pod", "give each a name of its own"
         )
     names.add(name)
+    yield from check_resources(path, container)
     for i, variable in enumerate(_objects(container.get("env"))):
         if "valueFrom" not in variable:
             continue
@@ -264,10 +278,10 @@ def _check_object(path: str, value: Any, tree: Mapping[str, Any]) -> Iterator[Vi
     for key, item in value.items():
         here = (
             f"{path}.{key}"
-            if isinstance(key, str) and re.match(r"[A-Za-z0-9_/.-]{1,63}\Z", key)
+            if isinstance(key, str) and re.match(r"[A-Za-z0-9_/.=-]{1,63}\Z", key)
             else f"{path}.{shown(key)}"
         )
-        kind = tree.get(key)
+        kind = tree.get(_DEVICE) if _DEVICE in tree and isinstance(key, str) and is_device(key) else tree.get(key)
         listed = tree.get(f"{key}[]")
         if isinstance(listed, Mapping):
             if not isinstance(item, list):
@@ -309,6 +323,10 @@ def _check_leaf(path: str, value: Any, kind: str) -> Iterator[Violation]:
     elif kind == "count":
         if not _is_count(value, 0, 2**31 - 1):
             yield Violation(path, shown(value), "is not a whole number from 0 up", "write a number such as 10")
+    elif kind == "amount":
+        number = int(value) if isinstance(value, str) and re.match(r"[0-9]{1,9}\Z", value, re.ASCII) else value
+        if not _is_count(number, 0, 2**31 - 1):
+            yield Violation(path, shown(value), "is not a whole number from 0 up", "write a number such as 1")
     elif kind == "port":
         if not _is_count(value, 1, 65535):
             yield Violation(path, shown(value), "is not a port number", "write 1 to 65535")

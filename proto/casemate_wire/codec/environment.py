@@ -1,5 +1,7 @@
 """Environment ⇄ message. Both directions are total over the fields that this release serves."""
 
+import re
+
 from casemate_core.quantity import (
     format_bytes,
     format_mib,
@@ -15,6 +17,7 @@ from casemate_core.spec.environment import (
     DeviceSpec,
     Environment,
     EnvironmentSpec,
+    GpuSpec,
     Memory,
     NicSpec,
     PlacementRules,
@@ -48,6 +51,7 @@ def from_message(message: pb.Environment) -> Environment:
             nics=tuple(map(_nic_from_message, spec.nics)) or (() if spec.isolated else (NicSpec(),)),
             isolated=spec.isolated,
             devices=tuple(DeviceSpec(dict(d.labels), d.count or 1, d.near) for d in spec.devices),
+            gpus=tuple(map(_gpu_from_message, spec.gpus)),
             image=spec.image,
             archives=tuple(spec.archives),
             disk_mib=parse_mib(spec.disk.size) if spec.disk.size else 0,
@@ -94,6 +98,22 @@ def _nic_from_message(message: pb.Nic) -> NicSpec:
     )
 
 
+def _gpu_from_message(message: pb.GpuRequest) -> GpuSpec:
+    part = re.fullmatch(r"([1-9][0-9]{0,2})m", message.share, re.ASCII)
+    return GpuSpec(
+        message.model or "*",
+        message.count or 1,
+        message.link or "any",
+        "" if part else message.share,
+        int(part[1]) if part else 0,
+    )
+
+
+def _gpu_to_message(gpu: GpuSpec) -> pb.GpuRequest:
+    share = f"{gpu.share_milli}m" if gpu.share_milli else gpu.share
+    return pb.GpuRequest(model=gpu.model, count=gpu.count, link=gpu.link, share=share)
+
+
 def _mbps(text: str) -> int:
     """A rate in whole Mbit/s, rounded up: a limit that a guest asked for is not lowered."""
     return -(-parse_bits_per_second(text) // 10**6) if text else 0
@@ -133,6 +153,7 @@ def to_message(env: Environment, status: EnvironmentStatus | None = None) -> pb.
             ),
             nics=[_nic_to_message(n) for n in spec.nics],
             devices=[pb.DeviceRequest(labels=d.labels, count=d.count, near=d.near) for d in spec.devices],
+            gpus=[_gpu_to_message(g) for g in spec.gpus],
             image=spec.image,
             archives=spec.archives,
             pods=[struct(p) for p in spec.pods],

@@ -315,13 +315,15 @@ class GpuRequest(_message.Message):
     LINK_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Model, with `*` for any characters."""
+    """Model, with `*` for any characters; any model where it is not set."""
     count: _builtins.int
     """How many, 1 where it is not set."""
     link: _builtins.str
-    """How they are linked with one another."""
+    """How they are linked with one another: `pcie` under one root complex, `nvlink` all to all. `any` where it is not set."""
     share: _builtins.str
-    """Part of a GPU: the name of a MIG or vGPU profile."""
+    """A part of each GPU instead of the whole: the name of a MIG or vGPU profile (`1g.18gb`), or thousandths (`250m`), for
+    which the smallest profile is taken that has as many.
+    """
     def __init__(
         self,
         *,
