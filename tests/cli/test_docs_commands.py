@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.fleet import Fleet, free_port
+from support.fleet import Fleet, casemate, clean_environment, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -30,7 +30,7 @@ ELSEWHERE = {
     "casemate ssh hello": "a login needs sshd: tests/journeys/test_hello.py",
     "casemate ssh hello-0 -- uname -a": "a login needs sshd: tests/journeys/test_hello.py",
     "casemate ssh hello -- -L 8080:127.0.0.1:8080 -N": "a login needs sshd: tests/journeys/test_hello.py",
-    "casemate dev down": "it would end the fleet of these tests, which it does in the end: tests/support/fleet.py",
+    "casemate dev down": "it would end the fleet of these tests: below, with one of its own in tests/cli/test_docs_commands.py",
 }
 #: Names of the documents → of this fleet.
 NAMES = {
@@ -93,6 +93,24 @@ def test_the_exceptions_are_few_and_of_commands_that_are_there() -> None:
     assert set(ELSEWHERE) <= there
     assert set(CODES) <= there
     assert len(ELSEWHERE) < 10
+    for command, why in ELSEWHERE.items():
+        assert f'"{command}"' in (ROOT / why.rpartition(" ")[2]).read_text(), f"{command} is not run where it says"
+
+
+@pytest.mark.timeout(300)
+def test_the_fleet_that_is_nobody_elses_ends_as_the_documents_say(tmp_path: Path) -> None:
+    """The folder is the default one, of a person of its own."""
+    port = free_port()
+    environ = clean_environment(tmp_path, f"127.0.0.1:{port}")
+    casemate(
+        "dev", "up", "--simulated", "1", "--no-example", "--port", str(port), environ=environ, timeout_s=120
+    ).ok()  # fmt: skip
+    kept = tmp_path / "state/casemate/dev"
+    assert (kept / "pids/manager.json").is_file()
+    down = "casemate dev down"
+    assert casemate(*down.split()[1:], environ=environ, timeout_s=120).code == 0
+    assert not kept.exists()
+    assert casemate("version", environ=environ).code == 8
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ One boot serves as many claims as it can, because an emulated guest takes its ti
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import tarfile
@@ -18,6 +19,7 @@ import pytest
 
 from casemate_agent import sandbox as sandboxes
 from support.devfleet import DevFleet
+from support.fleet import free_port
 from support.realfleet import nft, traces_of, traces_of_scope
 from support.terminal import Terminal
 
@@ -168,8 +170,9 @@ def _logs(dev: DevFleet) -> None:
 
 def _sides(dev: DevFleet) -> None:
     """Commands, terminals, files, ports, SSH and the console of a real VM: what simulated guests only play."""
-    assert dev.run("exec", "--vm", "hello-0", "--", "podman", "ps", timeout_s=180).ok().count("localhost/hello:1") >= 1
-    terminal = Terminal(dev, "exec", "-it", "hello-0.web", "--", "sh")
+    listed = dev.run(*documented("casemate exec --vm hello-0 -- podman ps"), timeout_s=180).ok()
+    assert listed.count("localhost/hello:1") >= 1
+    terminal = Terminal(dev, *documented("casemate exec -it hello-0.web -- sh"))
     terminal.resize(31, 97)
     terminal.until(b"# ")
     terminal.type(b"stty size; exit 7\r")
@@ -199,6 +202,7 @@ def _sides(dev: DevFleet) -> None:
             forward.stdout.close()
     told = dev.run("ssh", "hello-0", "--", "-o", "BatchMode=yes", "uname -n; exit 5", timeout_s=180)
     assert (told.code, told.out) == (5, "hello-0\n"), told.err
+    _documented_logins(dev)
     first, second = Terminal(dev, "console", "hello"), Terminal(dev, "console", "hello-0")
     for sitting in (first, second):
         sitting.until(b"Ctrl-] leaves")
@@ -207,6 +211,33 @@ def _sides(dev: DevFleet) -> None:
         sitting.until(b"login:")
         sitting.type(b"\x1d")
         assert sitting.end() == 0
+
+
+def documented(command: str) -> list[str]:
+    """The words of a command as a document has it, which `test_docs_commands` finds here."""
+    return shlex.split(command)[1:]
+
+
+def _documented_logins(dev: DevFleet) -> None:
+    """The commands of the documents that need an sshd."""
+    told = dev.run(*documented("casemate ssh hello-0 -- uname -a"), timeout_s=180).ok()
+    assert told.startswith("Linux hello-0 ")
+    sitting = Terminal(dev, *documented("casemate ssh hello"))
+    sitting.until(b"# ")
+    sitting.type(b"echo on-$((40 + 2)); exit 4\r")
+    sitting.until(b"on-42")
+    assert sitting.end() == 4
+    port = free_port()
+    words = documented("casemate ssh hello -- -L 8080:127.0.0.1:8080 -N")
+    led = dev.start(*(word.replace("8080:127", f"{port}:127") for word in words))
+    try:
+        dev.until("the port is led through", lambda: answer("127.0.0.1", f":{port}"), 120)
+        assert answer("127.0.0.1", f":{port}") == "Hello from hello-0\n"
+    finally:
+        led.terminate()
+        led.wait(60)
+        assert led.stdout
+        led.stdout.close()
 
 
 def _hello(*pods: dict[str, Any]) -> str:
