@@ -4,6 +4,7 @@ The composition is here and not in ``__main__`` so that tests and the simulator 
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from casemate_manager.api.identities import IdentityService
 from casemate_manager.api.metrics import ManagerMetrics
 from casemate_manager.api.service import FleetService
 from casemate_manager.api.support import SupportService
+from casemate_manager.api.timing import Timing
 from casemate_manager.api.tls import ServerTls
 from casemate_manager.api.why import PlacerWhy
 from casemate_manager.fleet.acts import Actor, By
@@ -187,8 +189,9 @@ async def running(
         signing = asyncio.create_task(sign_on(writer, notary, sessions.witness, clock, sign_every_s), name="notary")
         support = SupportService(writer, channels, metrics, version)
         care = HostCareService(core, channels, core.scribe)
+        gates = Timing(lambda: writer.meter, time.monotonic), gate
         grpc_server, port = await server.serve(
-            listen, service, sides, HostLink(sessions), support, care, gate, audit, identity, joining, listen_enrolment
+            listen, service, sides, HostLink(sessions), support, care, gates, audit, identity, joining, listen_enrolment
         )
         warming = asyncio.create_task(why.keep_warm(lambda: (core.state, core.observed)), name="why-warm")
         manager = Manager(writer, core, sessions, grpc_server, port, joining.enrolment_port if joining else 0, metrics)

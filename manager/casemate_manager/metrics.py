@@ -35,6 +35,14 @@ DELTAS: Final = counter("casemate_host_deltas_total", "Reports of what hosts obs
 EPOCH: Final = gauge("casemate_epoch", "Term that this manager leads.")
 REVISION: Final = gauge("casemate_revision", "Revision of the committed state.")
 LEADING: Final = gauge("casemate_leading", "1 while commands are taken, 0 while the store cannot be written.")
+# --- who asks ---
+RPCS: Final = counter("casemate_rpcs_total", "Calls that have ended, by method and gRPC's code.", "method", "code")
+RPC_S: Final = histogram(
+    "casemate_rpc_duration_seconds",
+    "Time from a request to its answer, of calls that do not stream, by method and gRPC's code.",
+    "method",
+    "code",
+)
 # --- who is connected ---
 SESSIONS: Final = gauge("casemate_sessions", "Hosts whose stream is up.")
 HELLOS: Final = counter("casemate_hellos_total", "Hosts that dialled, by what they were told.", "answer")

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -48,6 +50,8 @@ from casemate_manager.store.sqlite import SqliteStore
 from casemate_manager.writer import Writer
 from casemate_wire.exposition import rendered, served
 from casemate_wire.stream import Hello, Outcome
+from casemate_wire.v1 import operators_pb2 as pb
+from casemate_wire.v1.operators_pb2_grpc import FleetStub
 from support.small_fleet import image
 from support.whole_fleet import WholeFleet, environment, until, whole_fleet
 
@@ -189,6 +193,8 @@ async def story_of_a_manager(fleet: WholeFleet) -> list[Rows]:
     refusal = Outcome("", uid, "Failed", "PlacementRefused", "no such thread", placement_refused=True)
     await writer.submit(HostNote(placement.host, session, refusal))
     await writer.submit(HostHello(Hello("BAD NAME", "b", 0, 0, "", 1), "s"))
+    async with grpc.aio.insecure_channel(fleet.address) as channel:
+        await FleetStub(channel).List(pb.ListRequest(kind="Host"), timeout=60)
     watch = manager.core.feed.subscribe("Host")
     rows = await manager.metrics.rows()
     manager.core.feed.unsubscribe(watch)
@@ -227,6 +233,41 @@ async def test_figures_of_a_manager_are_those_of_its_fleet(tmp_path: Path) -> No
         assert seen["casemate_commands_total", (("command", "ApplyResources"), ("outcome", "taken"))] == 2
         assert seen["casemate_commit_duration_seconds_count", ()] > 0
         assert seen["casemate_leading", ()] == 1
+        async with grpc.aio.insecure_channel(fleet.address) as channel:
+            stub = FleetStub(channel)
+            await stub.List(pb.ListRequest(kind="Environment"), timeout=60)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Get(pb.GetRequest(kind="Environment", tenant="default", name="nobody"), timeout=60)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Apply(pb.ApplyRequest(), timeout=60)
+            assert [event async for event in stub.Events(pb.EventsRequest(), timeout=60)]
+            watch = stub.Watch(pb.WatchRequest(kind="Host"), timeout=60)
+            await watch.read()
+            watch.cancel()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await channel.unary_unary("/casemate.v1.Fleet/Nonsense")(b"", timeout=60)
+        kept = {
+            ("Fleet/List", "OK"): 1,
+            ("Fleet/Get", "NOT_FOUND"): 1,
+            ("Fleet/Apply", "INVALID_ARGUMENT"): 1,
+            ("Fleet/Events", "OK"): 1,
+            ("Fleet/Watch", "CANCELLED"): 1,
+            ("other", "UNIMPLEMENTED"): 1,
+        }
+        counted: dict[tuple[str, str], float] = {}
+        give_up_s = time.monotonic() + 60
+        while counted != kept:  # a call is counted when it has ended here, which its caller does not wait for
+            assert time.monotonic() < give_up_s, counted
+            await asyncio.sleep(0.05)
+            seen = await scraped(fleet.manager.metrics_url)
+            found = {dict(labels)["method"]: dict(labels) for name, labels in seen if name == "casemate_rpcs_total"}
+            counted = {
+                (each["method"], each["code"]): seen["casemate_rpcs_total", tuple(sorted(each.items()))]
+                for each in found.values()
+                if each["method"] != "HostLink/Session"
+            }
+        timed = {dict(labels)["method"] for name, labels in seen if name == "casemate_rpc_duration_seconds_count"}
+        assert timed == {"Fleet/List", "Fleet/Get", "Fleet/Apply"}, "what streams lasts as long as somebody listens"
         assert seen["process_open_fds", ()] > 0
         threads = [seen["casemate_capacity_threads", (("state", word),)] for word in ("used", "free")]
         assert sum(threads) == 8

@@ -92,17 +92,17 @@ async def serve(
     hosts: hosts_pb2_grpc.HostLinkServicer,
     support: support_pb2_grpc.SupportServicer,
     care: hostcare_pb2_grpc.HostCareServicer,
-    gate: grpc.aio.ServerInterceptor,
+    gates: Sequence[grpc.aio.ServerInterceptor],
     audit: audit_pb2_grpc.AuditServicer,
     identity: identity_pb2_grpc.IdentityServicer,
     joining: Joining | None = None,
     enrolment_address: str = "",
 ) -> tuple[grpc.aio.Server, int]:
-    """A started server, all services behind the gate, and the port it listens on. Raises Unavailable where a port is taken.
+    """A started server and the port it listens on. Raises Unavailable where a port is taken.
 
-    ``joining``: with TLS, and machines enrol at ``enrolment_address``. None: plain text, on loopback only.
+    All services are behind the gates, the outermost first. ``joining``: with TLS, and machines enrol at ``enrolment_address``. None: plain text, on loopback only.
     """
-    server = grpc.aio.server(options=OPTIONS, interceptors=[gate])
+    server = grpc.aio.server(options=OPTIONS, interceptors=list(gates))
     operators_pb2_grpc.add_FleetServicer_to_server(fleet, server)
     channels_pb2_grpc.add_ChannelsServicer_to_server(channels, server)
     hosts_pb2_grpc.add_HostLinkServicer_to_server(hosts, server)
