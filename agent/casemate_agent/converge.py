@@ -60,6 +60,9 @@ from casemate_core.spec.instance import (
 )
 from casemate_core.spec.secret import lacks_text
 
+#: Between looks at a guest that boots, until its kernel is seen.
+KERNEL_S = 2.0
+
 __all__ = ["ACTIVE", "ActionOutcome", "InstancePlan", "Settings", "converge", "remember"]
 
 
@@ -278,6 +281,8 @@ def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
         and Phase(r.phase or Phase.UNKNOWN) not in (Phase.RUNNING, Phase.READY)
     ):
         d.says(Phase.STARTING, "GuestBooting")
+        if domain.pid not in d.observed.kernels:
+            d.wake(d.now + KERNEL_S)  # until it is seen at work: then the helper tells the rest by itself
     elif not guest.connected:
         d.says(Phase.RUNNING, "GuestSilent", "the guest's helper is not connected")
     elif guest.revision != wanted:
@@ -473,6 +478,7 @@ def _finish(base: InstanceRecord, d: Draft) -> InstancePlan:
         claim=r.claim,
         order=orders.state(r.order) if r.order is not None else None,
         cloud_init_message=guest.cloud_init_message,
+        kernel=domain is not None and domain.pid in d.observed.kernels,
     )
     return InstancePlan(base, r, state, tuple(d.actions), d.wake_s, tuple(d.notes), tuple(d.drift))
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TypeVar
 
+from casemate_agent.domain.devices import SEED_TARGET
 from casemate_agent.drafting import ACTIVE
-from casemate_agent.drivers.ports import DomainFacts, Drivers, MachineFacts, QemuThreads
+from casemate_agent.drivers.ports import DomainFacts, DomainStats, Drivers, MachineFacts, QemuThreads
 from casemate_agent.functions import FunctionFacts
 from casemate_agent.records import GuestView, InstanceRecord, Observation
 from casemate_core.errors import CasemateError
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 #: Interfaces whose taps are looked for on behalf of an instance of which only files are left.
 MOST_NICS = 8
+
+KERNEL_DEADLINE_S = 2.0
 
 NETWORK_CHECK_S = 600.0
 """How long the answer to whether this host can make networks holds: it costs a process, and a kernel rarely changes."""
@@ -43,6 +46,7 @@ class Observer:
     #: Look also at VMs whose threads float: they must be off those of others.
     floating: bool = True
     _affinities: dict[int, QemuThreads] = field(default_factory=dict)
+    _kernels: frozenset[int] = frozenset()
     _taps: dict[tuple[str, int], str] = field(default_factory=dict)
     _silent_since_s: dict[str, float] = field(default_factory=dict)
     _network_problem: str | None = None
@@ -112,6 +116,7 @@ class Observer:
         self._affinities = await self._look_at_pins(
             tuple(filter(None, (d.pid for d in domains or () if self._watched(d))))
         )
+        await self._look_for_kernels(domains or (), guests)
         self._silent_since_s = {port: self._silent_since_s.get(port, now_s) for port in silent}
         guarded: dict[str, tuple[str, ...]] = {}
         if networks is not None and networks.guards:
@@ -126,6 +131,7 @@ class Observer:
             networks=networks,
             functions=functions,
             affinities=self._affinities,
+            kernels=self._kernels,
             guarded=guarded,
             guests=dict(guests),
             attached=drivers.guests.attached(),
@@ -136,6 +142,23 @@ class Observer:
             silent=silent,
             silent_since_s=dict(self._silent_since_s),
         )
+
+    async def _look_for_kernels(self, domains: Iterable[DomainFacts], guests: Mapping[str, GuestView]) -> None:
+        """Who of the guests that boot has a kernel at work: the seed is read by nobody before it."""
+        active = {d.pid: d.uuid for d in domains if d.owned and d.pid}
+        self._kernels &= active.keys()
+        unheard = {uid: pid for pid, uid in active.items() if not guests.get(uid, GuestView()).boot_id}
+        asked = frozenset(uid for uid, pid in unheard.items() if pid not in self._kernels)
+        if not asked:
+            return
+
+        async def ask(deadline_s: float) -> tuple[DomainStats, ...]:
+            return await self.drivers.hypervisor.stats(deadline_s, asked)
+
+        # One QEMU that hangs must not hold up the whole look.
+        for told in await self._ask("hypervisor", ask, min(self.deadline_s, KERNEL_DEADLINE_S), {}) or ():
+            if any(disk.name == SEED_TARGET and disk.read_requests for disk in told.blocks):
+                self._kernels |= {unheard[told.uuid]}
 
     async def _check_network(self, now_s: float) -> None:
         """Ask whether this host can make networks, where the last answer is old."""

@@ -185,6 +185,8 @@ class Observation:
     affinities: Mapping[int, QemuThreads] = field(default_factory=dict)
     #: By process: the vCPUs' sets and the others' that this agent has bound its threads to last.
     pinned: Mapping[int, tuple[tuple[CpuSet, ...], CpuSet]] = field(default_factory=dict)
+    #: Processes in which a kernel was seen at work. Asked of those alone whose guest was not heard yet.
+    kernels: frozenset[int] = frozenset()
     #: Instances that may have been started since the observation began.
     unsure: frozenset[str] = frozenset()
     #: Guarded taps of ours by the uid of the instance, in the order of its interfaces.

@@ -127,7 +127,10 @@ TABLE = [
     # running
     Row("runs, not yet attached", RUNNING, seen(domain()), ["AttachGuest"], Phase.RUNNING, "GuestSilent"),
     Row("boots", replace(RUNNING, phase="Starting"), seen(domain(), attached=frozenset({ME})), [], Phase.STARTING,
-        "GuestBooting"),
+        "GuestBooting", 2.0, more=lambda p: not p.state.kernel),
+    Row("boots, its kernel seen", replace(RUNNING, phase="Starting"),
+        seen(domain(), attached=frozenset({ME}), kernels=frozenset({77})), [], Phase.STARTING, "GuestBooting",
+        more=lambda p: p.state.kernel),
     Row("guest works on no pods yet", RUNNING,
         seen(domain(), attached=frozenset({ME}), guests={ME: GuestView(True, "guest-1")}), ["ApplyPods"], Phase.RUNNING,
         "ApplyingPods"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from casemate_agent.domain.devices import SEED_TARGET
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.records import from_metadata
 from casemate_core.errors import NotFound
@@ -153,5 +154,9 @@ async def test_statistics_of_a_domain_are_its_size_and_grow_while_it_runs(bench:
     later = {stats.uuid: stats for stats in await bench.hypervisor.stats(20)}[desired.uid]
     assert later.cpu_time_ns is not None and on.cpu_time_ns is not None
     assert later.cpu_time_ns >= on.cpu_time_ns
+    assert on.blocks[1].name == SEED_TARGET
+    (alone,) = await bench.hypervisor.stats(20, frozenset({desired.uid}))
+    assert alone.uuid == desired.uid and alone.blocks[1].read_requests is not None
+    assert await bench.hypervisor.stats(20, frozenset({"00000000-0000-8000-8000-00000000dead"})) == ()
     await bench.hypervisor.destroy(desired.uid, 20)
     await bench.hypervisor.undefine(desired.uid, 20)

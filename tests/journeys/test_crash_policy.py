@@ -81,6 +81,7 @@ def test_crashes_protection_and_the_end_of_a_lifetime(real_fleet: RealFleet) -> 
     # A person's restart begins anew, and the count with it.
     fleet.run("restart", "inst/again-0", "--no-wait").ok()
     fleet.until("a restart starts it", lambda: _started(fleet, "again", 3))
+    assert fleet.instance("again")["status"]["boot"] == "firmware", "no kernel is on its disk"
     crash(fleet, "again")
     fleet.until("it is started again", lambda: _started(fleet, "again", 4))
 

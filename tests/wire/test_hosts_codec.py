@@ -143,6 +143,7 @@ def test_an_instance_without_shape_is_refused(field: str, value: str | None) -> 
         (i.InstanceState("u", 1, i.Phase.PREPARING), "off"),
         (i.InstanceState("u", 1, i.Phase.STOPPED), "off"),
         (i.InstanceState("u", 1, i.Phase.STARTING, pid=7), "firmware"),
+        (i.InstanceState("u", 1, i.Phase.STARTING, pid=7, kernel=True), "kernel"),
         (i.InstanceState("u", 1, i.Phase.RUNNING, pid=7, guest_boot_id="b"), "userland"),
         (
             i.InstanceState("u", 1, i.Phase.RUNNING, pid=7, guest_boot_id="b", guest_ready=True, cloud_init="running"),

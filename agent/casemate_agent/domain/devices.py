@@ -13,6 +13,8 @@ GUEST_AGENT_PORT = "org.qemu.guest_agent.0"
 HELPER_PORT = "casemate.guest.0"
 ROOT_SERIAL = "casemate-root"
 SEED_SERIAL = "casemate-seed"
+#: Where the guest has it. No firmware reads it, since nothing boots from it: who does is a kernel, which looks for partitions.
+SEED_TARGET = "vdb"
 #: Of archive disk n; the guest finds its disks by serial, never by the order in which they turn up.
 ARCHIVE_SERIAL = "cm-ar-{}"
 #: Formats of a backing file that the image store admits.

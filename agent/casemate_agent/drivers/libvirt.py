@@ -117,8 +117,8 @@ class LibvirtHypervisor:
     async def descriptions(self, deadline_s: float) -> Mapping[str, str]:
         return await self._lines.call("domain descriptions", self._descriptions, deadline_s)
 
-    async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
-        return await self._lines.call("domain statistics", self._stats, deadline_s)
+    async def stats(self, deadline_s: float, uids: frozenset[str] | None = None) -> tuple[DomainStats, ...]:
+        return await self._lines.call("domain statistics", lambda c: self._stats(c, uids), deadline_s)
 
     async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
         async with Remaining(deadline_s) as left:
@@ -347,7 +347,7 @@ class LibvirtHypervisor:
         return found
 
     @staticmethod
-    def _stats(connection: Any) -> tuple[DomainStats, ...]:
+    def _stats(connection: Any, uids: frozenset[str] | None) -> tuple[DomainStats, ...]:
         wanted = (
             libvirt.VIR_DOMAIN_STATS_STATE
             | libvirt.VIR_DOMAIN_STATS_CPU_TOTAL
@@ -357,8 +357,14 @@ class LibvirtHypervisor:
             | libvirt.VIR_DOMAIN_STATS_BLOCK
         )
         # A domain that is busy (a job on its monitor) tells what can be told without asking its QEMU.
+        at_once = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
+        if uids is None:
+            told = connection.getAllDomainStats(wanted, at_once)
+        else:
+            some = [domain for domain in connection.listAllDomains(0) if domain.UUIDString() in uids]
+            told = connection.domainListGetStats(some, wanted, at_once) if some else []
         found = []
-        for domain, record in connection.getAllDomainStats(wanted, libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT):
+        for domain, record in told:
             phase = PHASES.get(record.get("state.state", -1), DomainPhase.CRASHED)
             found.append(parse_stats(domain.UUIDString(), domain.name(), phase, record))
         return tuple(sorted(found, key=lambda stats: stats.uuid))

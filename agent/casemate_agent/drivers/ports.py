@@ -214,8 +214,8 @@ class Hypervisor(Protocol):
         """The XML of each of our domains, by name, as it is now."""
         ...
 
-    async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
-        """What is counted of all domains, in one call that waits for none that is busy."""
+    async def stats(self, deadline_s: float, uids: frozenset[str] | None = None) -> tuple[DomainStats, ...]:
+        """What is counted of all domains, or of some, in one call that waits for none that is busy."""
         ...
 
     def events(self) -> AsyncIterator[DomainEvent]:

@@ -214,6 +214,7 @@ class SimulatedHost:
         boot_id = uuid_of(f"{self.boot_id}/guest/{uid}/{self._guest_boots}")
         guest = SimulatedGuest(uid, boot_id, self.now, later, self.push, self.pace.pod_start_s)
         self.write_serial(uid, f"simulated kernel, boot {boot_id}\r\n")
+        later(self.pace.boot_s / 2, guest.kernel_up)
         later(self.pace.boot_s, guest.up)
         return guest
 

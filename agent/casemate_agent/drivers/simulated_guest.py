@@ -117,6 +117,8 @@ class SimulatedGuest:
     ) -> None:
         self.uid = uid
         self.boot_id = boot_id
+        #: Its kernel has begun.
+        self.kernel = False
         self.booted = False
         self.revision = ""
         self.pods: tuple[PodState, ...] = ()
@@ -138,6 +140,10 @@ class SimulatedGuest:
         #: Trees of files by pod and container; of the guest itself where both are empty.
         self._files: dict[tuple[str, str], SimulatedFiles] = {}
         self.authorized: list[str] = []
+
+    def kernel_up(self) -> None:
+        """Its kernel begins, and looks at the disks."""
+        self.kernel = True
 
     def up(self) -> None:
         """The helper runs."""

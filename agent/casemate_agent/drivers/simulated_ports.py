@@ -117,8 +117,11 @@ class _Hypervisor:
 
         return await self._call("descriptions", told, deadline_s)
 
-    async def stats(self, deadline_s: float) -> tuple[DomainStats, ...]:
-        return await self._call("stats", lambda: tuple(map(simulated_stats, self._host.domains.values())), deadline_s)
+    async def stats(self, deadline_s: float, uids: frozenset[str] | None = None) -> tuple[DomainStats, ...]:
+        def told() -> tuple[DomainStats, ...]:
+            return tuple(simulated_stats(d) for uid, d in self._host.domains.items() if uids is None or uid in uids)
+
+        return await self._call("stats", told, deadline_s)
 
     async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
         await self._call("define", lambda: self._define(desired, files), deadline_s)

@@ -100,7 +100,9 @@ async def serve(
 ) -> tuple[grpc.aio.Server, int]:
     """A started server and the port it listens on. Raises Unavailable where a port is taken.
 
-    All services are behind the gates, the outermost first. ``joining``: with TLS, and machines enrol at ``enrolment_address``. None: plain text, on loopback only.
+    All services are behind the gates, the outermost first.
+
+    ``joining``: with TLS, and machines enrol at ``enrolment_address``. None: plain text, on loopback only.
     """
     server = grpc.aio.server(options=OPTIONS, interceptors=list(gates))
     operators_pb2_grpc.add_FleetServicer_to_server(fleet, server)

@@ -226,3 +226,5 @@ class InstanceState:
     order: OrderState | None = None
     #: Why cloud-init failed, in its own words.
     cloud_init_message: str = ""
+    #: Whether a kernel was seen at work since its process began.
+    kernel: bool = False

@@ -587,6 +587,7 @@ def _state_to_message(value: InstanceState) -> pb.InstanceFacts:
         claim=struct(value.claim.to_dict()) if value.claim else None,
         order=_order_state_to_message(value.order) if value.order else None,
         cloud_init_message=value.cloud_init_message,
+        kernel=value.kernel,
     )
 
 
@@ -632,6 +633,7 @@ def _state_from_message(m: pb.InstanceFacts) -> InstanceState:
         claim=Claim.from_dict(plain(m.claim)) if m.HasField("claim") else None,
         order=_order_state_from_message(m.order) if m.HasField("order") else None,
         cloud_init_message=_text(m.cloud_init_message, 2048),
+        kernel=m.kernel,
     )
 
 

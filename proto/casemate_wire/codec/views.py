@@ -51,13 +51,13 @@ def instance_to_message(view: InstanceView) -> env_pb.Instance:
 
 
 def boot_word(state: InstanceState) -> str:
-    """How far a guest has come, by what is seen of it: a process, its helper, cloud-init, its pods."""
+    """How far a guest has come, by what is seen of it: a process, its kernel, its helper, cloud-init, its pods."""
     if not state.pid or state.phase in (Phase.STOPPED, Phase.PREPARING):
         return "off"
     if state.phase is Phase.READY:
         return "up"
     if not state.guest_ready:
-        return "userland" if state.guest_boot_id else "firmware"
+        return "userland" if state.guest_boot_id else "kernel" if state.kernel else "firmware"
     return "cloud-init" if state.cloud_init == "running" else "pods"
 
 

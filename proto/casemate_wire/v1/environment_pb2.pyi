@@ -902,9 +902,11 @@ class InstanceStatus(_message.Message):
     """Times that it was started by its host."""
     pods_ready: _builtins.int
     boot: _builtins.str
-    """How far the guest has come, by what can be seen of it: `off`; `firmware`: its process runs, and firmware or kernel or
-    what starts after them has not let its helper be heard yet; `userland`: its helper was heard in this boot, and is not
-    connected; `cloud-init`: that is at work; `pods`: they are being started; `up`: all of it is ready.
+    """How far the guest has come, by what can be seen of it: `off`; `firmware`: its process runs, and no kernel was seen at
+    work (where the image brings its kernel, this is the moment in which it is loaded and unpacked; else firmware and boot
+    loader); `kernel`: a kernel reads the guest's disks, and its helper was not heard; `userland`: its helper was heard
+    in this boot, and is not connected; `cloud-init`: that is at work; `pods`: they are being started; `up`: all of it is
+    ready.
     """
     cloud_init: _builtins.str
     """What cloud-init says of itself in the guest: `running`, `done` or `error`; unset where the guest runs none."""

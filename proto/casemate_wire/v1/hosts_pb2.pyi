@@ -901,6 +901,7 @@ class InstanceFacts(_message.Message):
     CLAIM_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     CLOUD_INIT_MESSAGE_FIELD_NUMBER: _builtins.int
+    KERNEL_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     generation: _builtins.int
     phase: _builtins.str
@@ -916,6 +917,8 @@ class InstanceFacts(_message.Message):
     placement_generation: _builtins.int
     cloud_init_message: _builtins.str
     """Why cloud-init failed, in its own words."""
+    kernel: _builtins.bool
+    """A kernel was seen at work since the process began."""
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -947,10 +950,11 @@ class InstanceFacts(_message.Message):
         claim: _struct_pb2.Struct | None = ...,
         order: Global___OrderState | None = ...,
         cloud_init_message: _builtins.str = ...,
+        kernel: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "order", b"order", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "cloud_init", b"cloud_init", "cloud_init_message", b"cloud_init_message", "generation", b"generation", "guest_boot_id", b"guest_boot_id", "guest_ready", b"guest_ready", "message", b"message", "order", b"order", "phase", b"phase", "pid", b"pid", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "reason", b"reason", "since", b"since", "starts", b"starts", "uid", b"uid", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "cloud_init", b"cloud_init", "cloud_init_message", b"cloud_init_message", "generation", b"generation", "guest_boot_id", b"guest_boot_id", "guest_ready", b"guest_ready", "kernel", b"kernel", "message", b"message", "order", b"order", "phase", b"phase", "pid", b"pid", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "reason", b"reason", "since", b"since", "starts", b"starts", "uid", b"uid", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
