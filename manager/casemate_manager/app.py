@@ -180,12 +180,16 @@ async def running(
         short = ShortTokens(ring.key("tokens"))
         bearers = Bearers(lambda: writer.state, short, clock, oidc)
         identity = IdentityService(core, short, ring.key("access-keys"), clock)
-        known = authenticate or ByTokenOrCertificate(bearers.read)
+        known = authenticate or ByTokenOrCertificate(bearers.read, clock)
         gate = Gate(lambda: writer.state, known, core.scribe.denied, clock, seed, rules.admins, tickets=tickets)
         notary = Notary(ring.key("audit-checkpoints"))
         audit = AuditService(writer, lambda: core.feed, notary.public, channels, lambda: sessions.hosts)
         joining = Joining(core.submit, lambda: writer.state, tls, clock, seed) if tls is not None else None
         metrics = ManagerMetrics(writer, sessions, core.feed, version)
+        ending = [
+            asyncio.create_task(gate.end_what_may_no_more(), name="gate-recheck"),
+            asyncio.create_task(sessions.end_what_has_expired(clock), name="host-expiry"),
+        ]
         signing = asyncio.create_task(sign_on(writer, notary, sessions.witness, clock, sign_every_s), name="notary")
         support = SupportService(writer, channels, metrics, version)
         care = HostCareService(core, channels, core.scribe)
@@ -201,8 +205,9 @@ async def running(
                 yield manager
         finally:
             warming.cancel()
-            signing.cancel()
-            await asyncio.gather(warming, signing, return_exceptions=True)
+            for task in (signing, *ending):
+                task.cancel()
+            await asyncio.gather(warming, signing, *ending, return_exceptions=True)
             sessions.close("the manager stops")
             await grpc_server.stop(GRACE_S)
     finally:

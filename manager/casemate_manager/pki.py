@@ -18,6 +18,7 @@ import hashlib
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from cryptography import x509
@@ -107,6 +108,12 @@ def key_id_of(certificate: bytes) -> str:
     """Names the key of a certificate given as DER; empty where it has none of ours."""
     key = x509.load_der_x509_certificate(certificate).public_key()
     return key_id(key) if isinstance(key, ec.EllipticCurvePublicKey) else ""
+
+
+@lru_cache(maxsize=4096)
+def not_after_s(certificate: bytes) -> float:
+    """When a certificate, given as DER, ends, in seconds since the epoch."""
+    return x509.load_der_x509_certificate(certificate).not_valid_after_utc.timestamp()
 
 
 def make_authority(name: str, now_s: float) -> Authority:

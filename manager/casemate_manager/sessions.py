@@ -63,6 +63,8 @@ HELLO_S: Final = 10.0
 #: Hosts that were turned away for lack of room, or whose manager lost its term, come back within this window.
 RECONNECT_WINDOW_S: Final = 5.0
 TICKET_S: Final = 30.0
+#: Between two looks at whose certificate has expired.
+RECHECK_S: Final = 2.0
 #: Frames of a channel that wait for their reader; HTTP/2 holds back the rest.
 CHANNEL_FRAMES: Final = 16
 
@@ -194,6 +196,8 @@ class Sessions:
         self._queued = 0
         self._tickets: dict[str, Channel] = {}
         self._checkpoint: Checkpoint | None = None
+        #: Channels that hosts have dialled with a certificate, and what is set when that has expired.
+        self._dialled: dict[tuple[Identity, Channel], asyncio.Event] = {}
         self._unsubscribe = writer.subscribe(self._published)
 
     def __len__(self) -> int:
@@ -398,7 +402,41 @@ class Sessions:
         if channel is None or (identity is not None and identity.host != channel.host):
             raise ProtocolError("no such ticket, or it was used, or its time is over")
         channel.dialled(stream)
-        await channel.ended.wait()
+        if identity is None:
+            await channel.ended.wait()
+            return
+        expired = asyncio.Event()
+        self._dialled[identity, channel] = expired
+        waits = [asyncio.ensure_future(event.wait()) for event in (channel.ended, expired)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._dialled[identity, channel]
+            for wait in waits:
+                wait.cancel()
+        if not channel.ended.is_set():
+            raise ProtocolError("the host's certificate has expired")
+
+    async def end_what_has_expired(self, clock: Callable[[], float], every_s: float = RECHECK_S) -> None:
+        """End streams of hosts whose last certificate has expired, until cancelled.
+
+        The key is the host, and the stream has proved it: what counts is the last certificate that was made for it, not the one
+        with which the stream was dialled. A host that renews keeps its stream.
+        """
+        while True:
+            await asyncio.sleep(every_s)
+            now_s = clock()
+            for session in list(self._streams):
+                if session.identity is not None and self._has_expired(session.identity, now_s):
+                    text = "the host's certificate has expired: it renews with the same key, and dials again"
+                    self._end(session, "CertificateExpired", text, 0.0)
+            for identity, expired in list(self._dialled.items()):
+                if self._has_expired(identity[0], now_s):
+                    expired.set()
+
+    def _has_expired(self, identity: Identity, now_s: float) -> bool:
+        enrolment = self._writer.state.enrolments.get(identity.host)
+        return enrolment is not None and enrolment.key == identity.key and now_s >= enrolment.expires_s
 
     def close(self, reason: str) -> None:
         """End all sessions; hosts dial again within the window."""

@@ -409,7 +409,8 @@ async def test_lists_and_watches_hold_only_what_the_caller_may_see() -> None:
 
 async def test_a_role_that_is_taken_away_closes_a_watch_that_is_open() -> None:
     async with house() as found:
-        await found.put(bind("a", "viewer", OWN, "ann"))
+        # the other role keeps the watch itself open
+        await found.put(bind("a", "viewer", OWN, "ann"), bind("b", "viewer", Scope("own", "other"), "ann"))
         stream = found.stub.Watch(pb.WatchRequest(kind="Environment"), metadata=as_user("ann"), timeout=60)
         assert (await stream.read()).type == pb.WatchEvent.ADDED
         assert (await stream.read()).type == pb.WatchEvent.BOOKMARK

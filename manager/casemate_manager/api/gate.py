@@ -6,6 +6,7 @@ the scope that the request names, in a stream its first message. Handlers find t
 again in the fleet's door, lists are filtered by `Visible`. What is denied is written down before the answer leaves.
 """
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -41,6 +42,7 @@ from casemate_manager.fleet.acts import Actor, object_scope
 from casemate_manager.fleet.records import instance_or_environment, tenant_key
 from casemate_manager.fleet.state import State
 from casemate_manager.limits import Limiter
+from casemate_manager.pki import not_after_s
 from casemate_manager.tickets import TicketRefused, Tickets
 from casemate_wire import schema
 from casemate_wire.v1 import operators_pb2 as pb
@@ -50,6 +52,8 @@ log = logging.getLogger("casemate.gate")
 Context = grpc.aio.ServicerContext[Any, Any]
 MAX_CLIENT: Final = 120
 MAX_REQUEST_ID: Final = 128
+#: Between two looks at who still may have his streams open.
+RECHECK_S: Final = 2.0
 #: Open streams (watches, logs, commands): of all, and of one tenant.
 STREAMS: Final = 8192
 TENANT_STREAMS: Final = 256
@@ -147,6 +151,19 @@ def ticket_id() -> str:
     return found.ticket if found else ""
 
 
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A stream that is open: who opened it and with what, and why it must end."""
+
+    found: Caller
+    context: Context
+    method: str
+    row: Row
+    scope: Scope | None
+    task: "asyncio.Task[Any]"
+    ended: CasemateError | None = None
+
+
 class Gate(grpc.aio.ServerInterceptor):
     """See the module. ``clock`` gives seconds, for the rate of calls."""
 
@@ -169,6 +186,8 @@ class Gate(grpc.aio.ServerInterceptor):
         self._admins = admins
         self._tickets = Tickets(clock) if tickets is None else tickets
         self._limiter = limiter or Limiter()
+        self._open: dict[_Open, None] = {}
+        self._scopes: dict[Context, Scope] = {}
         self._streams = Limiter(
             in_flight=STREAMS, tenants_in_flight=STREAMS - STREAMS // 8, tenant_in_flight=TENANT_STREAMS
         )
@@ -186,11 +205,23 @@ class Gate(grpc.aio.ServerInterceptor):
 
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
                 request, place = await self._enter(request, context, method, row, handler)
-                async with place:
-                    inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-                    async with contextlib.aclosing(inner(request, context)) as items:
-                        async for item in items:
-                            yield item
+                task = asyncio.current_task()
+                assert task is not None and row is not None  # _enter lets nobody in without
+                opened = _Open(caller(), context, method, row, self._scopes.pop(context, None), task)
+                self._open[opened] = None
+                try:
+                    async with place:
+                        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+                        async with contextlib.aclosing(inner(request, context)) as items:
+                            async for item in items:
+                                yield item
+                except asyncio.CancelledError:
+                    if opened.ended is None:
+                        raise
+                    task.uncancel()
+                    await abort(context, opened.ended)
+                finally:
+                    self._open.pop(opened, None)
 
             make = (
                 grpc.stream_stream_rpc_method_handler
@@ -209,6 +240,41 @@ class Gate(grpc.aio.ServerInterceptor):
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
         return make(unary, handler.request_deserializer, handler.response_serializer)
+
+    async def end_what_may_no_more(self, every_s: float = RECHECK_S) -> None:
+        """Ask again and again of every open stream who calls and whether he may, until cancelled; end it where not.
+
+        So a certificate or token that has expired, a key or user that was disabled, and a role that was taken away end what
+        they opened.
+        """
+        while True:
+            await asyncio.sleep(every_s)
+            for opened in list(self._open):
+                error = await self._ended(opened)
+                if error is not None and opened in self._open:
+                    opened.ended = error
+                    opened.task.cancel()
+                    what = f"{opened.method}: the open stream was ended"
+                    await self._on_denied(opened.found.actor, what, error, _tenants(opened.scope or FLEET))
+
+    async def _ended(self, opened: "_Open") -> CasemateError | None:
+        """Why a stream may not go on; None where it may, or where that cannot be found out now."""
+        try:
+            principal = await self._authenticate(opened.context)
+        except Unauthenticated as error:
+            return error
+        except CasemateError as error:
+            log.warning("whether %s still calls is not known: %s", opened.found.actor.principal.name, error)
+            return None
+        grants = replace(opened.found, actor=replace(opened.found.actor, principal=principal)).grants
+        permission, scope = opened.row.permission, opened.scope
+        if scope is not None and not grants.allows(permission, scope):
+            return denied_in(grants, permission, scope)
+        if opened.row.where is Where.FLEET and not grants.allows(permission):
+            return denied_in(grants, permission, FLEET)
+        if opened.row.where is Where.VISIBLE and not grants.anywhere(permission, ""):
+            return denied_in(grants, permission, FLEET)
+        return None
 
     # --- one call -----------------------------------------------------------------------------------------------------
 
@@ -230,7 +296,9 @@ class Gate(grpc.aio.ServerInterceptor):
                 raise Denied(
                     principal.name, Permission.MANAGE, f"call {method}, which has no row in the table of access"
                 )
-            await self._judge(found, method, row, first)
+            scope = await self._judge(found, method, row, first)
+            if scope is not None and handler.response_streaming:
+                self._scopes[context] = scope
             if row.ticket:
                 found = replace(found, ticket=await self._redeem(found, method, row.ticket, first))
         except Exception as error:
@@ -247,7 +315,8 @@ class Gate(grpc.aio.ServerInterceptor):
         client = "".join(c for c in beside.get("user-agent", "") if c.isprintable())[:MAX_CLIENT]
         return Actor(principal, context.peer(), client, request)
 
-    async def _judge(self, found: Caller, method: str, row: Row, request: Any) -> None:
+    async def _judge(self, found: Caller, method: str, row: Row, request: Any) -> Scope | None:
+        """The scope that the request names, where it names one. Raises what `Denied` and `Hidden` are."""
         grants = found.grants
         if row.where is Where.FLEET and not grants.allows(row.permission):
             await self._deny(found, method, denied_in(grants, row.permission, FLEET))
@@ -271,6 +340,8 @@ class Gate(grpc.aio.ServerInterceptor):
                     refusal(grants, row.permission, scope, kind, name),
                     scope,
                 )
+            return scope
+        return None
 
     async def _redeem(self, found: Caller, method: str, action: str, request: Any) -> str:
         """Use up the ticket that the first message shows; its id."""
@@ -361,20 +432,26 @@ def told(context: Context) -> dict[str, str]:
 class ByTokenOrCertificate:
     """Who shows a key or token is meant by it; else the certificate says who calls."""
 
-    def __init__(self, read: Callable[[str], Awaitable[Principal]]) -> None:
+    def __init__(self, read: Callable[[str], Awaitable[Principal]], clock: Callable[[], float]) -> None:
         self._read = read
+        self._clock = clock
 
     async def __call__(self, context: Context) -> Principal:
         """See `Authenticate`."""
         if (shown := told(context).get("authorization")) is not None:
             return await self._read(shown)
-        return await by_certificate(context)
+        return await by_certificate(context, self._clock())
 
 
-async def by_certificate(context: Context) -> Principal:
-    """See `Authenticate`. Plaintext on loopback is development mode: whoever dials is on this machine, and its administrator."""
+async def by_certificate(context: Context, now_s: float = 0.0) -> Principal:
+    """See `Authenticate`. Plaintext on loopback is development mode: whoever dials is on this machine, and its administrator.
+
+    A connection outlives the certificate with which it was made: gRPC looks at that once, and we at each call.
+    """
     match peer_of(context):
-        case User(name):
+        case User(name, certificate):
+            if now_s >= not_after_s(certificate):
+                raise Unauthenticated("the certificate has expired: have another made")
             return Principal(name, "certificate")
         case Nobody(secure=False):
             return DEVELOPMENT
