@@ -613,7 +613,7 @@ async def test_what_waits_for_a_guest_fails_when_it_goes(guest: Guest) -> None:
 
 def test_the_network_of_the_seed_becomes_commands() -> None:
     mac = Path("/sys/class/net/lo/address").read_text().strip()
-    config = {
+    config: dict[str, Any] = {
         "version": 2,
         "ethernets": {
             "eth0": {
@@ -636,7 +636,16 @@ def test_the_network_of_the_seed_becomes_commands() -> None:
         "route replace 10.9.0.0/16 via 10.0.0.2 dev eth7 onlink",
     ]
     assert (servers, search) == (["10.0.0.1"], ["example"])
-    config["ethernets"]["eth0"]["addresses"] = ["10.0.0.5/24\nlink set lo down"]  # type: ignore[index]
+    config["ethernets"]["eth1"] = {"match": {"macaddress": "02:00:00:00:00:FE"}, "addresses": ["10.0.1.5/24"]}
+    with pytest.raises(ValueError, match="no interface has the address 02:00:00:00:00:fe"):
+        helper.network_commands(json.dumps(config))
+    late: list[str] = []
+    assert helper.network_commands(json.dumps(config), late) == (lines, servers, search), (
+        "the others do not wait for it"
+    )
+    assert late == ["02:00:00:00:00:fe"]
+    del config["ethernets"]["eth1"]
+    config["ethernets"]["eth0"]["addresses"] = ["10.0.0.5/24\nlink set lo down"]
     with pytest.raises(ValueError, match="line break"):
         helper.network_commands(json.dumps(config))
 

@@ -2610,12 +2610,13 @@ class Needs:
 # --- what a guest does for itself --------------------------------------------------------------------------------------
 
 
-def network_commands(text: str) -> tuple[list[str], list[str], list[str]]:
+def network_commands(text: str, later: list[str] | None = None) -> tuple[list[str], list[str], list[str]]:
     """The seed's network-config as lines for ``ip -batch``, name servers and search domains.
 
     Understands version 2 (netplan's form) written as JSON, which is what Casemate writes: interfaces found by
     ``match.macaddress`` (or by the name of the entry), ``set-name``, ``addresses``, ``routes``, ``gateway4``, ``mtu``,
-    ``nameservers``. Raises ValueError for anything else.
+    ``nameservers``. Raises ValueError for anything else. Addresses of interfaces that are not there are added to ``later``
+    where it is given: the driver of a virtual function comes late.
     """
     config = json.loads(text)
     config = config.get("network", config)
@@ -2629,7 +2630,10 @@ def network_commands(text: str) -> tuple[list[str], list[str], list[str]]:
         mac = str(spec.get("match", {}).get("macaddress", "")).lower()
         name = links.get(mac) if mac else entry
         if name is None:
-            raise ValueError(f"no interface has the address {mac}")
+            if later is None:
+                raise ValueError(f"no interface has the address {mac}")
+            later.append(mac)
+            continue
         if spec.get("dhcp4") or spec.get("dhcp6"):
             raise ValueError("addresses come from the manager, not by DHCP")
         wanted = str(spec.get("set-name", name))
@@ -2736,21 +2740,38 @@ class System:
         if not os.path.exists(done):
             self._keys()
         if text and not os.path.exists(done):
-            try:
-                lines, servers, search = network_commands(text)
-            except (ValueError, AttributeError, TypeError, KeyError) as error:
-                self.network_error = f"network-config: {error}"
-                self.helper.note("", "", "NetworkNotConfigured", self.network_error, "Warning")
-            else:
-                ended = await run(self.loop, ["ip", "-batch", "-"], "\n".join(lines).encode() + b"\n")
-                if ended.code != 0:
-                    self.network_error = ended.reason()
-                    self.helper.note("", "", "NetworkNotConfigured", self.network_error, "Warning")
-                if servers:
-                    text = "".join(f"nameserver {s}\n" for s in servers[:3])
-                    write_text(self.paths.resolv, text + (f"search {' '.join(search)}\n" if search else ""))
-                write_text(done, "")
+            later: list[str] = []
+            if await self._configure(text, later):
+                end = time.monotonic() + NIC_WAIT_S
+                while later and time.monotonic() < end:
+                    await self.loop.sleep(0.5)
+                    later.clear()
+                    with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError):
+                        network_commands(text, later)
+                    if not later:
+                        await self._configure(text, None)
+                if later:
+                    await self._configure(text, None)  # which says what is missing
+                else:
+                    write_text(done, "")
         await self._read_addresses()
+
+    async def _configure(self, text: str, later: list[str] | None) -> bool:
+        """Bring about the seed's network-config, for the interfaces that are there; whether it was understood."""
+        try:
+            lines, servers, search = network_commands(text, later)
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            self.network_error = f"network-config: {error}"
+            self.helper.note("", "", "NetworkNotConfigured", self.network_error, "Warning")
+            return False
+        ended = await run(self.loop, ["ip", "-batch", "-"], "\n".join(lines).encode() + b"\n")
+        self.network_error = "" if ended.code == 0 else ended.reason()
+        if self.network_error:
+            self.helper.note("", "", "NetworkNotConfigured", self.network_error, "Warning")
+        if servers:
+            told = "".join(f"nameserver {s}\n" for s in servers[:3])
+            write_text(self.paths.resolv, told + (f"search {' '.join(search)}\n" if search else ""))
+        return True
 
     def _keys(self) -> None:
         """The keys of the seed may log in as root; cloud-init would do the same, much later."""
