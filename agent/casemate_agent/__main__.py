@@ -1,17 +1,20 @@
 """The agent's process: the one place that picks real drivers.
 
 ``casemate-agent run`` is a plain foreground process. It ends cleanly on SIGTERM and SIGINT, and leaves every VM running.
-``casemate-agent join`` makes this machine a host, once. ``casemate-agent doctor`` says what the machine lacks.
+With ``--relay`` it has no network: ``casemate-agent relay``, as another user, has it in its place. ``casemate-agent join`` makes
+this machine a host, once. ``casemate-agent doctor`` says what the machine lacks.
 """
 
 import argparse
 import asyncio
 import contextlib
 import logging
+import os
+import pwd
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -28,13 +31,15 @@ from casemate_agent.ledger import Ledger, Offload, Threaded
 from casemate_agent.link import Link
 from casemate_agent.logs import set_up
 from casemate_agent.metrics import FAMILIES, LEDGER_FAILED, LEDGER_S
+from casemate_agent.relay import SOCKET, USER, Relay, uid_of
 from casemate_agent.renewal import Renewal
 from casemate_agent.scrape import AgentMetrics
 from casemate_agent.support import HostSupport
-from casemate_agent.transport import GrpcTransport, checked_address
+from casemate_agent.transport import GrpcTransport, Transport, checked_address
 from casemate_agent.witness import Witness, chain_broken
-from casemate_core.errors import CallerError, CasemateError, MachineError
+from casemate_core.errors import CallerError, CasemateError, MachineError, Unavailable, shown
 from casemate_core.metrics import Meter, Rows, with_label
+from casemate_core.spec.meta import NAME
 from casemate_wire import exposition
 from casemate_wire.notify import Notifier
 from casemate_wire.token import Token, parse
@@ -45,8 +50,13 @@ log = logging.getLogger("casemate.agent")
 METRICS_NOTE = "metrics-url"
 #: Folder of the host's identity, inside the state folder.
 IDENTITY = "identity"
+#: File of the state folder that keeps the host's name, where the identity is the relay's.
+HOST = "host"
+#: State folder of the relay.
+RELAY_STATE = "/var/lib/casemate-relay"
 #: Simulated hosts that join at the same time.
 JOINING = 8
+CONFIG_HELP = "TOML file with settings, which flags go before; it may be missing where - stands before its path"
 #: Characters that are read of standard input, for tokens.
 MOST_TOKENS = 1 << 22
 
@@ -99,8 +109,14 @@ async def run_host(
         await _run_agent(config, name, ledger, (files, thread), state_dir / IDENTITY, meter, scraped, agents)
 
 
-def _way(config: Config, name: str, folder: Path, group: asyncio.TaskGroup) -> GrpcTransport | None:
+def _relay(config: Config) -> Relay:
+    return Relay(Path(config.relay), uid_of(config.relay_user))
+
+
+def _way(config: Config, name: str, folder: Path, group: asyncio.TaskGroup) -> Transport | None:
     """How the manager is dialled; None where there is none."""
+    if config.relay:
+        return _relay(config)
     identity = None if config.insecure_loopback else identities.load(folder)
     if identity is None:
         return GrpcTransport(config.manager) if config.manager else None
@@ -154,7 +170,8 @@ async def run(config: Config) -> None:
     if config.manager:
         checked_address(config.manager)
     state_dir = Path(config.state_dir)
-    name = config.name or _joined_name(state_dir / IDENTITY)
+    state_dir.mkdir(parents=True, exist_ok=True)
+    name = config.name or await _joined_name(config, state_dir)
     names = [name] if config.hosts == 1 else [f"{name}-{number}" for number in range(1, config.hosts + 1)]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -162,7 +179,6 @@ async def run(config: Config) -> None:
         loop.add_signal_handler(number, stop.set)
     scraped: dict[str, AgentMetrics] = {}
     agents: dict[str, Agent] = {}
-    state_dir.mkdir(parents=True, exist_ok=True)
     hosts = []
     for name in names:
         where = state_dir if config.hosts == 1 else state_dir / name
@@ -171,7 +187,7 @@ async def run(config: Config) -> None:
     stopping = asyncio.create_task(stop.wait(), name="stop")
     telling = asyncio.create_task(_tell(agents, len(names)), name="notify")
     try:
-        async with exposition.noted(config.metrics_listen, lambda: all_rows(scraped), state_dir / METRICS_NOTE):
+        async with _scraped(config, lambda: all_rows(scraped), state_dir / METRICS_NOTE):
             done, _ = await asyncio.wait({stopping, *hosts}, return_when=asyncio.FIRST_COMPLETED)
         for task in done - {stopping}:
             task.result()
@@ -195,12 +211,49 @@ async def _tell(agents: Mapping[str, Agent], count: int) -> None:
     await notifier.feed(lambda: min(agent.rounds for agent in agents.values()))
 
 
-def _joined_name(folder: Path) -> str:
-    """The name under which this host joined. Raises BadConfig."""
-    identity = identities.load(folder)
+@contextlib.asynccontextmanager
+async def _scraped(config: Config, rows: Callable[[], Awaitable[list[Rows]]], note: Path) -> AsyncIterator[None]:
+    """Metrics can be asked for while the context is open: here, or at the relay."""
+    if not config.relay:
+        async with exposition.noted(config.metrics_listen, rows, note):
+            yield
+        return
+
+    async def rendered() -> bytes:
+        return exposition.rendered(await rows())
+
+    task = asyncio.create_task(_relay(config).be_scraped(rendered, Random()), name="be-scraped")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _joined_name(config: Config, state_dir: Path) -> str:
+    """The name under which this host joined. Raises BadConfig, and Unavailable where a relay is not there to be asked."""
+    if config.relay:
+        return await _name_by_relay(_relay(config), state_dir / HOST)
+    identity = identities.load(state_dir / IDENTITY)
     if identity is None:
         raise BadConfig("name: this host has not joined a fleet (casemate-agent join); say which host it is (--name)")
     return identity.host
+
+
+async def _name_by_relay(relay: Relay, kept: Path) -> str:
+    """What the relay says, or said when it was last there: what runs here is looked after without it."""
+    try:
+        name = await relay.host()
+    except CasemateError as error:
+        if not kept.exists():
+            raise Unavailable(f"the relay was never asked which host this is, and is not there: {error}") from error
+        return kept.read_text().strip()
+    if not NAME.match(name):
+        raise BadConfig(
+            f"name: the relay says {shown(name)}, which is no name of a host; say which host it is (--name)"
+        )
+    kept.write_text(name + "\n")
+    return name
 
 
 async def join(address: str, state_dir: Path, words: list[str], *, each: bool) -> None:
@@ -222,13 +275,33 @@ async def join(address: str, state_dir: Path, words: list[str], *, each: bool) -
         raise failed[0]
 
 
+def joining_state(given: str | None) -> Path:
+    """The state folder to join in. Where this machine has a user for the relay, root makes that user's folder and becomes it:
+    what is said to the network, and the key, are never root's. Raises OSError."""
+    if given is not None:
+        return Path(given)
+    try:
+        user = pwd.getpwnam(USER)
+    except KeyError:
+        return Path(Config().state_dir)
+    folder = Path(RELAY_STATE)
+    if os.geteuid() == 0:
+        if not folder.exists():
+            folder.mkdir(mode=0o700, parents=True)
+            os.chown(folder, user.pw_uid, user.pw_gid)
+        os.setgroups([])
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+    return folder
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="casemate-agent", description="Runs the instances of one host.")
     top.add_argument("--version", action="version", version=f"casemate-agent {version()}")
     verbs = top.add_subparsers(dest="verb", required=True)
     run_verb = verbs.add_parser("run", help="run in the foreground")
-    run_verb.add_argument("--config", default="", help="TOML file with the settings below; flags go before it")
+    run_verb.add_argument("--config", default="", help=CONFIG_HELP)
     run_verb.add_argument("--name", help="name of this host")
     run_verb.add_argument("--manager", help="host:port of a manager on loopback, with --insecure-loopback")
     run_verb.add_argument(
@@ -249,6 +322,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder that file:// images may lie in; may be given again (default /var/lib/casemate/library)",
     )
+    run_verb.add_argument("--relay", metavar="SOCKET", help="have no network: the relay on this socket has it")
+    run_verb.add_argument("--relay-user", help=f"the user that the relay must be (default {USER})")
     run_verb.add_argument("--simulated", metavar="LINE", help='simulate hosts, such as "2s 16k/c 2t 256G"')
     run_verb.add_argument("--hosts", type=int, help="how many simulated hosts")
     run_verb.add_argument("--boot-s", type=float, help="seconds that a simulated guest boots")
@@ -256,9 +331,24 @@ def parser() -> argparse.ArgumentParser:
     run_verb.add_argument("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics there, on loopback")
     run_verb.add_argument("--log-format", choices=["console", "json"])
     run_verb.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
+    relay_verb = verbs.add_parser("relay", help="have the network in the place of an agent that is root")
+    relay_verb.add_argument("--config", default="", help=CONFIG_HELP)
+    relay_verb.add_argument("--relay", default=SOCKET, metavar="SOCKET", help=f"where to listen (default {SOCKET})")
+    relay_verb.add_argument(
+        "--state-dir", default=RELAY_STATE, help=f"where the identity is (default {RELAY_STATE}), not the agent's"
+    )
+    relay_verb.add_argument("--name", help="as for run, with --insecure-loopback")
+    relay_verb.add_argument("--manager", help="as for run")
+    relay_verb.add_argument("--insecure-loopback", action="store_true", default=None, help="as for run")
+    relay_verb.add_argument("--metrics-listen", metavar="HOST:PORT", help="as for run")
+    relay_verb.add_argument("--log-format", choices=["console", "json"])
+    relay_verb.add_argument("--log-level", choices=["debug", "info", "warning", "error"])
     join_verb = verbs.add_parser("join", help="make this machine a host of a fleet, by the token on standard input")
     join_verb.add_argument("--manager", required=True, metavar="HOST:PORT", help="where machines join the fleet")
-    join_verb.add_argument("--state-dir", default=Config().state_dir, help="as for run (default /var/lib/casemate)")
+    join_verb.add_argument(
+        "--state-dir",
+        help=f"as for run or relay (default {RELAY_STATE}, as user {USER}, where there is that user, else /var/lib/casemate)",
+    )
     join_verb.add_argument(
         "--each", action="store_true", help="several tokens, each host in a folder of its own: for simulated hosts"
     )
@@ -277,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
             return doctor.main(flags)
         if verb == "join":
             words = sys.stdin.read(MOST_TOKENS).split()
-            asyncio.run(join(flags["manager"], Path(flags["state_dir"]), words, each=flags["each"]))
+            asyncio.run(join(flags["manager"], joining_state(flags["state_dir"]), words, each=flags["each"]))
             return 0
         if verb == "fsck":
             return fsck.main(flags)
@@ -285,7 +375,12 @@ def main(arguments: list[str] | None = None) -> int:
             return witness.main(flags)
         config = load(flags.pop("config"), flags, needs_name=False)
         set_up(config.log_format, config.log_level)
-        asyncio.run(run(config))
+        if verb == "relay":
+            from casemate_agent.relayserver import serve  # gRPC and HTTP, only where they are spoken
+
+            asyncio.run(serve(config))
+        else:
+            asyncio.run(run(config))
     except CallerError as error:
         print(f"casemate-agent: {error}", file=sys.stderr)  # noqa: T201
         return 2

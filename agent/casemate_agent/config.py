@@ -35,6 +35,10 @@ class Config:
     manager: str = ""
     #: Plain text, without an identity, to a manager on loopback: for development.
     insecure_loopback: bool = False
+    #: Socket of the relay, which has the network in this process's place (casemate-agent relay); empty: this process has it.
+    relay: str = ""
+    #: The user that the relay must be.
+    relay_user: str = "casemate-relay"
     state_dir: str = "/var/lib/casemate"
     run_dir: str = "/run/casemate"
     libvirt_uri: str = "qemu:///system"
@@ -61,12 +65,14 @@ class Config:
 
 
 def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Config:
-    """Settings from a file (none where ``path`` is empty) and from flags, which win. Raises BadConfig.
+    """Settings from a file (none where ``path`` is empty; it may be missing where "-" stands before it, as in systemd's
+    EnvironmentFile) and from flags, which win. Raises BadConfig.
 
     ``needs_name``: whether the host must be named; a verb that only looks at the machine needs no name.
     """
     given: dict[str, Any] = {}
-    if path:
+    optional, path = path.startswith("-"), path.removeprefix("-")
+    if path and not (optional and not Path(path).exists()):
         try:
             given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -103,6 +109,8 @@ def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Con
         raise BadConfig("hosts: more than one host, and at least one, only with --simulated")
     if config.affinity_drift not in DRIFT:
         raise BadConfig(f"affinity_drift: {config.affinity_drift!r} is neither of {' and '.join(DRIFT)}")
+    if config.relay and (not config.relay.startswith("/") or config.hosts > 1):
+        raise BadConfig(f"relay: the absolute path of a socket, of one host alone; got {config.relay!r}")
     if config.stop_grace_s < 0 or config.concurrency < 1:
         raise BadConfig("stop_grace_s and concurrency: positive numbers")
     return config

@@ -14,6 +14,7 @@ from casemate_agent.drivers.console import PtyConsoles
 from casemate_agent.drivers.fetch import SourceRules
 from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.guest import GuestChannels
+from casemate_agent.drivers.http import http_download
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
@@ -23,6 +24,7 @@ from casemate_agent.drivers.sriov import HostFunctions
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
 from casemate_agent.metrics import LIBVIRT_FAILED, LIBVIRT_S
+from casemate_agent.relay import Relay, uid_of
 from casemate_core.metrics import Meter
 
 #: Where the answer about KVM is kept, in the state folder.
@@ -47,7 +49,8 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
         stack.push_async_callback(gpus.aclose)
         machine = HostMachine(state_dir, ports=config.ports, devices=config.devices, gpus=gpus)
         stack.push_async_callback(machine.aclose)
-        images = ImageStore(state_dir, SourceRules(folders=tuple(config.image_folders)))
+        download = Relay(Path(config.relay), uid_of(config.relay_user)).download if config.relay else http_download
+        images = ImageStore(state_dir, SourceRules(folders=tuple(config.image_folders)), download=download)
         stack.push_async_callback(images.aclose)
         networks = HostNetworks(config.scope)
         stack.push_async_callback(networks.aclose)

@@ -8,7 +8,8 @@ alone.
 import asyncio
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from casemate_core.errors import CallerError, Unavailable
 from casemate_wire.channel import Frame
@@ -28,6 +29,8 @@ KEEPALIVE_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 #: Parts of a transfer are cut to well under this (casemate_wire.session.PART_CHARACTERS).
 MAX_MESSAGE_BYTES = 4 * 2**20
+#: Of the service HostLink, for who passes messages on without reading them.
+METHODS: Final = {"session": "/casemate.host.v1.HostLink/Session", "channel": "/casemate.host.v1.HostLink/Channel"}
 
 
 class Stream(Protocol[Out, In]):
@@ -127,6 +130,11 @@ class GrpcTransport:
         call = HostLinkStub(await self._dialled()).Session()
         return _GrpcStream(call, from_host_to_wire, to_host_from_wire)
 
+    async def raw(self, kind: str) -> Stream[bytes, bytes]:
+        """A ``session`` or a ``channel`` whose messages are passed on as they are, by who does not read them."""
+        connection = (self._channel if kind == "channel" else None) or await self._dialled()
+        return _GrpcStream(connection.stream_stream(METHODS[kind])(), _same, _same)
+
     async def channel(self) -> Stream[Frame, Frame]:
         from casemate_wire.codec.channels import frame_from_wire, frame_to_wire
         from casemate_wire.v1.hosts_pb2_grpc import HostLinkStub
@@ -138,6 +146,53 @@ class GrpcTransport:
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close()
+
+
+def _same(message: bytes) -> bytes:
+    return message
+
+
+def session_codec() -> "Codec[FromHost, ToHost]":
+    """Between the values of a session and the bytes of its messages."""
+    from casemate_wire.codec.hosts import from_host_to_wire, to_host_from_wire
+    from casemate_wire.v1.hosts_pb2 import ToHost as Message
+
+    return Codec(
+        lambda value: from_host_to_wire(value).SerializeToString(),
+        _decoder(Message.FromString, to_host_from_wire),
+    )
+
+
+def channel_codec() -> "Codec[Frame, Frame]":
+    """The same for a channel."""
+    from casemate_wire.codec.channels import frame_from_wire, frame_to_wire
+    from casemate_wire.v1.hosts_pb2 import ChannelFrame as Message
+
+    return Codec(
+        lambda value: frame_to_wire(value).SerializeToString(),
+        _decoder(Message.FromString, frame_from_wire),
+    )
+
+
+def _decoder(parse: Callable[[bytes], Any], decode: Callable[[Any], In]) -> Callable[[bytes], In]:
+    from google.protobuf.message import DecodeError
+
+    def decoded(data: bytes) -> In:
+        try:
+            message = parse(data)
+        except DecodeError:
+            raise BrokenOff(f"what came is no message of the schema ({len(data)} bytes)") from None
+        return decode(message)
+
+    return decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Codec(Generic[Out, In]):
+    """Both directions; ``decode`` raises what the codec of the schema raises, and BrokenOff for bytes of no schema."""
+
+    encode: Callable[[Out], bytes]
+    decode: Callable[[bytes], In]
 
 
 class _GrpcStream:

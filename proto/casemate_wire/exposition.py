@@ -27,6 +27,8 @@ log = logging.getLogger("casemate.metrics")
 #: Prometheus gives up after 10 s unless told otherwise.
 SCRAPE_DEADLINE_S: Final = 9.0
 PATH: Final = "/metrics"
+#: Of the text format that `rendered` writes.
+TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def checked_loopback(address: str) -> tuple[str, int]:
@@ -81,11 +83,40 @@ def rendered(rows: Iterable[Rows]) -> bytes:
 @asynccontextmanager
 async def served(address: str, rows: Callable[[], Awaitable[Iterable[Rows]]]) -> AsyncIterator[str]:
     """Serve ``rows`` while the context is open; gives the URL. Raises InvalidSpec, and Unavailable where the port is taken."""
+    async with _served(address, _handler(rows)) as url:
+        yield url
+
+
+@asynccontextmanager
+async def passed_on(address: str, ask: Callable[[], Awaitable[bytes]]) -> AsyncIterator[str]:
+    """As ``served``, of text that somebody else has rendered. ``ask`` raises Unavailable where he does not answer."""
+    from aiohttp import web
+
+    one_at_a_time = asyncio.Lock()
+
+    async def scrape(request: web.Request) -> web.StreamResponse:
+        try:
+            async with asyncio.timeout(SCRAPE_DEADLINE_S), one_at_a_time:
+                body = await ask()
+        except TimeoutError:
+            return web.Response(status=503, text=f"no answer within {SCRAPE_DEADLINE_S:g} s\n")
+        except Unavailable as error:
+            return web.Response(status=503, text=f"{error}\n")
+        return web.Response(body=body, headers={"Content-Type": TEXT})
+
+    async with _served(address, scrape) as url:
+        yield url
+
+
+@asynccontextmanager
+async def _served(
+    address: str, handler: "Callable[[web.Request], Awaitable[web.StreamResponse]]"
+) -> AsyncIterator[str]:
     from aiohttp import web
 
     host, port = checked_loopback(address)
     app = web.Application(client_max_size=0)
-    app.router.add_get(PATH, _handler(rows))
+    app.router.add_get(PATH, handler)
     runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
     await runner.setup()
     try:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from casemate_agent.drivers.fetch import DiskFull, SourceFailed, SourceRules, public_url
+from casemate_agent.drivers.fetch import DiskFull, SourceRules
+from casemate_agent.drivers.http import SourceFailed, public_url
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.imageformat import HEAD_BYTES, ImageRefused, read_qcow2
 from casemate_core.errors import DeadlineExceeded, InternalError, NotFound

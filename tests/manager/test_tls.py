@@ -1,6 +1,8 @@
 """A whole manager with TLS and real connections: joining, who is let in where, roll-over and revocation."""
 
 import asyncio
+import contextlib
+import os
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -12,7 +14,9 @@ import pytest
 
 from casemate_agent import enrol
 from casemate_agent.identity import Identity
-from casemate_agent.transport import BrokenOff
+from casemate_agent.relay import Relay
+from casemate_agent.relayserver import RelayServer
+from casemate_agent.transport import BrokenOff, GrpcTransport
 from casemate_core.errors import InvalidSpec
 from casemate_manager import pki
 from casemate_manager.api.tls import ServerTls
@@ -42,6 +46,28 @@ async def test_a_machine_joins_by_one_token_and_its_stream_is_taken(world: World
     assert identity.host == "h7"
     async with session(identity) as stream:
         assert isinstance(await first(stream), Welcome)
+
+
+async def test_through_the_relay_a_stream_is_the_same_and_root_holds_no_key(world: World, tmp_path: Path) -> None:
+    identity = await world.join()
+
+    async def current() -> Identity:
+        return identity
+
+    server = RelayServer(identity.host, GrpcTransport(identity.manager, current), frozenset({os.geteuid()}))
+    async with server.listening(tmp_path / "relay.sock"):
+        relay = Relay(tmp_path / "relay.sock", os.geteuid())
+        assert await relay.host() == "h7"
+        stream = await relay.session()
+        await stream.send(Hello("h7", "boot", 0, 0, "digest", 1))
+        assert isinstance(await first(stream), Welcome)
+        await stream.close()
+        # Who says another name than the certificate's is told so, as without a relay.
+        stream = await relay.session()
+        await stream.send(Hello("h8", "boot", 0, 0, "digest", 2))
+        with contextlib.suppress(BrokenOff):
+            assert isinstance(await first(stream), Rejected)
+        await stream.close()
 
 
 async def test_fifty_at_once_use_a_token_and_one_wins(world: World) -> None:

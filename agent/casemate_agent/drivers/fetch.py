@@ -1,7 +1,7 @@
 """Brings one file, known by its digest, from where it is said to be into the store.
 
-For: the image store. What may live here: the sources (a folder of this host, http, https), their bounds, and the check of
-the digest. What is in the file is not looked at here.
+For: the image store. What may live here: which sources there are (a folder of this host; http and https, of which ``http``
+brings the bytes), their bounds, and the check of the digest. What is in the file is not looked at here.
 
 Theory of operation. Bytes are hashed as they are written, into a file beside the final one; only a file whose digest is
 the one asked for, and that is synced, gets its name. So a file that has its name is whole and right, whatever happened
@@ -21,33 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import aiohttp
-
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.files import UNFINISHED, sync_folder
+from casemate_agent.drivers.http import CHUNK, SILENCE_S, Download, SourceFailed, http_download, public_url
 from casemate_agent.drivers.imageformat import ImageRefused
 from casemate_core.errors import MachineError, Unavailable, shown
 from casemate_core.quantity import MIB, format_mib
 from casemate_core.spec.instance import DIGEST, File
 
-CHUNK = 4 * MIB
 #: linux/fs.h: _IOW(0x94, 9, int), "make this file share the blocks of that one".
 FICLONE = 0x40049409
-CONNECT_S = 20.0
-#: Longest silence of a server within a transfer.
-SILENCE_S = 60.0
 
 
 class DiskFull(MachineError):
     """The store's file system has no room."""
 
     reason = "DiskFull"
-
-
-class SourceFailed(MachineError):
-    """The server did not give the file; it may later."""
-
-    reason = "SourceFailed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +47,18 @@ class SourceRules:
     max_mib: int = 64 * 1024
 
 
-def public_url(source: str) -> str:
-    """The source without user, password and query, for errors and logs."""
-    try:
-        parts = urlsplit(source)
-        host = parts.hostname or ""
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return "(not a URL)"
-    return shown(f"{parts.scheme}://{host}{port}{parts.path}")
+async def fetch(
+    file: File,
+    target: Path,
+    rules: SourceRules,
+    calls: DeadlineExecutor,
+    deadline_s: float,
+    download: Download = http_download,
+) -> None:
+    """Have ``file`` at ``target``; by ``download`` where it is not a file of this host.
 
-
-async def fetch(file: File, target: Path, rules: SourceRules, calls: DeadlineExecutor, deadline_s: float) -> None:
-    """Have ``file`` at ``target``. Raises ImageRefused, SourceFailed, DiskFull, DeadlineExceeded; leaves no rest."""
+    Raises ImageRefused, SourceFailed, DiskFull, DeadlineExceeded; leaves no rest.
+    """
     if not DIGEST.match(file.digest):
         raise ImageRefused(f"digest {shown(file.digest)!r} is not sha256 in hex", "write sha256: and 64 hex digits")
     scheme = urlsplit(file.source).scheme
@@ -82,7 +70,7 @@ async def fetch(file: File, target: Path, rules: SourceRules, calls: DeadlineExe
         if scheme == "file":
             digest = await _copy(file.source, descriptor, rules, calls, deadline_s)
         else:
-            digest = await _download(file.source, descriptor, rules, calls, deadline_s)
+            digest = await _download(file.source, descriptor, rules, calls, deadline_s, download)
         if digest != file.digest:
             raise ImageRefused(
                 f"{public_url(file.source)} has the digest {digest}, not {file.digest}",
@@ -191,39 +179,26 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 async def _download(
-    source: str, descriptor: int, rules: SourceRules, calls: DeadlineExecutor, deadline_s: float
+    source: str, descriptor: int, rules: SourceRules, calls: DeadlineExecutor, deadline_s: float, download: Download
 ) -> str:
     digest = hashlib.sha256()
-    timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S, sock_read=SILENCE_S)
     where = public_url(source)
 
     def keep(chunk: bytes) -> None:
         digest.update(chunk)
         _write_all(descriptor, chunk)
 
-    try:
-        # auto_decompress off: the digest is of the file, not of what a Content-Encoding makes of it.
-        async with (
-            aiohttp.ClientSession(timeout=timeout, trust_env=True, auto_decompress=False) as session,
-            session.get(source, max_redirects=5, headers={"Accept-Encoding": "identity"}) as response,
-        ):
-            if response.status != 200:
-                raise SourceFailed(f"{where}: the server answers {response.status} {shown(response.reason or '')}")
-            length = response.content_length
-            if length is not None:
-                _check_size(length, rules, where)
-                room = os.fstatvfs(descriptor)
-                if length > room.f_bavail * room.f_frsize:
-                    raise DiskFull(f"no room for {where}: {length} bytes")
-            total = 0
-            async for chunk in response.content.iter_chunked(CHUNK):
-                total += len(chunk)
-                _check_size(total, rules, where)
-                await calls.run("write image", lambda data=chunk: keep(data), SILENCE_S)  # type: ignore[misc]
-            if length is not None and total != length:
-                raise SourceFailed(f"{where}: the transfer ended after {total} of {length} bytes")
-    except (aiohttp.ClientError, ValueError) as error:
-        raise SourceFailed(f"{where}: {type(error).__name__}: {shown(str(error))}") from error
-    except TimeoutError as error:
-        raise SourceFailed(f"{where}: the transfer took longer than allowed") from error
+    async with download(source, deadline_s) as (length, chunks):
+        if length is not None:
+            _check_size(length, rules, where)
+            room = os.fstatvfs(descriptor)
+            if length > room.f_bavail * room.f_frsize:
+                raise DiskFull(f"no room for {where}: {length} bytes")
+        total = 0
+        async for chunk in chunks:
+            total += len(chunk)
+            _check_size(total, rules, where)
+            await calls.run("write image", lambda data=chunk: keep(data), SILENCE_S)  # type: ignore[misc]
+        if length is not None and total != length:
+            raise SourceFailed(f"{where}: the transfer ended after {total} of {length} bytes")
     return f"sha256:{digest.hexdigest()}"

@@ -33,6 +33,7 @@ from casemate_agent.domain.names import check_uid
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.fetch import SourceRules, fetch, storage_error
 from casemate_agent.drivers.files import UNFINISHED, sync_folder, write_private
+from casemate_agent.drivers.http import Download, http_download
 from casemate_agent.drivers.imageformat import HEAD_BYTES, ImageInfo, ImageRefused, read_header, read_qcow2
 from casemate_agent.drivers.ports import DomainFiles, StoredFiles
 from casemate_agent.drivers.seed import HELPER, build_seed, seed_files
@@ -66,10 +67,13 @@ class _Transfer:
 class ImageStore:
     """``ports.Images`` in a folder. One event loop; close it with ``aclose``."""
 
-    def __init__(self, state_dir: Path, rules: SourceRules, helper: Path = HELPER) -> None:
+    def __init__(
+        self, state_dir: Path, rules: SourceRules, helper: Path = HELPER, download: Download = http_download
+    ) -> None:
         self._images = state_dir / "images"
         self._instances = state_dir / "instances"
         self._rules = rules
+        self._download = download
         self._helper = helper
         self._calls = DeadlineExecutor("files")
         self._transfers: dict[str, _Transfer] = {}
@@ -166,7 +170,7 @@ class ImageStore:
             return
         transfer = self._transfers.get(file.digest)
         if transfer is None:
-            work = fetch(file, target, self._rules, self._calls, _left(end, "fetch image"))
+            work = fetch(file, target, self._rules, self._calls, _left(end, "fetch image"), self._download)
             transfer = self._transfers[file.digest] = _Transfer(
                 loop.create_task(work, name=f"fetch {file.digest[:19]}")
             )

@@ -2,7 +2,8 @@
 
 Theory of operation. The wheel is built from the working tree, installed by pip into a folder of this machine, compiled by
 the server's own Python, and carried over as one archive: pip itself needs most of a minute on an emulated processor. The
-agent dials the server's own loopback; ssh carries that port to the manager's, so that no plain text crosses a network.
+units are the ones that are shipped, with their confinement. The host joins by a token, and speaks TLS; it dials the server's
+own loopback, and ssh carries those ports to the manager's.
 """
 
 import io
@@ -27,26 +28,18 @@ from support.hostlab.machine import PORTS, Machine, free_port
 
 HOST = "lab"
 CONFIG = "/etc/casemate/agent.toml"
-UNIT = """[Unit]
-Description=Casemate agent
-After=libvirtd.service network.target
-Wants=libvirtd.service
-
-[Service]
-ExecStart=/usr/bin/python3 -m casemate_agent run --config /etc/casemate/agent.toml
-Restart=on-failure
-RestartSec=1
-KillMode=process
-LimitNOFILE=65536
-
-[Install]
-WantedBy=multi-user.target
-"""
-AGENT = """name = "@HOST@"
-manager = "127.0.0.1:@PORT@"
-insecure_loopback = true
-log_level = "info"
+#: The operator's certificate, for whoever asks the manager from within the server.
+OPERATOR = "/root/operator.yaml"
+#: What is installed of the working tree beside the packages: as a person would, and as docs/join.md says.
+SHIPPED = {
+    "casemate-agent.service": "/etc/systemd/system/casemate-agent.service",
+    "casemate-relay.service": "/etc/systemd/system/casemate-relay.service",
+    "casemate-relay.sysusers.conf": "/usr/lib/sysusers.d/casemate-relay.conf",
+    "casemate-agent.modules.conf": "/usr/lib/modules-load.d/casemate-agent.conf",
+}
+AGENT = """log_level = "info"
 stop_grace_s = 20
+metrics_listen = "127.0.0.1:9470"
 """
 HARDWARE = f"""
 [[ports]]
@@ -103,7 +96,7 @@ from pathlib import Path
 from casemate_agent.config import load
 from casemate_agent.drivers.sriov import HostFunctions
 async def look():
-    config = load("/etc/casemate/agent.toml", {})
+    config = load("/etc/casemate/agent.toml", {}, needs_name=False)
     functions = HostFunctions(Path(config.run_dir), config.ports, config.devices)
     try:
         return await functions.observe(30)
@@ -120,6 +113,7 @@ class Server:
     machine: Machine
     folder: Path
     port: int
+    enrolment: int
     environ: dict[str, str]
     uids: dict[str, str] = field(default_factory=dict)
 
@@ -147,25 +141,33 @@ class Server:
         archive = agent_archive(self.machine.parts.tree)
         target = f"/usr/local/lib/python{recipe.PYTHON}/dist-packages"
         self.machine.run(f"tar -x -z -C {target} -f -", stdin=archive, timeout_s=120)
-        self.machine.write("/etc/systemd/system/casemate-agent.service", UNIT.encode())
+        for name, place in SHIPPED.items():
+            self.machine.write(place, (PROJECT / "agent" / name).read_bytes())
         for name in ("casemate", "casemate-agent"):
             package = "casemate_cli" if name == "casemate" else "casemate_agent"
             script = f'#!/bin/sh\nexec /usr/bin/python3 -m {package} "$@"\n'
-            self.machine.run(f"cat > /usr/local/bin/{name} && chmod 755 /usr/local/bin/{name}", stdin=script.encode())
+            self.machine.run(f"cat > /usr/bin/{name} && chmod 755 /usr/bin/{name}", stdin=script.encode())
         self.machine.write("/etc/profile.d/casemate.sh", self.profile().encode())
-        self.machine.run("systemctl daemon-reload")
+        self.machine.write(OPERATOR, Path(self.environ["CASEMATE_CONFIG"]).read_bytes())
+        self.machine.run(f"chmod 600 {OPERATOR}; systemd-sysusers; systemctl daemon-reload")
+        self.machine.run("systemctl restart systemd-modules-load", timeout_s=60)
 
     def profile(self) -> str:
         """What a shell in the server needs to have `casemate` ask the manager."""
-        return f"export CASEMATE_MANAGER=127.0.0.1:{self.port} CASEMATE_INSECURE_LOOPBACK=1\n"
+        return f"export CASEMATE_CONFIG={OPERATOR}\n"
 
     def configure(self, hardware: str = HARDWARE) -> None:
         """Settings of the agent; they hold from its next start."""
-        text = AGENT.replace("@HOST@", HOST).replace("@PORT@", str(self.port)) + hardware
-        self.machine.write(CONFIG, text.encode())
+        self.machine.write(CONFIG, (AGENT + hardware).encode())
+
+    def join(self) -> None:
+        """Become a host of the fleet, by a token that is good once."""
+        token = self.casemate("host", "token", "create", HOST).ok().strip()
+        command = f"casemate-agent join --manager 127.0.0.1:{self.enrolment}"
+        self.machine.run(command, stdin=token.encode(), timeout_s=120)
 
     def start_agent(self) -> None:
-        self.machine.run("systemctl start casemate-agent")
+        self.machine.run("systemctl start casemate-agent", timeout_s=300)
 
     def stop_agent(self) -> None:
         self.machine.run("systemctl stop casemate-agent", timeout_s=60)
@@ -176,7 +178,7 @@ class Server:
 
     def log(self, lines: int = 60) -> str:
         """The end of the agent's log."""
-        ask = f"systemctl status casemate-agent --no-pager -n 0; journalctl -u casemate-agent -n {lines} --no-pager -o cat"
+        ask = f"systemctl status 'casemate-*' --no-pager -n 0; journalctl -u 'casemate-*' -n {lines} --no-pager -o cat"
         return self.machine.run(ask, check=False)
 
     def make_fleet(self) -> None:
@@ -243,15 +245,18 @@ def agent_archive(tree: Path) -> bytes:
 
 
 @contextmanager
-def manager_beside(folder: Path, port: int) -> Iterator[None]:
-    """A manager on loopback, as a process."""
+def manager_beside(folder: Path, port: int, enrolment: int) -> Iterator[Path]:
+    """A manager on loopback, as a process; the file of its operator."""
     environ = clean_environment(folder)
-    command = [sys.executable, "-m", "casemate_manager", "serve", "--state-dir", str(folder / "manager")]
-    command += ["--listen", f"127.0.0.1:{port}", "--insecure-loopback"]
+    manager = [sys.executable, "-m", "casemate_manager"]
+    state, operator = str(folder / "manager"), folder / "operator.yaml"
+    run([*manager, "operator", "--state-dir", state, "--manager", f"127.0.0.1:{port}", "--out", operator])
+    command = [*manager, "serve", "--state-dir", state]
+    command += ["--listen", f"127.0.0.1:{port}", "--listen-enrolment", f"127.0.0.1:{enrolment}"]
     with (folder / "manager.log").open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, cwd="/")
     try:
-        yield
+        yield operator
     finally:
         process.terminate()
         try:
@@ -265,11 +270,11 @@ def manager_beside(folder: Path, port: int) -> Iterator[None]:
 def server_up(folder: Path, say: Say, hardware: str = HARDWARE, parts: Parts | None = None) -> Iterator[Server]:
     """A server with our agent in it, joined to a manager; all of it ended afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    machine = Machine(parts or build(say), folder / "machine", forwards=(port,))
-    environ = {**clean_environment(folder, f"127.0.0.1:{port}"), "CASEMATE_INSECURE_LOOPBACK": "1"}
-    server = Server(machine, folder, port, environ)
-    with manager_beside(folder, port):
+    port, enrolment = free_port(), free_port()
+    machine = Machine(parts or build(say), folder / "machine", forwards=(port, enrolment))
+    with manager_beside(folder, port, enrolment) as operator:
+        environ = {**clean_environment(folder), "CASEMATE_CONFIG": str(operator)}
+        server = Server(machine, folder, port, enrolment, environ)
         try:
             began = time.monotonic()
             machine.start()
@@ -277,6 +282,7 @@ def server_up(folder: Path, say: Say, hardware: str = HARDWARE, parts: Parts | N
             server.install()
             server.configure(hardware)
             machine.run("systemctl start libvirtd", timeout_s=120)
+            server.join()
             server.start_agent()
             say(f"agent installed after {time.monotonic() - began:.0f} s")
             server.until("the host has joined", server.joined, 180)
