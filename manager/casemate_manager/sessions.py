@@ -18,6 +18,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Final, Protocol, TypeVar
 
 from casemate_core.checkpoint import Checkpoint
@@ -65,6 +66,8 @@ RECONNECT_WINDOW_S: Final = 5.0
 TICKET_S: Final = 30.0
 #: Between two looks at whose certificate has expired.
 RECHECK_S: Final = 2.0
+#: Facts of a host that follow one another closely are acknowledged together, so many seconds after those before.
+ACK_S: Final = 0.02
 #: Frames of a channel that wait for their reader; HTTP/2 holds back the rest.
 CHANNEL_FRAMES: Final = 16
 
@@ -102,8 +105,35 @@ class Session:
     identity: Identity | None = None
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     measurement: Measurement | None = None
+    #: When facts were last acknowledged, by the loop's clock, and what wakes the session to acknowledge those since.
+    acked_s: float = -inf
+    ack_timer: asyncio.TimerHandle | None = None
     #: Set when the stream has ended: what was asked over it and is not there yet will not come.
     over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def wake(self) -> None:
+        """Have said what there is to say: at once, or gathered, where it is nothing but one more acknowledgement."""
+        if self.end.pressing:
+            self.woken.set()
+        elif self.end.ack_due and self.ack_timer is None:
+            loop = asyncio.get_running_loop()
+            if (wait_s := self.acked_s + ACK_S - loop.time()) <= 0:
+                self.woken.set()
+            else:
+                self.ack_timer = loop.call_later(wait_s, self.woken.set)
+
+    def take(self) -> tuple[ToHost, ...]:
+        """What the protocol has to say."""
+        if self.end.ack_due:
+            self.acked_s = asyncio.get_running_loop().time()
+            self.stop_timer()
+        return self.end.take()
+
+    def stop_timer(self) -> None:
+        """Nothing waits to be acknowledged."""
+        if self.ack_timer is not None:
+            self.ack_timer.cancel()
+            self.ack_timer = None
 
     @property
     def host(self) -> str:
@@ -251,7 +281,7 @@ class Sessions:
         reason = "the stream was cut"
         try:
             while True:
-                for message in session.end.take():
+                for message in session.take():
                     await stream.send(message)
                 if session.end.closed or reader.done():
                     break
@@ -260,6 +290,7 @@ class Sessions:
             reason = "the stream ended"
         finally:
             session.over.set()
+            session.stop_timer()
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
             self._streams.pop(session, None)
@@ -311,7 +342,7 @@ class Sessions:
             got = session.end.receive(message)
             if got is not None:
                 await self._take(session, got)
-            session.woken.set()
+            session.wake()
 
     async def _admit(self, session: Session, hello: Hello) -> None:
         identity = session.identity

@@ -1,6 +1,7 @@
 """The agent's end of the stream: what is told, what is acknowledged, and how it comes back."""
 
 import asyncio
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -9,7 +10,7 @@ from casemate_agent.agent import Agent
 from casemate_agent.drivers.simulated import SimulatedHost
 from casemate_agent.drivers.simulated_disk import SimulatedDisk
 from casemate_agent.ledger import Ledger, inline
-from casemate_agent.link import Link
+from casemate_agent.link import GATHER_S, Link
 from casemate_agent.transport import NotLoopback, checked_address
 from casemate_core.spec.instance import Phase
 from casemate_core.topology_loaders import from_line
@@ -69,6 +70,26 @@ def test_desired_state_comes_down_and_facts_go_up() -> None:
         assert uid(1) not in it.manager.states
         it.manager.unwant(uid(77))
         await it.until(lambda: uid(77) in it.manager.gone)
+        await it.stop()
+
+    run_virtual(story)
+
+
+def test_changes_that_crowd_go_up_together() -> None:
+    async def story(loop: VirtualLoop) -> None:
+        it = Connected(loop)
+        await it.start()
+        await it.until(lambda: it.manager.facts)
+        await asyncio.sleep(10)  # it rests
+        before, begun_s = it.manager.facts, loop.time()
+        report = it.agent.feed.report
+        for number in range(200):
+            it.agent.feed.tell(replace(report, disk_free_mib=number))
+            await asyncio.sleep(0.001)
+        took_s = loop.time() - begun_s
+        await asyncio.sleep(1)
+        assert 2 <= it.manager.facts - before <= took_s / GATHER_S + 2
+        assert it.manager.report == it.agent.feed.report  # and the last word is told
         await it.stop()
 
     run_virtual(story)

@@ -9,7 +9,8 @@ which is why the manager's figures are given per second of its own CPU too.
 1. enrol: each agent makes a key and asks for its certificate by a token of its own.
 2. join: all dial at once; a join is done when its whole state is taken. Memory of a host is the manager's growth.
 3. deltas: agents tell of changes at a steady rate; from the telling to the acknowledgement, which leaves when the manager's
-   state has it (so the way back is included). Then as many as go, for the cost of one.
+   state has it (so the way back is included). Then as many as go, for the cost of one: each told when the one before is
+   acknowledged; told without waiting; and changes of instances, of which a message carries as many as its host had.
 4. kill -9 of the manager, and a new one at once: agents come back with full jitter over the window that the manager states.
    Meanwhile an operator asks for the version twenty times a second. Memory of a stream is what this manager has grown by,
    over one that has loaded the same state and has no stream.
@@ -32,6 +33,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -41,6 +43,7 @@ from casemate_agent.identity import Identity
 from casemate_agent.link import LONGEST_WINDOW_S, WINDOW_S, inventory_digest
 from casemate_agent.transport import GrpcTransport, Stream
 from casemate_core.errors import CasemateError
+from casemate_core.spec.instance import DesiredInstance, InstanceState, Phase
 from casemate_core.topology_loaders import from_line
 from casemate_wire.session import HostEnd, Outbox, Refused
 from casemate_wire.stream import Desired, FactsAck, FromHost, Hello, HostReport, Inventory, ToHost, Welcome
@@ -51,6 +54,19 @@ TOPOLOGY = from_line("2s 32k/c 2t 256G disk=4T")
 DIGEST = inventory_digest(TOPOLOGY)
 #: Enrolments in flight: what an operator's script would do.
 ENROLLING = 32
+#: Changes that an agent tells before it waits for an acknowledgement, where it does not wait for each.
+AHEAD = 32
+#: Replicas of one environment; an environment for each agent.
+ENVIRONMENT = """apiVersion: casemate/v1
+kind: Environment
+metadata: {name: e@N@}
+spec: {cpu: {count: 1}, memory: {size: 64Mi}, image: i, disk: {size: 1Gi}, replicas: @REPLICAS@, virtualisation: any}
+"""
+IMAGE = """apiVersion: casemate/v1
+kind: Image
+metadata: {name: i}
+spec: {source: "file:///srv/i.img", digest: "sha256:@DIGEST@", format: raw, size: 1Gi}
+""".replace("@DIGEST@", "0" * 64)
 
 
 def free_port() -> int:
@@ -58,6 +74,19 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def running_state(instance: DesiredInstance) -> InstanceState:
+    placement = instance.placement
+    return InstanceState(
+        instance.uid,
+        instance.generation,
+        Phase.RUNNING,
+        starts=1,
+        pid=4242,
+        placement_epoch=placement.epoch,
+        placement_generation=placement.generation,
+    )
 
 
 class Manager:
@@ -79,6 +108,12 @@ class Manager:
             self._child.send_signal(number)
             self._child.wait(60)
             self._child = None
+
+    def apply(self, text: str) -> None:
+        """As its operator does."""
+        environ = {**os.environ, "CASEMATE_CONFIG": str(self.folder / "operator.yaml")}
+        argv = [sys.executable, "-m", "casemate_cli", "apply", "-f", "-"]
+        subprocess.run(argv, input=text, text=True, check=True, capture_output=True, timeout=300, env=environ)
 
     def memory_kb(self) -> float:
         """Memory of its own (RssAnon)."""
@@ -115,14 +150,18 @@ class Agent:
         self.identity = identity
         self.joined = asyncio.Event()
         self.counter = 0
-        #: When the facts that wait for their acknowledgement were told.
-        self.told: deque[float] = deque()
+        #: When the facts that wait for their acknowledgement were told, and how many changes they carry.
+        self.told: deque[tuple[float, int]] = deque()
+        #: Instances that the manager wants here, by uid.
+        self.wanted: dict[str, InstanceState] = {}
         self.took_ms: list[float] = []
         self.acked = 0
         self._random = random
         self._window_s = WINDOW_S
         self._failures = 0
         self._end: HostEnd | None = None
+        self._acked_to = 0
+        self._waiting: tuple[FromHost, ...] = ()
         self._woken = asyncio.Event()
         self._transport = GrpcTransport(identity.manager, self._current)
 
@@ -160,20 +199,23 @@ class Agent:
         end = HostEnd(
             Hello(self.identity.host, "boot", 0, 0, DIGEST, self.counter, virtualisation="simulated"), Outbox()
         )
-        self._end = end
+        self._end, self._waiting = end, ()
         sender = asyncio.create_task(self._send(end, stream))
         try:
             while (message := await stream.receive()) is not None:
                 if isinstance(message, FactsAck):
-                    self._taken()
+                    self._taken(message.sequence)
                 match end.receive(message):
                     case Welcome() as welcome:
                         self._window_s, self._failures = welcome.reconnect_window_s, 0
                         if welcome.send_inventory:
                             end.tell_inventory(Inventory(DIGEST, TOPOLOGY))
-                        end.whole((), HostReport(disk_free_mib=1))
-                        self.told.append(time.perf_counter())
+                        end.whole(self.wanted.values(), HostReport(disk_free_mib=1))
+                        self._acked_to = 0
+                        self.told.append((time.perf_counter(), 1))
                     case Desired() as desired:
+                        for instance in desired.instances:
+                            self.wanted[instance.uid] = running_state(instance)
                         end.persisted(desired.revision)
                         end.consumed()
                     case Refused() as refused:
@@ -191,26 +233,46 @@ class Agent:
     async def _send(self, end: HostEnd, stream: Stream[FromHost, ToHost]) -> None:
         while True:
             self._woken.clear()
-            for message in end.take():
+            waiting, self._waiting = (*self._waiting, *end.take()), ()
+            for message in waiting:
                 await stream.send(message)
-            await self._woken.wait()
+            if not self._waiting:
+                await self._woken.wait()
 
-    def _taken(self) -> None:
-        if self.told:
-            took = (time.perf_counter() - self.told.popleft()) * 1000
-            self.acked += 1
+    def _taken(self, sequence: int) -> None:
+        """An acknowledgement is of all facts up to its number."""
+        while self.told and self._acked_to < sequence:
+            self._acked_to += 1
+            told, count = self.told.popleft()
+            self.acked += count
             if self.joined.is_set():
-                self.took_ms.append(took)
+                self.took_ms.append((time.perf_counter() - told) * 1000)
         self.joined.set()
 
-    def change(self) -> bool:
-        """Tell of something new, where nothing waits for its acknowledgement."""
-        if self._end is None or not self.joined.is_set() or self.told:
+    def change(self, ahead: int = 1) -> bool:
+        """Tell of something new of the host, where less than ``ahead`` changes wait for their acknowledgement."""
+        if self._end is None or not self.joined.is_set() or len(self.told) >= ahead:
             return False
         self._end.changed((), (), HostReport(disk_free_mib=self._random.randrange(1 << 20)))
-        self.told.append(time.perf_counter())
-        self._woken.set()
+        self._tell(1)
         return True
+
+    def change_all(self, count: int) -> bool:
+        """The same of so many instances at once."""
+        if self._end is None or not self.joined.is_set() or self.told:
+            return False
+        changed = [replace(state, starts=state.starts + 1) for state in list(self.wanted.values())[:count]]
+        self.wanted |= {state.uid: state for state in changed}
+        self._end.changed(changed)
+        self._tell(len(changed))
+        return True
+
+    def _tell(self, count: int) -> None:
+        """One message, at once: what is told later is another."""
+        self.told.append((time.perf_counter(), count))
+        assert self._end is not None
+        self._waiting += self._end.take()
+        self._woken.set()
 
 
 def at(values: list[float], part: float) -> float:
@@ -296,16 +358,42 @@ async def changes(agents: list[Agent], seconds: float, rate: float) -> list[floa
     return [ms for agent in agents for ms in agent.took_ms]
 
 
-async def flood(agents: list[Agent], manager: Manager, seconds: float) -> tuple[float, float]:
-    """Every agent tells the next change as soon as the last is acknowledged: deltas a second, and a second of its CPU."""
+async def flood(
+    agents: list[Agent], manager: Manager, seconds: float, change: Callable[[Agent], bool]
+) -> tuple[float, float]:
+    """Every agent tells what it may, all the time: deltas a second, and a second of the manager's CPU."""
     before, cpu = sum(a.acked for a in agents), manager.cpu_s()
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:
         for agent in agents:
-            agent.change()
-        await asyncio.sleep(0)
+            change(agent)
+        await asyncio.sleep(0.001)
     took, done = time.perf_counter() - begin, sum(a.acked for a in agents) - before
     return done / took, done / max(manager.cpu_s() - cpu, 0.01)
+
+
+async def floods(agents: list[Agent], manager: Manager, seconds: float, instances: int) -> dict[str, Any]:
+    """Deltas for a second of the manager's CPU, by how they are told."""
+    result: dict[str, Any] = {}
+    _, each = await flood(agents, manager, seconds, Agent.change)
+    _, ahead = await flood(agents, manager, seconds, lambda agent: agent.change(AHEAD))
+    result |= {"deltas_each_acked_per_manager_cpu_s": round(each), "deltas_ahead_per_manager_cpu_s": round(ahead)}
+    for agent in agents:
+        await until(lambda agent=agent: not agent.told, 60, "acknowledged")  # type: ignore[misc]
+    manager.apply(IMAGE + "".join("---\n" + _environment(n, instances) for n in range(len(agents))))
+    await until(lambda: sum(len(a.wanted) for a in agents) >= len(agents) * instances, 300, "instances placed")
+    # From so few hosts that their number of messages is not what is measured.
+    full = [agent for agent in agents if len(agent.wanted) >= instances] or agents
+    per_s, many = await flood(full, manager, seconds, lambda agent: agent.change_all(instances))
+    return result | {
+        "deltas_a_message": instances,
+        "flood_deltas_per_s": round(per_s),
+        "deltas_per_manager_cpu_s": round(many),
+    }
+
+
+def _environment(number: int, instances: int) -> str:
+    return ENVIRONMENT.replace("@N@", str(number)).replace("@REPLICAS@", str(instances))
 
 
 class Operator:
@@ -343,7 +431,7 @@ async def running(coroutines: "list[Coroutine[Any, Any, None]]") -> AsyncIterato
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def measure(manager: Manager, count: int, seconds: float, rate: float) -> dict[str, Any]:
+async def measure(manager: Manager, count: int, seconds: float, rate: float, instances: int) -> dict[str, Any]:
     from casemate_wire.v1 import operators_pb2, operators_pb2_grpc
 
     channel = manager.operator()
@@ -376,8 +464,7 @@ async def measure(manager: Manager, count: int, seconds: float, rate: float) -> 
             "delta_p50_ms": round(statistics.median(took_ms), 2) if took_ms else None,
             "delta_p99_ms": round(at(took_ms, 0.99), 2),
         }
-        per_s, per_cpu_s = await flood(agents, manager, min(seconds, 5.0))
-        result |= {"flood_deltas_per_s": round(per_s), "deltas_per_manager_cpu_s": round(per_cpu_s)}
+        result |= await floods(agents, manager, min(seconds, 5.0), instances)
 
         operator = Operator(channel)
         async with running([operator.run()]):
@@ -423,13 +510,14 @@ def main() -> int:
     parser.add_argument("--agents", type=int, default=int(os.environ.get("AGENTS", "1000")))
     parser.add_argument("--seconds", type=float, default=15.0, help="of steady changes")
     parser.add_argument("--rate", type=float, default=300.0, help="changes a second, of all agents together")
+    parser.add_argument("--instances", type=int, default=20, help="of each host, that change together")
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as name:
         manager = Manager(Path(name))
         try:
-            result = asyncio.run(measure(manager, options.agents, options.seconds, options.rate))
+            result = asyncio.run(measure(manager, options.agents, options.seconds, options.rate, options.instances))
         finally:
             with suppress(ProcessLookupError):
                 manager.end()

@@ -119,7 +119,7 @@ def test_metrics_of_root_are_served_by_the_relay(server: Server) -> None:
     def scraped() -> str:
         return server.machine.run(f'python3 -c "{ask}"', check=False, timeout_s=60)
 
-    server.until("the agent has come to be scraped", lambda: "casemate_agent_" in scraped(), 120)
+    server.until("the agent has come to be scraped", lambda: "casemate_rounds_total" in scraped(), 120)
 
 
 def test_the_key_is_the_relays_alone(server: Server) -> None:

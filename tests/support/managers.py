@@ -9,7 +9,18 @@ from casemate_core.errors import CasemateError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, InstanceState
 from casemate_wire.channel import Frame, Ticket
 from casemate_wire.session import ManagerEnd, resumable
-from casemate_wire.stream import Ack, Desired, Facts, FromHost, Hello, HostEvent, OpenChannel, Outcome, ToHost
+from casemate_wire.stream import (
+    Ack,
+    Desired,
+    Facts,
+    FromHost,
+    Hello,
+    HostEvent,
+    HostReport,
+    OpenChannel,
+    Outcome,
+    ToHost,
+)
 
 
 class Pipe:
@@ -56,6 +67,9 @@ class SmallManager:
         self.events: dict[str, HostEvent] = {}
         self.outcomes: list[Outcome] = []
         self.acked = 0
+        #: Transfers of facts that came, and what the last one that said so told of the host.
+        self.facts = 0
+        self.report: HostReport | None = None
         self.away = False
         self.pipes: list[Pipe] = []
         self.channels: dict[str, Pipe] = {}
@@ -160,6 +174,8 @@ class SmallManager:
                 )
                 self._end = end
             case Facts():
+                self.facts += 1
+                self.report = value.host or self.report
                 if value.snapshot:
                     self.states.clear()
                 self.states |= {s.uid: s for s in value.instances}

@@ -230,6 +230,31 @@ def test_more_than_the_credit_is_a_violation() -> None:
         manager.receive(Outcome("5", "", "Done"))
 
 
+def test_one_acknowledgement_is_of_all_facts_that_were_taken() -> None:
+    host, manager = opened()
+    manager.take()
+    for number in range(3):
+        manager.receive(Facts(number + 1, number == 0))
+        manager.facts_taken(number + 1)
+    assert manager.ack_due
+    assert not manager.pressing  # it may wait for more to acknowledge
+    assert manager.take() == (FactsAck(3),)
+    assert not manager.ack_due
+    assert manager.take() == ()
+
+
+def test_an_acknowledgement_waits_for_no_one_where_more_is_to_be_said() -> None:
+    _, manager = opened()
+    manager.take()
+    manager.receive(Credit(8))
+    manager.receive(Facts(1, snapshot=True))
+    manager.facts_taken(1)
+    manager.desire(1)
+    assert manager.pressing
+    assert [type(m).__name__ for m in manager.take()] == ["FactsAck", "Desired"]
+    assert not manager.pressing
+
+
 def test_events_survive_cuts_until_a_barrier_behind_them_is_acknowledged() -> None:
     outbox = Outbox()
     outbox.add(event("a"))

@@ -68,9 +68,14 @@ class Credits:
     def consumed(self, messages: int) -> None:
         self._consumed += messages
 
+    @property
+    def owed(self) -> bool:
+        """Whether there is a grant to be made: in steps of half a window, so that grants are few."""
+        return self._consumed >= max(1, self.window // 2)
+
     def grant(self) -> Credit | None:
-        """Give back what was consumed, in steps of half a window, so that grants are few."""
-        if self._consumed < max(1, self.window // 2):
+        """Give back what was consumed, where enough is owed."""
+        if not self.owed:
             return None
         given, self._consumed = self._consumed, 0
         self.granted += given

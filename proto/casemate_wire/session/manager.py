@@ -57,6 +57,8 @@ class ManagerEnd:
         self._once: list[Operate | OpenChannel] = []
         self._sequence = 0
         self._taken = 0
+        #: Facts were taken that are not acknowledged yet. It may wait a little, for it is of those that follow too.
+        self.ack_due = False
         self._facts: list[Facts] = []
         self._whole = False
         self._checkpoint: Checkpoint | None = None
@@ -192,22 +194,32 @@ class ManagerEnd:
         self._once.append(message)
 
     def facts_taken(self, sequence: int) -> None:
-        """Facts up to this sequence are taken."""
+        """Facts up to this sequence are taken. One acknowledgement is of all that were taken when it leaves."""
         if sequence > self._sequence:
             raise ProtocolError(f"facts {sequence} have not arrived")
         if sequence > self._taken and self.open and not self.closed:
             self._taken = sequence
-            self._out.append(FactsAck(sequence))
+            self.ack_due = True
 
     def consumed(self, messages: int = 1) -> None:
         """The shell is done with so many counted messages."""
         self._credits.consumed(messages)
+
+    @property
+    def pressing(self) -> bool:
+        """Whether `take` has more to say than an acknowledgement."""
+        credits = self._credits
+        waits = credits.may_send > 0 and bool(self._dirty or self._parts or self._once)
+        return waits or bool(self._out) or self.closed or credits.owed
 
     def take(self) -> tuple[ToHost, ...]:
         """Messages to send now, in order."""
         out, self._out = self._out, []
         if self.closed or not self.open:
             return tuple(out)
+        if self.ack_due:
+            self.ack_due = False
+            out.append(FactsAck(self._taken))
         if grant := self._credits.grant():
             out.append(grant)
         if self._checkpoint is not None:
