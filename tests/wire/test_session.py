@@ -231,7 +231,7 @@ def test_more_than_the_credit_is_a_violation() -> None:
 
 
 def test_one_acknowledgement_is_of_all_facts_that_were_taken() -> None:
-    host, manager = opened()
+    _, manager = opened()
     manager.take()
     for number in range(3):
         manager.receive(Facts(number + 1, number == 0))
