@@ -23,7 +23,7 @@ from casemate_manager.api.tls import ServerTls
 from casemate_manager.app import running
 from casemate_manager.authority import Authorities, AuthorityDamaged
 from casemate_manager.store.sqlite import SqliteStore
-from casemate_wire.stream import Rejected, Welcome
+from casemate_wire.stream import Hello, Rejected, Welcome
 from casemate_wire.token import BadToken, Token, parse
 from casemate_wire.v1 import join_pb2 as pb
 from casemate_wire.v1 import operators_pb2, operators_pb2_grpc
