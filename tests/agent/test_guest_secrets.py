@@ -89,11 +89,11 @@ async def test_they_are_gone_with_the_volume_and_with_the_pod(guest: RealGuestBe
 async def test_after_a_boot_the_host_is_asked_for_them_and_the_pod_waits(guest: RealGuestBench) -> None:
     await guest.apply("a", with_secret())
     await guest.ready("web")
-    await guest.kill("web")  # as a boot would
     assert guest.process is not None
     await guest.end_agent()
     guest.process.terminate()
     await guest.process.wait()
+    await guest.kill("web")  # as a boot would, and only now: the helper would start it again
     shutil.rmtree(guest.root / "run/casemate/secrets")
     (guest.root / "guest.sock").unlink(missing_ok=True)
     shutil.rmtree(guest.root / "bin")

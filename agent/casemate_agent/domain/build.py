@@ -5,13 +5,14 @@ from xml.etree.ElementTree import Element, indent, register_namespace, tostring
 from casemate_agent.domain.cpu import add_cpu_model, add_vcpus
 from casemate_agent.domain.devices import add_channels, add_console, add_disks, add_interfaces, add_small
 from casemate_agent.domain.elements import add, plain_words
-from casemate_agent.domain.functions import add_functions
+from casemate_agent.domain.functions import add_buses, add_functions
 from casemate_agent.domain.limits import memory_limits
-from casemate_agent.domain.memory import add_balloon, add_memory, add_memory_backing
+from casemate_agent.domain.memory import add_balloon, add_memory, add_memory_backing, binds_memory
 from casemate_agent.domain.metadata import NAMESPACE, add_metadata
 from casemate_agent.domain.names import check_uid, domain_name
 from casemate_agent.domain.shape import HostShape
 from casemate_agent.drivers.ports import DomainFiles
+from casemate_agent.pciplace import hole_bytes
 from casemate_core.spec.instance import DesiredInstance, bridged
 
 register_namespace("casemate", NAMESPACE)
@@ -38,17 +39,18 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     if claim.realtime:
         # Performance counters of the guest cost an interrupt that is not its own.
         add(features, "pmu", {"state": "off"})
-    add_cpu_model(domain, desired, shape)
+    add_cpu_model(domain, desired, shape, hole_bytes(files.places))
     _add_clock(domain)
     add(domain, "on_poweroff", text="destroy")
     add(domain, "on_reboot", text="restart")
     add(domain, "on_crash", text="destroy")
     devices = add(domain, "devices")
     add(devices, "emulator", text=shape.emulator)
+    buses = add_buses(devices, files.places, bound=binds_memory(desired, shape))
     add_disks(devices, files, shape, iothread=bool(claim.vcpus))
     add_small(devices)
     add_interfaces(devices, bridged(desired.nics), desired.uid, shape)
-    add_functions(devices, files.functions)
+    add_functions(devices, files.functions, buses)
     add_channels(devices, desired, shape)
     add_console(devices, desired, shape)
     add_balloon(devices, desired)

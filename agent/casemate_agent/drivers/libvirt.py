@@ -29,6 +29,7 @@ from casemate_agent.domain.stats import parse_stats
 from casemate_agent.drivers.deadline import DeadlineExecutor, Observe, unobserved
 from casemate_agent.drivers.files import write_private
 from casemate_agent.drivers.kvm import Virtualisation, probe
+from casemate_agent.drivers.pciplaces import read_places
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase, DomainStats, QemuThreads
 from casemate_agent.drivers.threads import ThreadReader
 from casemate_agent.drivers.virtlines import Lines, Remaining
@@ -123,7 +124,8 @@ class LibvirtHypervisor:
     async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
         async with Remaining(deadline_s) as left:
             shape = await self.shape(left())
-            await self._lines.call("define domain", lambda c: self._define(c, desired, files, shape), left())
+            placed = replace(files, places=read_places(files.functions))
+            await self._lines.call("define domain", lambda c: self._define(c, desired, placed, shape), left())
 
     async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, QemuThreads]:
         # In the loop: no call of it waits for anything, and a hundred VMs take a few milliseconds.

@@ -18,6 +18,7 @@ from casemate_agent.doctor.facts import HostSurvey
 from casemate_agent.drivers.gpuports import Gpus
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_agent.functions import FunctionFacts, Grant, Stamp
+from casemate_agent.pciplace import FunctionPlace
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
@@ -110,6 +111,8 @@ class DomainFiles:
     cmdline: str = ""
     #: PCI addresses of the functions that are passed through, VFs in the order of their interfaces, then devices.
     functions: tuple[str, ...] = ()
+    #: Where they hang; of none where nothing is known of it.
+    places: tuple[FunctionPlace, ...] = ()
     #: Where those of its threads run that have none of their own; empty: anywhere.
     rest: CpuSet = EMPTY
 

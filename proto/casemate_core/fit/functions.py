@@ -311,9 +311,11 @@ class FreeFunctions:
             far, _, port = options[0][0]
             return far, (port,)
         room = [mask.bit_count() for mask in self.vfs]
-        total, ports = 0, []
+        total = 0
+        ports: list[int] = []
         for found in options:
-            far, _, port = found[0]
+            # Of ports that are as near, one that serves none of this request yet: each link, and each GPU, has its NIC.
+            far, _, port = min(found, key=lambda option: (option[0], ports.count(option[2]), option[1:]))
             total += far
             ports.append(port)
         if all(room[port] >= ports.count(port) for port in set(ports)):
