@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from casemate_agent.domain.names import domain_name
 from casemate_agent.drivers.ports import (
     DomainEvent,
     DomainFacts,
@@ -128,13 +129,14 @@ class _Hypervisor:
 
     def _define(self, desired: DesiredInstance, files: DomainFiles) -> None:
         host, uid = self._host, desired.uid
+        name = domain_name(desired.environment, desired.name, desired.ordinal, uid)
         old = host.domains.get(uid)
-        clash = [d for d in host.domains.values() if d.facts.name == desired.name and d.facts.uuid != uid]
+        clash = [d for d in host.domains.values() if d.facts.name == name and d.facts.uuid != uid]
         if clash:
-            raise MachineError(f"a domain named {desired.name!r} exists already with uuid {clash[0].facts.uuid}")
+            raise MachineError(f"a domain named {name!r} exists already with uuid {clash[0].facts.uuid}")
         facts = DomainFacts(
             uuid=uid,
-            name=desired.name,
+            name=name,
             phase=old.facts.phase if old else DomainPhase.SHUT_OFF,
             owned=True,
             instance_uid=uid,
