@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES = 64 << 20
 #: The manager's page size for lists; the first page is shown while the next ones are fetched.
 PAGE_SIZE = 500
+FIRST_PAGE_SIZE = 100
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -112,12 +113,15 @@ class Client:
         """Pages of a list, in the manager's order. An empty tenant means all of them."""
         from casemate_wire.v1 import operators_pb2 as pb
 
-        request = pb.ListRequest(kind=kind, tenant=tenant, selector=selector, owner=owner, page_size=page_size)
+        # The first page is short: it is on the screen while the manager makes the next one.
+        first = min(page_size, FIRST_PAGE_SIZE)
+        request = pb.ListRequest(kind=kind, tenant=tenant, selector=selector, owner=owner, page_size=first)
         while True:
             page: pb.ListResponse = self.call(self.stub.List, request)
             yield page
             if not page.next_page_token:
                 return
+            request.page_size = page_size
             request.page_token = page.next_page_token
 
     def listed(self, kind: str, *, tenant: str, selector: str = "", owner: str = "") -> "list[pb.Resource]":

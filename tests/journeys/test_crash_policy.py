@@ -117,9 +117,11 @@ def _has_fewest_devices(fleet: RealFleet, uid: str, nics: int) -> None:
     assert len(devices.findall("interface")) == nics
     argv = Path(f"/proc/{fleet.qemus()[uid]}/cmdline").read_bytes().decode().split("\0")
     assert "-nodefaults" in argv and argv[argv.index("-display") + 1] == "none"
-    for word in ("usb", "floppy", "isa-fdc", "cdrom", "ide-cd", "scsi-cd", "VGA", "virtio-gpu", "hda", "sound", "vnc"):
-        assert not [each for each in argv if word in each], word
-    assert len([each for each in argv if "virtio-net" in each]) == nics
+    given = [argv[n + 1] for n, word in enumerate(argv) if word == "-device"]
+    for word in ("usb", "floppy", "isa-fdc", "cdrom", "ide-cd", "scsi-cd", "VGA", "virtio-gpu", "hda", "sound"):
+        assert not [each for each in given if word in each], word
+    assert not {"-vnc", "-spice", "-vga", "-usb", "-cdrom", "-fda"} & set(argv)
+    assert len([each for each in given if "virtio-net" in each]) == nics
 
 
 def _is(fleet: RealFleet, name: str, reason: str) -> dict[str, Any]:

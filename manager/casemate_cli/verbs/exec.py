@@ -78,7 +78,8 @@ def exec_(
         outbox = Outbox(pb.ExecInput(start=start))
         stack.callback(outbox.end)
         stack.enter_context(_signals_to(outbox, tty))
-        if tty and with_stdin and sys.stdin.isatty():
+        raw = tty and with_stdin and sys.stdin.isatty()
+        if raw:
             stack.enter_context(raw_terminal())
         if with_stdin:
 
@@ -89,7 +90,7 @@ def exec_(
             read_stdin(typed, lambda: outbox.put(pb.ExecInput(close_stdin=True)))
         else:
             outbox.put(pb.ExecInput(close_stdin=True))
-        return _run(client.stream(client.stub.Exec, iter(outbox)))
+        return _run(client.stream(client.stub.Exec, iter(outbox)), raw)
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -102,13 +103,15 @@ def _variables(pairs: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _run(outputs: "Iterator[pb.ExecOutput]") -> int:
+def _run(outputs: "Iterator[pb.ExecOutput]", raw: bool) -> int:
     for output in outputs:
         match output.WhichOneof("output"):
             case "stdout":
                 _write(sys.stdout.buffer, output.stdout)
             case "stderr":
-                _write(sys.stderr.buffer, output.stderr)
+                # A command on a terminal writes all it has to that; this is a word about it, and ours has no one to
+                # begin its lines anew while it is raw.
+                _write(sys.stderr.buffer, output.stderr.replace(b"\n", b"\r\n") if raw else output.stderr)
             case "exit_code":
                 return output.exit_code
     raise Failure("the command's exit code did not come back", code=Exit.UNREACHABLE)

@@ -75,6 +75,8 @@ def get(
             return _watch(client, wanted[0], tenant, selector, view)
         if form in ("table", "wide"):
             return _tables(client, wanted, tenant, selector, owner, view)
+        if form == "name" and not named:
+            return _names(client, wanted, tenant, selector, owner)
         return _whole(client, wanted, tenant, selector, owner, form)
 
 
@@ -106,7 +108,7 @@ class View:
             )
             headings = [c.heading for c in chosen]
             if extra is not None:
-                headings.insert(0, extra[0])
+                headings.insert(0, extra[0].ljust(len("CHANGED")))  # the first row may be of a shorter word
             self._tables[kind.name] = chosen, Table(headings, with_headings=self._with_headings)
         chosen, table = self._tables[kind.name]
         lead = [extra[1]] if extra is not None else []
@@ -130,6 +132,7 @@ def _tables(client: "Client", wanted: list[Target], tenant: str, selector: str, 
             continue
         for page in client.pages(kind.name, tenant=tenant if kind.of_tenant else "", selector=selector, owner=owner):
             view.rows(kind, list(page.resources))
+            term.flush()
             shown += len(page.resources)
     if not shown and not any(t.name for t in wanted):
         what = "objects" if len(wanted) > 1 else wanted[0].kind.plural
@@ -137,6 +140,16 @@ def _tables(client: "Client", wanted: list[Target], tenant: str, selector: str, 
         term.say(f"there are no {what}{where}")
     if missing:
         raise _merged(missing)
+    return Exit.OK
+
+
+def _names(client: "Client", wanted: list[Target], tenant: str, selector: str, owner: str) -> int:
+    """Names of whole kinds, page by page."""
+    for target in wanted:
+        where = tenant if target.kind.of_tenant else ""
+        for page in client.pages(target.kind.name, tenant=where, selector=selector, owner=owner):
+            output.write(list(page.resources), "name", listed=True)
+            term.flush()
     return Exit.OK
 
 
