@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import time
+
 import pytest
 
 from support.devfleet import DevFleet
@@ -153,8 +154,10 @@ def _change_in_turn(dev: DevFleet) -> None:
     dev.run("apply", "-f", "-", stdin=manifest(MEMORY[1])).ok()
 
     def story() -> list[tuple[str, str]]:
-        lines = dev.run("events", "env/pair", "-o", "json").ok().splitlines()
-        told = [(event["reason"], event["regarding"]["name"]) for event in map(json.loads, lines)]
+        told = []
+        for line in dev.run("events", "env/pair", "-o", "json").ok().splitlines():
+            event = json.loads(line)  # the same words are one event, counted
+            told += [(event["reason"], event["regarding"]["name"])] * int(event.get("count", 1))
         return told if sum(reason == "Updating" for reason, _ in told) == 2 else []
 
     told = dev.until("it is the second's turn", story, BOOT_S)
