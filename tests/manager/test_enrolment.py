@@ -1,14 +1,19 @@
 """Tokens, enrolments and their end, on values: every refusal, and that none of them changes anything."""
 
+from typing import Any
+
 import pytest
 
 from casemate_core.errors import CasemateError, Conflict, InvalidSpec, NotFound
 from casemate_core.spec.fleet import Taint
+from casemate_core.spec.views import Condition
 from casemate_manager.fleet.commands import (
     CreateToken,
     DeleteResource,
+    HostFacts,
     HostHello,
     HostInventory,
+    HostNote,
     RenewEnrolment,
     RevokeHost,
     RevokeToken,
@@ -20,7 +25,8 @@ from casemate_manager.fleet.commands import (
 from casemate_manager.fleet.enrolment import TOKEN_S, NotEnrolled, TokenRefused, digest_of
 from casemate_manager.fleet.machine import apply
 from casemate_manager.fleet.records import HostLimits
-from casemate_wire.stream import Hello, Inventory
+from casemate_wire.stream import Facts, Hello, HostEvent, HostReport, Inventory
+from casemate_wire.v1 import hosts_pb2
 from support.small_fleet import SmallFleet, topology
 
 SECRET = "a-secret-that-nobody-keeps"
@@ -195,3 +201,33 @@ def test_deleting_a_host_ends_its_enrolment(fleet: Fleet) -> None:
 
 def test_plain_text_needs_no_key(fleet: Fleet) -> None:
     assert isinstance(fleet.dial(None), Welcomed)
+
+
+def test_nothing_that_a_host_says_sets_its_labels_or_taints(fleet: Fleet) -> None:
+    """Neither has the schema a field for them, nor does anything that is told change them."""
+    fields: set[str] = set()
+
+    def walk(descriptor: Any) -> None:
+        for field in descriptor.fields:
+            if field.full_name not in fields:
+                fields.add(field.full_name)
+                if field.message_type is not None and field.message_type.full_name.startswith("casemate."):
+                    walk(field.message_type)
+
+    walk(hosts_pb2.FromHost.DESCRIPTOR)
+    assert "casemate.host.v1.Hello.host" in fields
+    assert not {f for f in fields if f.rpartition(".")[2] in ("labels", "taints", "annotations", "unschedulable")}
+    fleet.token(labels={"site": "fra1"}, taints=(Taint("dedicated", "ran"),))
+    fleet.use()
+    before = fleet.state.hosts["h7"].host
+    fleet.dial("key-a")
+    for tell in (
+        HostInventory("h7", 1, Inventory("digest", topology("1s 4k/c 1t 8G disk=100G name=site=ber1"))),
+        HostFacts("h7", 1, Facts(1, True, (), (), HostReport(conditions=(Condition("site", "True", "ber1"),)))),
+        HostNote("h7", 1, HostEvent("e1", "", "", "Labels", "site=ber1")),
+    ):
+        fleet.now_s += 1
+        fleet.fold(apply(fleet.state, fleet.observed, tell, fleet.now_s, fleet.rules))
+    after = fleet.state.hosts["h7"].host
+    assert (after.meta.labels, after.spec) == (before.meta.labels, before.spec) == ({"site": "fra1"}, before.spec)
+    assert after.spec.taints == (Taint("dedicated", "ran"),)

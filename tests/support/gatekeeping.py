@@ -99,12 +99,16 @@ async def hosted(found: House, folder: Path, *names: str) -> AsyncIterator[None]
 
 @asynccontextmanager
 async def house(
-    *, store: Any = None, authenticate: Callable[[Any], Awaitable[Principal]] = by_header, **more: Any
+    *,
+    store: Any = None,
+    authenticate: Callable[[Any], Awaitable[Principal]] = by_header,
+    step_s: float = 0.01,
+    **more: Any,
 ) -> AsyncIterator[House]:
     """A manager with two tenants, ``own`` and ``foreign``, an environment ``hello`` in each, and the root user ``root``."""
     numbers = itertools.count(1)
     # Slow against how often it is asked for: a ticket that lives half a minute outlives any test.
-    clock = itertools.count(1_800_000_000, 0.01)
+    clock = itertools.count(1_800_000_000, step_s)
     async with (
         running(
             store or MemoryStore(),
