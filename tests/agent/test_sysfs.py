@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from casemate_agent.drivers.hostfiles import WHOLE_S, HostFiles
 from casemate_agent.drivers.sysfs import BadSysfs, HostMachine, Housekeeping, read_topology
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import MachineError
@@ -106,3 +107,38 @@ async def test_memory_that_reads_otherwise_is_told_and_no_defect(tmp_path: Path,
     with pytest.raises(MachineError, match="MemTotal"):
         await machine.observe(20)
     await machine.aclose()
+
+
+def test_files_are_read_again_when_one_of_their_signs_has_changed(tmp_path: Path) -> None:
+    two_socket_machine(tmp_path)
+    clock = [0.0]
+    files = HostFiles(tmp_path, lambda: clock[0])
+    first = files.read()
+    assert files.read() is first
+    pool = "sys/devices/system/node/node1/hugepages/hugepages-1048576kB/nr_hugepages"
+    put(tmp_path, pool, "1")
+    assert files.read()[pool] == "1"
+    function = tmp_path / "sys/bus/pci/devices/0000:01:00.0"
+    put(function, "numa_node", "1")
+    put(function, "sriov_numvfs", "0")
+    found = files.read()
+    assert found["sys/bus/pci/devices/0000:01:00.0/numa_node"] == "1"
+    put(function, "sriov_numvfs", "2")
+    (function / "virtfn0").symlink_to("../0000:01:10.0")
+    assert "sys/bus/pci/devices/0000:01:00.0/virtfn0" in files.read()
+    put(tmp_path, "sys/devices/system/cpu/online", "0-5")
+    assert files.read()["sys/devices/system/cpu/online"] == "0-5"
+
+
+def test_what_has_no_sign_is_found_within_a_minute(tmp_path: Path) -> None:
+    two_socket_machine(tmp_path)
+    clock = [0.0]
+    files = HostFiles(tmp_path, lambda: clock[0])
+    first = files.read()
+    put(tmp_path, "sys/devices/system/node/node0/meminfo", "Node 0 MemTotal: 9437184 kB")
+    assert files.read() is first
+    clock[0] = WHOLE_S
+    changed = files.read()
+    assert changed["sys/devices/system/node/node0/meminfo"] == "Node 0 MemTotal: 9437184 kB"
+    clock[0] = 2 * WHOLE_S
+    assert files.read() is changed, "the same again is the same object: nothing is made anew from it"

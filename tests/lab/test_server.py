@@ -42,7 +42,7 @@ def test_a_killed_agent_comes_back_to_the_same_host(server: Server) -> None:
 
 def test_the_server_reads_as_it_was_recorded(server: Server) -> None:
     """tests/hosts/recorded/lab.json is this server: what the loaders read of processors, cells and PCI is the same today."""
-    script = "import json; from pathlib import Path; from casemate_agent.drivers.inventory import collect; "
+    script = "import json; from pathlib import Path; from casemate_agent.drivers.hostfiles import collect; "
     found = json.loads(
         server.machine.run(f"python3 -c '{script}print(json.dumps(collect(Path(\"/\"))))'", timeout_s=60)
     )

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from casemate_agent.hardware import DeviceRule, PortRule
 from casemate_core.topology_loaders import DeviceFacts, PortFacts
-from casemate_core.topology_loaders.sysfs import CPU, GLOBS, LINKS, NODE
 
 PCI = "sys/bus/pci/devices"
 _ROOT = re.compile(r"pci([0-9a-f]{4,8}):([0-9a-f]{2})")
@@ -74,26 +73,6 @@ class Inventory:
     problems: tuple[str, ...] = ()
 
 
-def collect(root: Path) -> dict[str, str]:
-    """The files that the loaders read, by path below ``root``; links as their targets. A file that goes while we look is
-    left out. A kernel without NUMA is shown as one cell 0."""
-    found: dict[str, str] = {}
-    for pattern in GLOBS:
-        for path in root.glob(pattern):
-            try:
-                found[str(path.relative_to(root))] = path.read_text(errors="replace").strip()
-            except OSError:
-                continue
-    for pattern in LINKS:
-        for path in root.glob(pattern):
-            if path.is_symlink():
-                found[str(path.relative_to(root))] = os.readlink(path)
-    if f"{NODE}/online" not in found and f"{CPU}/online" in found:
-        found = {name: text for name, text in found.items() if not name.startswith(f"{NODE}/")}
-        found |= {f"{NODE}/online": "0", f"{NODE}/node0/cpulist": found[f"{CPU}/online"]}
-    return found
-
-
 def take(
     root: Path, ports: Sequence[Port], port_rules: Sequence[PortRule], device_rules: Sequence[DeviceRule]
 ) -> Inventory:
@@ -115,6 +94,8 @@ def take(
 
 
 def _devices(root: Path, rules: Sequence[DeviceRule]) -> tuple[list[DeviceFacts], list[str]]:
+    if not rules:
+        return [], []
     found: dict[str, list[DeviceFacts]] = {}
     matched = dict.fromkeys(rules, 0)
     for folder in sorted((root / PCI).glob("*")):

@@ -50,4 +50,4 @@ class SimulatedGpus:
             for fault in self._lease.host.xids[told:]:
                 told += 1
                 yield fault
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)

@@ -14,12 +14,14 @@ libvirt and the agent, and a twentieth of the disk.
 import os
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.gpus import HostGpus
-from casemate_agent.drivers.inventory import Inventory, collect, take
+from casemate_agent.drivers.hostfiles import HostFiles, collect
+from casemate_agent.drivers.inventory import Inventory, take
 from casemate_agent.drivers.portreader import PortReader, read_ports
 from casemate_agent.drivers.ports import MachineFacts
 from casemate_agent.gpu.inventory import GpuSight
@@ -76,6 +78,9 @@ class HostMachine:
         self._calls = DeadlineExecutor("sysfs", threads=1)
         self._disk_mib: int | None = None
         self._memory_mib: int | None = None
+        self._files = HostFiles(root)
+        #: The last topology, and what it was made from: the same is not made again.
+        self._made: tuple[tuple[Mapping[str, str], Inventory, tuple[GpuFacts, ...]], Topology] | None = None
 
     async def aclose(self) -> None:
         """Let the thread go."""
@@ -100,9 +105,19 @@ class HostMachine:
             hostname=socket.gethostname(),
             boot_id=(self._root / "proc/sys/kernel/random/boot_id").read_text().strip(),
             kernel=os.uname().release,
-            topology=read_topology(self._root, self._memory_mib, self._disk_mib, self._housekeeping, found, gpus.gpus),
+            topology=self._topology(found, gpus.gpus),
             problems=(*gpus.problems, *found.problems),
         )
+
+    def _topology(self, found: Inventory, gpus: tuple[GpuFacts, ...]) -> Topology:
+        assert self._disk_mib is not None and self._memory_mib is not None
+        files = self._files.read()
+        made = self._made
+        if made is not None and made[0][0] is files and made[0][1:] == (found, gpus):
+            return made[1]
+        topology = _topology(files, self._memory_mib, self._disk_mib, self._housekeeping, found, gpus)
+        self._made = (files, found, gpus), topology
+        return topology
 
     def _disk(self) -> int:
         """What instances may hold of the state folder's file system: what is free, and what they hold already."""
@@ -132,10 +147,19 @@ def read_topology(
 
     Raises BadRecording for a file that is missing or reads otherwise than the kernel writes it.
     """
-    found = found or Inventory()
-    files = collect(root)
+    return _topology(collect(root), memory_mib, disk_mib, housekeeping, found or Inventory(), gpus)
+
+
+def _topology(
+    read: Mapping[str, str],
+    memory_mib: int,
+    disk_mib: int,
+    housekeeping: Housekeeping,
+    found: Inventory,
+    gpus: tuple[GpuFacts, ...],
+) -> Topology:
     # What was read first: memory that is plugged in later must not move under the claims.
-    files[MEMINFO] = f"MemTotal: {memory_mib * 1024} kB"
+    files = {**read, MEMINFO: f"MemTotal: {memory_mib * 1024} kB"}
     facts = HostFacts(
         gpus=gpus,
         ports=found.ports,
