@@ -142,7 +142,12 @@ async def _run_agent(
     agents: dict[str, Agent],
 ) -> None:
     async with drivers_of(config, name, meter) as drivers, asyncio.TaskGroup() as group:
-        settings = Settings(config.stop_grace_s, repair_affinities=config.affinity_drift == "repair")
+        settings = Settings(
+            config.stop_grace_s,
+            repair_affinities=config.affinity_drift == "repair",
+            repair_pages=config.page_drift == "repair",
+            realtime=config.realtime,
+        )
         agent = Agent(name, drivers, ledger, time.time, settings, concurrency=config.concurrency, meter=meter)
         group.create_task(agent.run(), name=f"agent-{name}")
         link = None

@@ -7,6 +7,7 @@ half done, it leaves the same machine. Each carries its reason, which is what th
 
 from dataclasses import dataclass
 
+from casemate_agent.certificate import Under
 from casemate_agent.functions import Stamp
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef
@@ -228,6 +229,26 @@ class ForgetClaim:
 
 
 @dataclass(frozen=True, slots=True)
+class Tune:
+    """Write a file of the kernel by which the host is tuned for real time."""
+
+    path: str
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Certify:
+    """Measure the latency in the guest, for an order, under what is so now. Nothing of the instance changes by it."""
+
+    uid: str
+    order: str
+    duration_s: float
+    under: Under
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveStrays:
     """Remove unfinished downloads and files that nobody owns."""
 
@@ -279,6 +300,8 @@ Action = (
     | RemoveStrays
     | RemoveImage
     | RemoveNetwork
+    | Tune
+    | Certify
 )
 
 

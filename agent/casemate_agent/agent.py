@@ -23,13 +23,15 @@ from casemate_agent.causes import Causes, step_told
 from casemate_agent.changes import changes
 from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
-from casemate_agent.execute import Executor, Trace, log_steps
+from casemate_agent.execute import MEASURE, Executor, Trace, log_steps
 from casemate_agent.gpu.checks import FATAL_XIDS
 from casemate_agent.gpu.readings import GpuFault
 from casemate_agent.ledger import Ledger
 from casemate_agent.observe import Observer
+from casemate_agent.realtime import patterns
 from casemate_agent.reconcile import Plan, plan
 from casemate_agent.records import HOST, GuestView, Note, Observation
+from casemate_core.cpuset import EMPTY
 from casemate_core.errors import CasemateError
 from casemate_core.metrics import Meter
 from casemate_core.spec.instance import InstanceState
@@ -153,6 +155,10 @@ class Agent:
         self._pool_problem = ""
         self._plan: Plan | None = None
         self._moved: tuple[Note, ...] = ()
+        #: Threads that must be quiet, processes with threads of their own; and a sign that they are others.
+        self._quiet = EMPTY
+        self._dedicated: tuple[int, ...] = ()
+        self._tune = asyncio.Event()
         self.machine: MachineFacts | None = None
         self.virtualisation = ""
         #: What is doubtful about the manager's audit chain; empty where nothing is.
@@ -206,6 +212,7 @@ class Agent:
                 self._watch("hypervisor", self.drivers.hypervisor.events, self._domain_event), name="domains"
             )
             group.create_task(self._watch_machine(), name="machine")
+            group.create_task(self._watch_tuning(), name="tuning")
             group.create_task(self._keep_serial_logs(), name="serial-logs")
             group.create_task(self._watch("guests", self.drivers.guests.events, self._guest_event), name="guests")
             group.create_task(self._watch_gpus(), name="gpus")
@@ -248,13 +255,14 @@ class Agent:
         self.virtualisation = observed.virtualisation
         self._compare(observed.machine)
         # Asked after the look and in one breath with the plan: what starts from here on knows whose threads are whose.
-        unsure = frozenset(filter(self._executor.may_have_started, busy - {HOST}))
+        jobs = {uid for uid in busy if uid != HOST and "/" not in uid}
+        unsure = frozenset(filter(self._executor.may_have_started, jobs))
         pinned = {
             domain.pid: (pin.vcpus, pin.rest)
             for uid, domain in (observed.domains or {}).items()
             if (pin := self._executor.pinned.get(uid)) is not None
         }
-        observed = replace(observed, unsure=unsure, pinned=pinned)
+        observed = replace(observed, unsure=unsure, pinned=pinned, refused=frozenset(self._executor.refused))
         decided = plan(self.ledger.book, observed, self._settings, self._plan)
         self._plan = decided
         if decided.pool is not None:
@@ -272,8 +280,43 @@ class Agent:
             self._executor.start_bare(group, uid, actions)
         for uid, pin in decided.pins.items():
             self._executor.start_bare(group, uid, (pin,), "pin")
+        for tune in decided.tune:
+            self._executor.start_bare(group, HOST, (tune,), tune.path)
+        self._measure(group, decided)
+        self._note_processes(decided, observed)
         self._executor.start_bare(group, HOST, decided.host)
         return decided.wake_s
+
+    def _measure(self, group: asyncio.TaskGroup, decided: Plan) -> None:
+        """Begin the measurements that are wanted, and give those up that no longer are."""
+        wanted = {uid: each.measure for uid, each in decided.instances.items() if each.measure is not None}
+        for uid, action in wanted.items():
+            self._executor.start_bare(group, uid, (action,), MEASURE)
+        for uid in self._executor.measuring():
+            if uid in decided.instances and uid not in wanted:
+                self._executor.give_up(MEASURE, uid)
+
+    def _note_processes(self, decided: Plan, observed: Observation) -> None:
+        """Whose process is looked into for the profile: that of each VM with threads of its own."""
+        domains = (observed.domains or {}).values()
+        pids = tuple(d.pid for d in domains if d.pid and any(len(pin) == 1 for pin in d.vcpu_pins))
+        if (decided.quiet, pids) != (self._quiet, self._dedicated):
+            self._quiet, self._dedicated = decided.quiet, pids
+            self._tune.set()
+
+    async def _watch_tuning(self) -> None:
+        """Read what the real-time profile is judged from, where there is one; at once when it becomes another."""
+        while True:
+            self._tune.clear()
+            if (self._quiet or self._dedicated) and await self._observer.tuned(
+                self._quiet, patterns(self._quiet), self._dedicated
+            ):
+                self.wake()
+            try:
+                async with asyncio.timeout(self._pace.machine_s if self._quiet or self._dedicated else None):
+                    await self._tune.wait()
+            except TimeoutError:
+                continue
 
     async def _watch_machine(self) -> None:
         """Look at the machine's facts by themselves: they are read often, and cause a round only where they changed."""

@@ -14,6 +14,7 @@ from casemate_core.errors import CallerError
 
 #: What may be done about drift.
 DRIFT = ("repair", "hold")
+REALTIME = ("off", "report", "apply")
 
 
 class BadConfig(CallerError):
@@ -53,6 +54,10 @@ class Config:
     stop_grace_s: float = 60.0
     #: What is done about threads of VMs that somebody moved: ``repair`` binds them again, ``hold`` only tells.
     affinity_drift: str = "repair"
+    #: The same for pools of huge pages that are smaller than what was promised of them.
+    page_drift: str = "hold"
+    #: The real-time profile: ``off``, ``report`` it, or ``apply`` what can be set at run time (docs/realtime.md).
+    realtime: str = "report"
     concurrency: int = 16
     #: One line that describes the hosts to simulate (casemate_core.topology_loaders.line); empty: this machine.
     simulated: str = ""
@@ -107,10 +112,11 @@ def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Con
         raise BadConfig(f"log_format: {config.log_format!r} is neither console nor json")
     if config.hosts < 1 or (config.hosts > 1 and not config.simulated):
         raise BadConfig("hosts: more than one host, and at least one, only with --simulated")
-    if config.affinity_drift not in DRIFT:
-        raise BadConfig(f"affinity_drift: {config.affinity_drift!r} is neither of {' and '.join(DRIFT)}")
     if config.relay and (not config.relay.startswith("/") or config.hosts > 1):
         raise BadConfig(f"relay: the absolute path of a socket, of one host alone; got {config.relay!r}")
+    for name, words in (("affinity_drift", DRIFT), ("page_drift", DRIFT), ("realtime", REALTIME)):
+        if getattr(config, name) not in words:
+            raise BadConfig(f"{name}: {getattr(config, name)!r} is none of {', '.join(words)}")
     if config.stop_grace_s < 0 or config.concurrency < 1:
         raise BadConfig("stop_grace_s and concurrency: positive numbers")
     return config

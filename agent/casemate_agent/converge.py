@@ -30,11 +30,13 @@ from casemate_agent import orders
 from casemate_agent.actions import Action
 from casemate_agent.admission import Admission
 from casemate_agent.backoff import delay_s
+from casemate_agent.domain.limits import memory_limits
 from casemate_agent.drafting import ACTIVE, Draft, InstancePlan, Settings
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.functions import Grant, grant_of
 from casemate_agent.giving import drifted, missing, to_give_back
 from casemate_agent.pool import Pool
+from casemate_agent.realtime import Seen, instance_lines
 from casemate_agent.records import (
     Failure,
     GuestView,
@@ -58,6 +60,7 @@ from casemate_core.spec.instance import (
     Virtualisation,
     bridged,
 )
+from casemate_core.spec.realtime import Certificate, ProfileLine, void
 from casemate_core.spec.secret import lacks_text
 
 #: Between looks at a guest that boots, until its kernel is seen.
@@ -85,6 +88,7 @@ def converge(
         return _finish(record, draft)
     draft = Draft(record, observed.domains.get(record.uid), guest, observed, settings, pool)
     _settle(draft)
+    draft.profile = _profile(draft)
     if record.uid in observed.attached and not draft.active:
         draft.actions.append(act.DetachGuest(record.uid, "its domain does not run"))
     orders.advance(draft)
@@ -107,6 +111,21 @@ def converge(
         _bring_up(draft, networks, admission)
     _gate(draft)
     return _finish(record, draft)
+
+
+def _profile(d: Draft) -> tuple[ProfileLine, ...]:
+    """What the kernel says of the running domain's threads and memory."""
+    domain, seen = d.domain, d.observed
+    applied = from_metadata(domain.record) if domain is not None and d.active and domain.pid else None
+    if domain is None or applied is None or d.settings.realtime == "off":
+        return ()
+    claim = applied.placement.claim
+    functions = len(claim.vfs) + len(claim.devices) + len(claim.gpus)
+    limits = memory_limits(max(applied.memory_mib, claim.memory_max_mib), functions, locked=claim.realtime)
+    read = Seen(
+        seen.affinities.get(domain.pid), seen.processes.get(domain.pid), isolated=seen.machine.topology.isolated
+    )
+    return instance_lines(claim, read, d.pool.rest(claim), domain.pid, limits.lock_mib)
 
 
 def _settle(d: Draft) -> None:
@@ -476,11 +495,23 @@ def _finish(base: InstanceRecord, d: Draft) -> InstancePlan:
         placement_epoch=placement.epoch,
         placement_generation=placement.generation,
         claim=r.claim,
-        order=orders.state(r.order) if r.order is not None else None,
+        order=orders.state(r.order, r.certificate) if r.order is not None else None,
         cloud_init_message=guest.cloud_init_message,
         kernel=domain is not None and domain.pid in d.observed.kernels,
+        profile=d.profile,
+        certificate=_certificate(d),
     )
-    return InstancePlan(base, r, state, tuple(d.actions), d.wake_s, tuple(d.notes), tuple(d.drift))
+    return InstancePlan(base, r, state, tuple(d.actions), d.wake_s, tuple(d.notes), tuple(d.drift), d.measure)
+
+
+def _certificate(d: Draft) -> Certificate | None:
+    """The last certificate, with what has made it void since; a domain that is off is another one when it runs again."""
+    r = d.record
+    if r.certificate is None:
+        return None
+    placement, kernel = r.desired.placement, d.observed.machine.kernel
+    why = void(r.certificate, placement.epoch, placement.generation, kernel, d.profile) if d.active else ""
+    return replace(r.certificate, void=why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -497,6 +528,8 @@ class ActionOutcome:
     permanent: bool = False
     #: Given up because what is wanted changed; neither done nor failed.
     interrupted: bool = False
+    #: What a measurement has measured.
+    result: Certificate | None = None
 
     @property
     def ok(self) -> bool:
@@ -512,6 +545,8 @@ def remember(record: InstanceRecord, outcomes: tuple[ActionOutcome, ...], boot_i
             continue
         if isinstance(outcome.action, act.Reboot | act.Reset):
             r = orders.acted(r, outcome.action.order, outcome.at_s, outcome.reason, outcome.message)
+        elif isinstance(outcome.action, act.Certify):
+            r = orders.measured(r, outcome.action.order, outcome.at_s, outcome.result, outcome.reason, outcome.message)
         elif outcome.ok:
             if r.failure is not None and r.failure.action == kind:
                 r = replace(r, failure=None)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING
 
-from casemate_agent.actions import Action
+from casemate_agent.actions import Action, Certify
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.records import GuestView, InstanceRecord, Note, Observation
 from casemate_core.spec.instance import InstanceState, Phase
+from casemate_core.spec.realtime import ProfileLine
 
 if TYPE_CHECKING:
     from casemate_agent.pool import Pool
@@ -37,6 +38,10 @@ class Settings:
     low_disk_fraction: float = 0.1
     #: Threads of VMs that somebody moved are bound again; else it is only told.
     repair_affinities: bool = True
+    #: ``off``: the real-time profile is neither judged nor applied; ``report``: judged; ``apply``: what may be set is set.
+    realtime: str = "report"
+    #: Huge pages that the kernel lost are asked for again; else it is only told.
+    repair_pages: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class InstancePlan:
     wake_s: float = inf
     notes: tuple[Note, ...] = ()
     drift: tuple[str, ...] = ()
+    #: A measurement that is to be under way, beside whatever else is.
+    measure: Certify | None = None
 
 
 @dataclass(slots=True)
@@ -75,6 +82,10 @@ class Draft:
     message: str = ""
     #: Why its process is to end although it should run: an order wants another one. Empty: it is not.
     down: str = ""
+    #: A latency that an order wants measured.
+    measure: Certify | None = None
+    #: What threads and memory of the instance need, read back.
+    profile: tuple[ProfileLine, ...] = ()
 
     @property
     def now(self) -> float:

@@ -26,9 +26,11 @@ from casemate_agent.converge import ActionOutcome, InstancePlan, remember
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.functions import grant_of
 from casemate_agent.ledger import Ledger
+from casemate_agent.measure import measure
 from casemate_core.cpuset import EMPTY
 from casemate_core.errors import CallerError, CasemateError, DeadlineExceeded
 from casemate_core.spec.instance import bridged
+from casemate_core.spec.realtime import Certificate
 from casemate_core.spec.secret import resolved
 
 log = logging.getLogger("casemate.agent.execute")
@@ -94,6 +96,9 @@ DEADLINE_S = 30.0
 #: A job without a record that failed is not begun again before.
 BARE_RETRY_S = 5.0
 
+#: What a measurement is called that goes on beside an instance's job.
+MEASURE = "measure"
+
 #: Actions that are given up when what is wanted of their instance changes: they can be long, and can be left half done.
 INTERRUPTIBLE = (act.FetchImage, act.ApplyPods)
 
@@ -127,6 +132,8 @@ class Executor:
         self.in_use = EMPTY
         #: By uid: what its threads were bound to last.
         self.pinned: dict[str, act.Pin] = {}
+        #: Files that the kernel refused to have written.
+        self.refused: set[str] = set()
 
     @property
     def busy(self) -> frozenset[str]:
@@ -148,6 +155,16 @@ class Executor:
         if uid in self._jobs or (not plan.actions and plan.record == plan.base):
             return
         self._begin(group, uid, self._run_plan(plan, boot_id))
+
+    def give_up(self, beside: str, uid: str) -> None:
+        """What is done beside the instance's own job is no longer wanted."""
+        job = self._jobs.get(f"{beside}/{uid}")
+        if job is not None:
+            job.cancel()
+
+    def measuring(self) -> tuple[str, ...]:
+        """Instances in which a latency is measured."""
+        return tuple(key.partition("/")[2] for key in self._jobs if key.startswith(f"{MEASURE}/"))
 
     def start_bare(self, group: asyncio.TaskGroup, uid: str, actions: tuple[Action, ...], beside: str = "") -> None:
         """Begin a job that has no record: leftovers (by the uid that names them), or the host's own (``HOST``). ``beside``
@@ -192,6 +209,9 @@ class Executor:
         try:
             async with self._slots:
                 await self._run_actions(uid, actions, outcomes, key)
+            for outcome in outcomes:
+                if isinstance(outcome.action, act.Certify):
+                    await self._keep(outcome)
             if not all(outcome.ok for outcome in outcomes):
                 self._done(uid, tuple(outcomes))
                 outcomes = []
@@ -199,6 +219,12 @@ class Executor:
         finally:
             self._jobs.pop(key, None)
             self._done(uid, tuple(outcomes))
+
+    async def _keep(self, outcome: ActionOutcome) -> None:
+        try:
+            await self._ledger.amend(outcome.uid, lambda record: remember(record, (outcome,), ""))
+        except CasemateError as error:
+            log.error("%s: %s", outcome.uid, error)  # the ledger's disk: it is measured again
 
     async def _run_actions(
         self, uid: str, actions: tuple[Action, ...], outcomes: list[ActionOutcome], key: str = ""
@@ -228,15 +254,19 @@ class Executor:
         loop = asyncio.get_running_loop()
         began = loop.time()
         deadline_s = DEADLINES_S.get(type(action), DEADLINE_S)
+        if isinstance(action, act.Certify):
+            deadline_s += action.duration_s
 
-        def ended(reason: str = "", message: str = "", **more: bool) -> ActionOutcome:
-            return ActionOutcome(uid, action, self._now(), loop.time() - began, reason, message, **more)
+        def ended(
+            reason: str = "", message: str = "", *, permanent: bool = False, interrupted: bool = False
+        ) -> ActionOutcome:
+            return ActionOutcome(uid, action, self._now(), loop.time() - began, reason, message, permanent, interrupted)
 
         try:
             # a little longer than the driver's own deadline: this one is for a driver that does not keep it
             async with asyncio.timeout(deadline_s + 2):
-                await self._act(action, deadline_s)
-            return ended()
+                result = await self._act(action, deadline_s)
+            return replace(ended(), result=result)
         except TimeoutError:
             return ended(DeadlineExceeded.reason, f"no end after {deadline_s:.0f} s; its effect is unknown")
         except asyncio.CancelledError:
@@ -255,7 +285,7 @@ class Executor:
             log.exception("%s %s: defect", act.name(action), uid)
             return ended("Internal", f"{type(error).__name__}: {error}")
 
-    async def _act(self, action: Action, deadline_s: float) -> None:
+    async def _act(self, action: Action, deadline_s: float) -> Certificate | None:
         drivers = self._drivers
         hypervisor, images, networks, guests = drivers.hypervisor, drivers.images, drivers.networks, drivers.guests
         match action:
@@ -328,6 +358,15 @@ class Executor:
             case act.RemoveNetwork(name=name):
                 async with self._network_lock:
                     await networks.remove_network(name, deadline_s)
+            case act.Tune(path=path, text=text):
+                try:
+                    await drivers.tuning.write(path, text, deadline_s)
+                except CasemateError:
+                    self.refused.add(path)
+                    raise
+            case act.Certify():
+                return await measure(guests, action, self._now, deadline_s)
+        return None
 
     async def _shut_down(self, action: act.Shutdown, deadline_s: float) -> None:
         if action.helper:

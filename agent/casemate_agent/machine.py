@@ -23,6 +23,7 @@ from casemate_agent.drivers.seriallog import SerialLogFiles
 from casemate_agent.drivers.sriov import HostFunctions
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
+from casemate_agent.drivers.tuning import HostTuning
 from casemate_agent.metrics import LIBVIRT_FAILED, LIBVIRT_S
 from casemate_agent.relay import Relay, uid_of
 from casemate_core.metrics import Meter
@@ -68,6 +69,8 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
         )
         functions = HostFunctions(run_dir, config.ports, config.devices)
         stack.push_async_callback(functions.aclose)
+        tuning = HostTuning()
+        stack.push_async_callback(tuning.aclose)
         guests = GuestChannels()
         stack.push_async_callback(guests.close)
         survey = HostSurveyor(state_dir, config.libvirt_uri, config.scope, state_dir / PROBE_CACHE)
@@ -87,4 +90,5 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             serials=serials,
             gpus=gpus,
             functions=functions,
+            tuning=tuning,
         )

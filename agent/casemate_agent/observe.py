@@ -13,9 +13,10 @@ from typing import TypeVar
 
 from casemate_agent.domain.devices import SEED_TARGET
 from casemate_agent.drafting import ACTIVE
-from casemate_agent.drivers.ports import DomainFacts, DomainStats, Drivers, MachineFacts, QemuThreads
+from casemate_agent.drivers.ports import DomainFacts, DomainStats, Drivers, MachineFacts, ProcessFacts, QemuThreads
 from casemate_agent.functions import FunctionFacts
 from casemate_agent.records import GuestView, InstanceRecord, Observation
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CasemateError
 
 log = logging.getLogger("casemate.agent.observe")
@@ -47,6 +48,10 @@ class Observer:
     floating: bool = True
     _affinities: dict[int, QemuThreads] = field(default_factory=dict)
     _kernels: frozenset[int] = frozenset()
+    #: By file and by process, as they were read last.
+    tuning: Mapping[str, str] | None = None
+    processes: Mapping[int, ProcessFacts] = field(default_factory=dict)
+    agent_threads: CpuSet = EMPTY
     _taps: dict[tuple[str, int], str] = field(default_factory=dict)
     _silent_since_s: dict[str, float] = field(default_factory=dict)
     _network_problem: str | None = None
@@ -72,6 +77,28 @@ class Observer:
         self._machine = machine if machine is not None and machine != self._machine else self._machine
         self._functions = functions if functions is not None else self._functions
         return before != (self._machine, self._functions, self._affinities)
+
+    async def tuned(self, quiet: CpuSet, patterns: tuple[str, ...], pids: tuple[int, ...]) -> bool:
+        """Read what the real-time profile is judged from, and keep this agent off the quiet threads; whether it is other than
+        before. Nothing is read where there is nothing to judge."""
+        before = self.tuning, self.processes, self.agent_threads
+        tuning = self.drivers.tuning
+
+        async def files(deadline_s: float) -> Mapping[str, str]:
+            return await tuning.read(patterns, deadline_s)
+
+        async def processes(deadline_s: float) -> Mapping[int, ProcessFacts]:
+            return await tuning.processes(pids, deadline_s)
+
+        async def confined(deadline_s: float) -> CpuSet:
+            return await tuning.confine(quiet, deadline_s)
+
+        if patterns and (read := await self._ask("tuning", files, self.deadline_s, {})) is not None:
+            self.tuning = read
+        self.processes = (await self._ask("tuning", processes, self.deadline_s, {}) or {}) if pids else {}
+        if quiet:
+            self.agent_threads = await self._ask("tuning", confined, self.deadline_s, {}) or EMPTY
+        return before != (self.tuning, self.processes, self.agent_threads)
 
     async def _look_at_pins(self, pids: tuple[int, ...]) -> dict[int, QemuThreads]:
         """Where the threads of these processes may run; a process that is gone is left out."""
@@ -132,6 +159,9 @@ class Observer:
             functions=functions,
             affinities=self._affinities,
             kernels=self._kernels,
+            tuning=self.tuning,
+            processes=self.processes,
+            agent_threads=self.agent_threads,
             guarded=guarded,
             guests=dict(guests),
             attached=drivers.guests.attached(),

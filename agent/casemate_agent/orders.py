@@ -22,17 +22,21 @@ States of an order, by its verb::
 from dataclasses import replace
 
 from casemate_agent import actions as act
+from casemate_agent.certificate import Under
 from casemate_agent.drafting import Draft
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.records import InstanceRecord, OrderRecord, from_metadata
 from casemate_core.errors import DeadlineExceeded
 from casemate_core.spec.instance import Run
 from casemate_core.spec.operation import Order, OrderPhase, OrderState, Verb
+from casemate_core.spec.realtime import Certificate
 
 #: Verbs that end the process that they find.
 _DOWN = frozenset({Verb.RESTART, Verb.REBUILD})
 #: Verbs that want another boot of the guest in the same process.
 _BOOT = frozenset({Verb.REBOOT, Verb.RESET})
+#: Verbs that need the guest's helper.
+_ASK = frozenset({Verb.REBOOT, Verb.CERTIFY})
 
 
 def wants_it_down(r: InstanceRecord) -> bool:
@@ -40,9 +44,22 @@ def wants_it_down(r: InstanceRecord) -> bool:
     return r.order is not None and r.order.phase is OrderPhase.RUNNING and r.order.verb in _DOWN
 
 
-def state(order: OrderRecord) -> OrderState:
-    """What is told of an order."""
-    return OrderState(order.uid, order.phase, order.reason, order.message, order.started_s, order.finished_s)
+def state(order: OrderRecord, certificate: Certificate | None = None) -> OrderState:
+    """What is told of an order; with the instance's last certificate where it is what the order has measured."""
+    told = OrderState(order.uid, order.phase, order.reason, order.message, order.started_s, order.finished_s)
+    return replace(told, certificate=certificate) if certificate and certificate.order == order.uid else told
+
+
+def measured(
+    r: InstanceRecord, order: str, at_s: float, certificate: Certificate | None, reason: str, message: str
+) -> InstanceRecord:
+    """The record after a latency was measured, or could not be."""
+    if certificate is not None:
+        return replace(r, certificate=certificate)
+    known = r.order
+    if known is None or known.uid != order or known.phase is not OrderPhase.RUNNING:
+        return r
+    return replace(r, order=_ended(known, OrderPhase.FAILED, at_s, reason, message))
 
 
 def acted(r: InstanceRecord, order: str, at_s: float, reason: str, message: str) -> InstanceRecord:
@@ -97,20 +114,21 @@ def _take(d: Draft, order: Order) -> OrderRecord | None:
     if d.record.removed:
         return ends(OrderPhase.FAILED, "Removed", "the instance is being ended")
     if d.now >= order.deadline_s:
-        silent = order.verb is Verb.REBOOT and not guest.connected
-        message = "the guest's helper was not connected before the deadline; restart or reset need none"
+        silent = order.verb in _ASK and not guest.connected
+        message = "the guest's helper was not connected before the deadline"
+        message += "; restart or reset need none" if order.verb is Verb.REBOOT else ""
         return ends(OrderPhase.FAILED, "TooLate", message if silent else "its deadline was over before it was begun")
     if order.verb is Verb.STOP and run is not Run.STOPPED:
         return ends(OrderPhase.FAILED, "ShouldRun", f"run: {run.value}; a stop needs run: stopped")
-    if order.verb in (Verb.RESTART, *_BOOT) and run is not Run.STARTED:
+    if order.verb in (Verb.RESTART, Verb.CERTIFY, *_BOOT) and run is not Run.STARTED:
         return ends(OrderPhase.FAILED, "NotStarted", f"run: {run.value}; start the environment instead")
     if order.verb is Verb.RESTART and order.pid and pid and pid != order.pid:
         return ends(OrderPhase.DONE, "Already", f"process {pid} was started since it was asked of {order.pid}")
     if order.verb in _BOOT and order.guest_boot_id and guest.connected and guest.boot_id != order.guest_boot_id:
         return ends(OrderPhase.DONE, "Already", f"the guest has booted since: {guest.boot_id}")
-    if order.verb in _BOOT and not d.active:
+    if order.verb in (Verb.CERTIFY, *_BOOT) and not d.active:
         return ends(OrderPhase.FAILED, "NotRunning", "its domain does not run")
-    if (d.active and not pid) or (order.verb is Verb.REBOOT and not guest.connected):
+    if (d.active and not pid) or (order.verb in _ASK and not guest.connected):
         return None
     return replace(new, pid=pid, guest_boot_id=guest.boot_id if guest.connected else order.guest_boot_id)
 
@@ -125,6 +143,8 @@ def _judge(d: Draft, order: Order, known: OrderRecord) -> OrderRecord:
     run = d.record.desired.run
     if (known.verb is Verb.STOP) != (run is Run.STOPPED) and known.verb is not Verb.REBUILD:
         return _ended(known, OrderPhase.FAILED, d.now, "Overruled", f"run: {run.value} was asked for meanwhile")
+    if known.verb is Verb.CERTIFY and (not d.active or not _same_process(d, known)):
+        return _ended(known, OrderPhase.FAILED, d.now, "Ended", "its process ended while it was measured")
     if known.verb in _BOOT and (not d.active or not _same_process(d, known)):
         return _ended(known, OrderPhase.FAILED, d.now, "Ended", "its process ended before the guest had booted anew")
     if d.now < order.deadline_s:
@@ -160,6 +180,8 @@ def _done(d: Draft, known: OrderRecord) -> str:
             if not d.active:
                 return "a new disk is made at the next start" if desired.run is not Run.STARTED else ""
             return "it runs from a new disk" if _runs_from(d, desired.disk) else ""
+        case Verb.CERTIFY:
+            return _measured(d, known)
         case Verb.REBOOT | Verb.RESET:
             guest = d.guest
             if not d.active or not _same_process(d, known) or not known.asked_s or not guest.connected:
@@ -171,6 +193,16 @@ def _done(d: Draft, known: OrderRecord) -> str:
             return f"boot {guest.boot_id} follows {known.guest_boot_id}, process {known.pid} as before"
 
 
+def _measured(d: Draft, known: OrderRecord) -> str:
+    found = d.record.certificate
+    if found is None or found.order != known.uid:
+        return ""
+    told = (
+        f"min {found.min_us}, avg {found.avg_us}, p99 {found.p99_us}, max {found.max_us} µs in {found.samples} samples"
+    )
+    return f"{told}; MEANINGLESS: {found.meaningless}" if found.meaningless else told
+
+
 def _runs_from(d: Draft, disk: int) -> bool:
     applied = from_metadata(d.domain.record) if d.domain is not None else None
     return applied is not None and applied.disk == disk
@@ -178,6 +210,14 @@ def _runs_from(d: Draft, disk: int) -> bool:
 
 def _pursue(d: Draft, known: OrderRecord) -> OrderRecord:
     """What is to be done now for an order under way."""
+    if known.verb is Verb.CERTIFY:
+        placement, machine = d.record.desired.placement, d.observed.machine
+        asked = d.record.desired.order
+        under = Under(placement.epoch, placement.generation, machine.kernel, d.observed.virtualisation, d.profile)
+        # Measuring again is no harm: an agent that died meanwhile begins anew.
+        duration_s = asked.duration_s if asked is not None else 0.0
+        d.measure = act.Certify(d.record.uid, known.uid, duration_s, under, "a certificate was asked for")
+        return known
     if known.verb in _DOWN and d.active:
         d.down = f"a {known.verb.value} was asked for"
     elif known.verb in _BOOT and not known.asked_s and d.domain is not None:

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from casemate_agent import actions as act
-from casemate_agent.actions import Action, Pin
+from casemate_agent.actions import Action, Pin, Tune
 from casemate_agent.admission import Admission, Audit, admit, audit, foreign_claim
 from casemate_agent.conditions import host_conditions
 from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
+from casemate_agent.domain.limits import memory_limits
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.giving import orphans
 from casemate_agent.pool import Pool, moves, pool_of
+from casemate_agent.realtime import host_lines, quiet_threads
 from casemate_agent.records import (
     Book,
     InstanceRecord,
@@ -29,6 +31,9 @@ from casemate_agent.records import (
     Started,
     from_metadata,
 )
+from casemate_agent.tuning import short_pools, tune
+from casemate_core.claims import Claim
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import DesiredInstance, Run, bridged
 from casemate_wire.stream import HostReport
 
@@ -55,6 +60,9 @@ class Plan:
     #: Of threads that somebody moved: the same as long as they are there.
     moved: tuple[Note, ...] = ()
     pool: Pool | None = None
+    #: Threads that must be quiet, and what is to be written so that they are.
+    quiet: CpuSet = EMPTY
+    tune: tuple[Tune, ...] = ()
 
 
 def plan(book: Book, observed: Observation, settings: Settings | None = None, before: Plan | None = None) -> Plan:
@@ -77,6 +85,12 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
     pool = pool_of(book, observed, admissions, foreign)
     moved = moves(pool, observed, settings)
     drift += moved.drift
+    held = {uid: r.claim for uid, r in book.instances.items() if r.claim is not None}
+    quiet = quiet_threads(topology, held) if settings.realtime != "off" else EMPTY
+    profile = host_lines(observed.tuning, topology, quiet, _dma_entries(held))
+    if loud := observed.agent_threads & quiet:
+        drift.append(f"AgentOnQuiet: threads of this agent may run on {loud}")
+    drift += short_pools(topology, held)
     plans = {
         uid: converge(record, observed, networks, admissions.get(uid), settings, pool)
         for uid, record in sorted(book.instances.items())
@@ -98,17 +112,26 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
         moved=moved.notes,
         pins=moved.pins if not adopted else {},
         pool=pool,
+        quiet=quiet,
+        tune=tune(settings, profile, topology, held, observed.refused),
         report=HostReport(
             foreign=len(observed.foreign),
             drift=tuple(drift),
             conditions=host_conditions(book.host, book.damage, observed, settings.low_disk_fraction),
             foreign_claims=foreign,
             disk_free_mib=observed.files.free_mib if observed.files is not None else 0,
+            profile=tuple(each.line for each in profile),
         ),
         wake_s=min((each.wake_s for each in plans.values()), default=inf),
         admissions=admissions,
         audit=audited,
     )
+
+
+def _dma_entries(claims: Mapping[str, Claim]) -> int:
+    """Mappings that the most demanding VM of this host needs."""
+    needs = (len(c.vfs) + len(c.devices) + len(c.gpus) for c in claims.values())
+    return memory_limits(0, max(needs, default=0), locked=False).dma_entries
 
 
 def _wanting(book: Book, observed: Observation) -> list[str]:

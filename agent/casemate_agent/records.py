@@ -17,14 +17,15 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
 from typing import Any
 
-from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, QemuThreads, StoredFiles
+from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, ProcessFacts, QemuThreads, StoredFiles
 from casemate_agent.functions import FunctionFacts
 from casemate_core.claims import Claim
-from casemate_core.cpuset import CpuSet
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CallerError
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, PodState
 from casemate_core.spec.operation import OrderPhase, Verb
+from casemate_core.spec.realtime import Certificate
 
 HOST = ""
 """Stands for the host itself where instances are named by uid."""
@@ -125,6 +126,8 @@ class InstanceRecord:
     phase: str = ""
     phase_since_s: float = 0.0
     order: OrderRecord | None = None
+    #: The last latency that was measured in it.
+    certificate: Certificate | None = None
     #: Rebuilt from a domain's metadata because the ledger had lost it.
     adopted: bool = False
 
@@ -187,6 +190,12 @@ class Observation:
     pinned: Mapping[int, tuple[tuple[CpuSet, ...], CpuSet]] = field(default_factory=dict)
     #: Processes in which a kernel was seen at work. Asked of those alone whose guest was not heard yet.
     kernels: frozenset[int] = frozenset()
+    #: Files of the kernel by which the host is tuned, and processes of dedicated VMs; None: not read yet.
+    tuning: Mapping[str, str] | None = None
+    processes: Mapping[int, ProcessFacts] = field(default_factory=dict)
+    #: Where this agent's own threads may run; files that the kernel refused to have written.
+    agent_threads: CpuSet = EMPTY
+    refused: frozenset[str] = frozenset()
     #: Instances that may have been started since the observation began.
     unsure: frozenset[str] = frozenset()
     #: Guarded taps of ours by the uid of the instance, in the order of its interfaces.

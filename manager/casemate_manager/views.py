@@ -216,6 +216,7 @@ def operation_view(state: State, record: OperationRecord) -> OperationView:
         record.started_s,
         record.finished_s,
         record.host,
+        record.certificate,
     )
 
 
@@ -324,6 +325,7 @@ def host_status(state: State, observed: Observed, record: HostRecord, *, topolog
         foreign=report.foreign if report else 0,
         heard_s=seen.heard_s,
         drift=report.drift if report and seen.connected else (),
+        profile=report.profile if report and seen.connected else (),
         topology=made_of.to_dict() if made_of and topology else None,
     )
 

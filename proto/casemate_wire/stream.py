@@ -12,6 +12,7 @@ from typing import Any
 from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import Claim
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, InstanceState
+from casemate_core.spec.realtime import ProfileLine
 from casemate_core.spec.views import Condition
 from casemate_core.topology import Topology
 
@@ -89,6 +90,8 @@ class HostReport:
     drift: tuple[str, ...] = ()
     conditions: tuple[Condition, ...] = ()
     disk_free_mib: int = 0
+    #: What real time needs of the host, read back.
+    profile: tuple[ProfileLine, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

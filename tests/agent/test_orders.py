@@ -331,3 +331,83 @@ def test_a_vm_that_ends_by_itself_is_left_or_given_up(changes: dict[str, Any], s
         await rig.kill()
 
     run_virtual(story)
+
+
+async def _certified(rig: Rig, number: int = 1, **more: Any) -> OrderState:
+    await ask(rig, order(Verb.CERTIFY, number, duration_s=20.0, **more))
+    return await ended(rig)
+
+
+def test_a_latency_is_measured_and_kept_with_what_it_was_measured_under() -> None:
+    async def story(loop: VirtualLoop) -> None:
+        rig = await prepared(loop)
+        pid = rig.active()[ME]
+        began = loop.time()
+        done = await _certified(rig)
+        assert (done.phase, done.reason) == (OrderPhase.DONE, "") and done.certificate is not None, done
+        assert loop.time() - began >= 20 and rig.active()[ME] == pid
+        found = done.certificate
+        assert (found.samples, found.duration_s, found.guest_kernel) == (100, 20.0, "simulated")
+        assert "simulated" in found.meaningless and "MEANINGLESS" in done.message, (
+            "nothing was measured, and it says so"
+        )
+        assert rig.states()[ME].certificate == found
+        await rig.kill()
+        await rig.start()
+        await rig.settle()
+        assert rig.states()[ME].certificate == found, "it is kept over the agent's death"
+        # another placement: what was measured was measured elsewhere
+        moved = replace(rig.wanted[ME], order=None, placement=replace(rig.wanted[ME].placement, generation=9))
+        await rig.want(moved)
+        await asyncio.sleep(2)
+        kept = rig.states()[ME].certificate
+        assert kept is not None and kept.void == "the instance has another placement since"
+        await rig.kill()
+
+    run_virtual(story)
+
+
+def test_a_guest_without_the_program_is_a_refusal_that_names_the_remedy() -> None:
+    async def story(loop: VirtualLoop) -> None:
+        rig = await prepared(loop)
+        rig.host.guest_programs.discard("cyclictest")
+        done = await _certified(rig)
+        assert (done.phase, done.reason) == (OrderPhase.FAILED, "ToolMissing")
+        assert "rt-tests" in done.message and "docs/realtime.md" in done.message
+        assert rig.states()[ME].certificate is None
+        await rig.kill()
+
+    run_virtual(story)
+
+
+def test_a_measurement_is_given_up_when_the_instance_is_to_stop() -> None:
+    async def story(loop: VirtualLoop) -> None:
+        rig = await prepared(loop)
+        await ask(rig, order(Verb.CERTIFY, duration_s=600.0))
+        await asyncio.sleep(5)
+        assert told(rig) is not None and told(rig).phase is OrderPhase.RUNNING  # type: ignore[union-attr]
+        began = loop.time()
+        await rig.want(replace(rig.wanted[ME], run=Run.STOPPED))
+        done = await ended(rig)
+        assert (done.phase, done.reason) == (OrderPhase.FAILED, "Overruled")
+        await rig.settle()
+        assert loop.time() - began < 60, "it does not wait for the end of the measurement"
+        assert rig.agent is not None and rig.agent._executor.measuring() == ()
+        await rig.kill()
+
+    run_virtual(story)
+
+
+def test_an_agent_that_dies_in_a_measurement_begins_it_anew() -> None:
+    async def story(loop: VirtualLoop) -> None:
+        rig = await prepared(loop)
+        await ask(rig, order(Verb.CERTIFY, duration_s=20.0))
+        await asyncio.sleep(10)
+        await rig.kill()
+        await rig.start()
+        done = await ended(rig)
+        assert done.phase is OrderPhase.DONE and done.certificate is not None
+        assert done.certificate.order == done.uid
+        await rig.kill()
+
+    run_virtual(story)

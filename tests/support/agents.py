@@ -99,6 +99,7 @@ class Rig:
     topology: Topology = field(default_factory=lambda: from_line(HOST_LINE))
     pace: SimulatedPace = field(default_factory=SimulatedPace)
     trace: Callable[[Step], None] | None = None
+    settings: Settings = SETTINGS
 
     def __post_init__(self) -> None:
         self.host = SimulatedHost("box", self.topology, self.loop.wall, self.pace)
@@ -158,7 +159,7 @@ class Rig:
         assert self.agent is None
         self.revision = max(self.revision, 1)
         ledger = await Ledger.load(self.disk, inline)
-        self.agent = Agent("box", self.host.drivers(), ledger, self.loop.wall, SETTINGS, Pace(), self._step)
+        self.agent = Agent("box", self.host.drivers(), ledger, self.loop.wall, self.settings, Pace(), self._step)
         self._task = asyncio.ensure_future(self.agent.run())
         await self.sync()
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from casemate_core.claims import Claim
 from casemate_core.spec import instance as i
 from casemate_core.spec.operation import Order, OrderPhase, OrderState, Verb
+from casemate_core.spec.realtime import Bucket, Certificate, Latency, LineState, ProfileLine
 from casemate_core.spec.views import Condition
 from casemate_core.topology_loaders import from_line
 from casemate_wire import schema, stream
@@ -31,9 +32,18 @@ nics = st.builds(
     st.lists(addresses, max_size=2).map(tuple), st.integers(576, 9000), words,
 )  # fmt: skip
 orders = st.builds(
-    Order, uids, st.sampled_from(Verb), times, st.none() | times, counts, words, st.booleans()
+    Order, uids, st.sampled_from(Verb), times, st.none() | times, counts, words, st.booleans(), times
 )  # fmt: skip
-order_states = st.builds(OrderState, uids, st.sampled_from(OrderPhase), words, words, times, times)
+lines = st.builds(ProfileLine, words, st.sampled_from(LineState), words, words, words, words)
+certificates = st.builds(
+    Certificate, uids, times, times, words, counts, counts, counts, counts, counts, counts,
+    st.lists(st.builds(Latency, counts, counts, counts, counts, counts), max_size=2).map(tuple),
+    st.lists(st.builds(Bucket, counts, counts), max_size=2).map(tuple),
+    words, words, words, words, counts, counts, st.lists(lines, max_size=2).map(tuple), words, words,
+)  # fmt: skip
+order_states = st.builds(
+    OrderState, uids, st.sampled_from(OrderPhase), words, words, times, times, st.none() | certificates
+)
 claims = st.builds(Claim, uids, st.integers(0, 9), st.integers(0, 9), disk_mib=st.integers(0, 10**6))
 desired = st.builds(
     i.DesiredInstance, uid=uids, tenant=words, environment=words, name=words, ordinal=counts, generation=counts, run=st.sampled_from(i.Run),
@@ -69,10 +79,12 @@ pods = st.builds(
 states = st.builds(
     i.InstanceState, uids, counts, st.sampled_from(i.Phase), words, words, st.sampled_from(["", "kvm", "tcg"]), words, counts, counts, times,
     st.booleans(), words, st.lists(pods, max_size=2).map(tuple), counts, counts, st.none() | claims, st.none() | order_states, words,
+    st.booleans(), st.lists(lines, max_size=2).map(tuple), st.none() | certificates,
 )  # fmt: skip
 reports = st.builds(
     stream.HostReport, counts, st.lists(claims, max_size=2).map(tuple), st.lists(words, max_size=2).map(tuple),
     st.lists(st.builds(Condition, words, st.just("True"), words, words, times), max_size=2).map(tuple), counts,
+    st.lists(lines, max_size=2).map(tuple),
 )  # fmt: skip
 from_host = st.one_of(
     st.builds(stream.Hello, words, words, counts, counts, words, counts, words, words, st.sampled_from(["kvm", "tcg", "simulated"])),

@@ -76,6 +76,8 @@ class QemuThreads:
 
     vcpus: tuple[CpuSet, ...] = ()
     rest: CpuSet = EMPTY
+    #: vCPUs whose thread runs under SCHED_FIFO.
+    fifo: frozenset[int] = frozenset()
 
     @property
     def all(self) -> CpuSet:
@@ -560,6 +562,40 @@ class Machine(Protocol):
     async def observe(self, deadline_s: float) -> MachineFacts: ...
 
 
+#: The device whose value bounds the latency of power states; held open by whoever sets it.
+DMA_LATENCY = "dev/cpu_dma_latency"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFacts:
+    """Of a QEMU's process, as the kernel says it. ``lock_limit_kib`` None: unlimited. ``huge_kib``: huge pages that it has
+    mapped, by cell; None where that was not read."""
+
+    locked_kib: int = 0
+    lock_limit_kib: int | None = None
+    huge_kib: Mapping[int, int] | None = None
+
+
+class Tuning(Protocol):
+    """Files of the kernel by which a host is tuned, and processes as they came to be."""
+
+    async def read(self, patterns: tuple[str, ...], deadline_s: float) -> Mapping[str, str]:
+        """Text of the files that match, by path without a leading slash; those that cannot be read are left out."""
+        ...
+
+    async def write(self, path: str, text: str, deadline_s: float) -> None:
+        """Write a file. Raises MachineError where the kernel refuses. What was written is seen at the next reading."""
+        ...
+
+    async def processes(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, ProcessFacts]:
+        """By process; one that is gone is left out."""
+        ...
+
+    async def confine(self, quiet: CpuSet, deadline_s: float) -> CpuSet:
+        """Keep this agent's own threads off these; where they may run afterwards, as the kernel says it."""
+        ...
+
+
 class Survey(Protocol):
     """Everything that the doctor judges, looked at once."""
 
@@ -582,3 +618,4 @@ class Drivers:
     serials: SerialLogs
     gpus: Gpus
     functions: Functions
+    tuning: Tuning

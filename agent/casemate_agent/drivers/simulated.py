@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainPhase, Drivers, GuestEvent, GuestGone
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name, uuid_of
 from casemate_agent.drivers.simulated_functions import Cards
-from casemate_agent.drivers.simulated_guest import SimulatedGuest
+from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedGuest
 from casemate_agent.drivers.simulated_ports import Lease, drivers_of
 from casemate_agent.functions import CLEAN, grant_of
 from casemate_agent.gpu.readings import GpuFault
@@ -92,6 +92,10 @@ class SimulatedHost:
         #: What its GPUs have told of themselves.
         self.xids: list[GpuFault] = []
         self.cards = Cards()
+        #: Commands that its guests know.
+        self.guest_programs = set(PROGRAMS)
+        #: Files of its kernel by which it is tuned, by path.
+        self.tuning: dict[str, str] = {}
         self._pids = 1000
         self._guest_boots = 0
         self._lease: Lease | None = None

@@ -6,6 +6,7 @@ What may live here: what a guest does by itself, in memory. The host around it i
 import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -35,8 +36,16 @@ from casemate_core.spec.instance import ContainerState, PodState
 #: Lines kept of each container's log.
 KEPT_LINES = 1000
 
-PROGRAMS = ("echo", "cat", "true", "false", "sleep")
+PROGRAMS = ("echo", "cat", "true", "false", "sleep", "uname", "cyclictest")
 """Commands that a simulated guest knows."""
+SIMULATED_LATENCY = b"""# Histogram
+000000 000100
+# Total: 000000100
+# Min Latencies: 00000
+# Avg Latencies: 00000
+# Max Latencies: 00000
+# Histogram Overflows: 00000
+"""
 
 
 @dataclass(slots=True)
@@ -372,7 +381,8 @@ class SimulatedGuest:
 
 
 class SimulatedExec:
-    """A command in a simulated container: ``echo``, ``cat``, ``true``, ``false``, ``sleep``; any other is not found."""
+    """A command in a simulated container: ``echo``, ``cat``, ``true``, ``false``, ``sleep``; any other is not found. In the guest
+    itself there are ``uname`` and ``cyclictest`` too, which takes its time and measures nothing."""
 
     def __init__(self, request: ExecRequest) -> None:
         self._request = request
@@ -391,6 +401,16 @@ class SimulatedExec:
             case "echo":
                 yield "stdout", (" ".join(arguments) + "\n").encode()
                 self._exit_code = 0
+            case "uname":
+                yield "stdout", b"simulated\n"
+                self._exit_code = 0
+            case "cyclictest":
+                await self._sleep(next(float(a.partition("=")[2]) for a in arguments if a.startswith("--duration=")))
+                yield "stdout", SIMULATED_LATENCY
+                self._exit_code = self._ended()
+            case "cat" if arguments:
+                yield "stdout", b"0.00 0.00 0.00 1/1 1\n"
+                self._exit_code = 0
             case "cat":
                 while (data := await self._next_input()) is not None:
                     yield "stdout", data
@@ -400,15 +420,16 @@ class SimulatedExec:
             case "false":
                 self._exit_code = 1
             case "sleep":
-                try:
-                    async with asyncio.timeout(float(arguments[0]) if arguments else 0.0):
-                        await self._killed.wait()
-                except TimeoutError:
-                    pass
+                await self._sleep(float(arguments[0]) if arguments else 0.0)
                 self._exit_code = self._ended()
             case other:
                 yield "stderr", f"executable file `{other}` not found in a simulated container\n".encode()
                 self._exit_code = 127
+
+    async def _sleep(self, time_s: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(time_s):
+                await self._killed.wait()
 
     def _ended(self) -> int:
         return 128 + self._signal if self._signal else 0

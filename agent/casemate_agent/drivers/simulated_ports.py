@@ -34,9 +34,10 @@ from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, Cop
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, simulated_stats, tap_name
 from casemate_agent.drivers.simulated_functions import SimulatedFunctions
 from casemate_agent.drivers.simulated_gpus import SimulatedGpus
-from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedExec, SimulatedGuest
+from casemate_agent.drivers.simulated_guest import SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
+from casemate_agent.drivers.simulated_tuning import SimulatedTuning
 from casemate_agent.functions import grant_of
 from casemate_agent.records import to_metadata
 from casemate_core.cpuset import CpuSet
@@ -172,7 +173,8 @@ class _Hypervisor:
                 raise NotFound("domain", uid)
             if domain.facts.phase in ACTIVE:
                 count = domain.facts.vcpus
-                domain.threads = QemuThreads((vcpus * count if len(vcpus) == 1 else vcpus)[:count], rest)
+                each = (vcpus * count if len(vcpus) == 1 else vcpus)[:count]
+                domain.threads = replace(domain.threads, vcpus=each, rest=rest)
 
         await self._call("pin", pin, deadline_s)
 
@@ -215,7 +217,12 @@ class _Hypervisor:
         anywhere = CpuSet(self._host.topology.index.online)
         rest = facts.emulator_pin or anywhere
         pins = tuple(CpuSet.from_ids(pin) for pin in facts.vcpu_pins)[: facts.vcpus]
-        return QemuThreads(pins or (rest,) * facts.vcpus, rest)
+        fifo = frozenset(range(1, len(pins))) if self._realtime(facts.uuid) else frozenset[int]()
+        return QemuThreads(pins or (rest,) * facts.vcpus, rest, fifo)
+
+    def _realtime(self, uid: str) -> bool:
+        desired = self._host.domains[uid].desired
+        return desired is not None and desired.placement.claim.realtime
 
     async def shutdown(self, uid: str, deadline_s: float) -> None:
         await self._call("shutdown", lambda: self._shutdown(uid), deadline_s)
@@ -561,7 +568,7 @@ class _Guests:
                 raise GuestRefused(f"container {found.name} is {found.state}")
         if not request.argv:
             raise GuestRefused("argv must be a list of texts")
-        if not request.pod and request.argv[0].rsplit("/", 1)[-1] not in PROGRAMS:
+        if not request.pod and request.argv[0].rsplit("/", 1)[-1] not in self._host.guest_programs:
             raise GuestRefused(f"{request.argv[0]}: No such file or directory")
         return SimulatedExec(request)
 
@@ -636,4 +643,5 @@ def drivers_of(lease: Lease) -> Drivers:
         consoles=_Consoles(lease),
         serials=_Serials(lease),
         functions=SimulatedFunctions(lease),
+        tuning=SimulatedTuning(lease),
     )

@@ -48,7 +48,7 @@ class ThreadReader:
     def _one(self, pid: int) -> QemuThreads | None:
         known, names = self._names.get(pid, {}), dict[int, tuple[int, int]]()
         vcpus: dict[int, CpuSet] = {}
-        rest = EMPTY
+        rest, fifo = EMPTY, set[int]()
         try:
             tasks = os.listdir(f"{self._proc}/{pid}/task")
         except OSError:
@@ -66,10 +66,21 @@ class ThreadReader:
                 rest |= cpus
             else:
                 vcpus[name[0]] = cpus
+                if self._policy(task) == os.SCHED_FIFO:
+                    fifo.add(name[0])
         if not names:
             return None
         self._names[pid] = names
-        return QemuThreads(tuple(vcpus.get(vcpu, EMPTY) for vcpu in range(max(vcpus, default=-1) + 1)), rest)
+        return QemuThreads(
+            tuple(vcpus.get(vcpu, EMPTY) for vcpu in range(max(vcpus, default=-1) + 1)), rest, frozenset(fifo)
+        )
+
+    @staticmethod
+    def _policy(task: int) -> int:
+        try:
+            return os.sched_getscheduler(task)
+        except OSError:
+            return -1
 
     def _vcpu(self, pid: int, task: int) -> int:
         with open(f"{self._proc}/{pid}/task/{task}/comm", encoding="utf-8", errors="replace") as file:

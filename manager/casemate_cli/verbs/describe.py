@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from casemate_cli import completing, kinds, options, output, parts, term
+from casemate_cli import completing, kinds, options, output, parts, profiles, term
 from casemate_cli.columns import NONE, WORD_COLOURS, Table, age, columns
 from casemate_cli.failure import Failure
 from casemate_cli.kinds import Target
@@ -67,9 +67,12 @@ def _describe(client: "Client", target: Target, tenant: str) -> None:
             term.out(f"{key + ':':<13}{term.clean(str(value))}")
     status = dict(plain.get("status", {}))
     conditions = status.pop("conditions", [])
+    for own in ("profile", "certificate"):
+        status.pop(own, None)
     _section("Spec", plain.get("spec", {}))
     _section("Status", status)
     _conditions(message, conditions)
+    _realtime(message)
     if target.kind.name == "Host" and (topology := parts.topology_of(client, target.name)) is not None:
         term.out(term.paint("Parts:", "bold"))
         for line in parts.summary(topology):
@@ -102,6 +105,19 @@ def _conditions(message: Any, plain: list[dict[str, str]]) -> None:
         status = term.paint(f"{term.clean(condition.status):<8}", WORD_COLOURS.get(condition.status, ""))
         why = ": ".join(w for w in (condition.reason, condition.message) if w)
         term.out(f"  {term.clean(condition.type):<16}{status}{age(condition.since):<8}{term.clean(why)}")
+
+
+def _realtime(message: Any) -> None:
+    """The real-time profile, and the certificate, of what has them."""
+    status = getattr(message, "status", None)
+    if lines := getattr(status, "profile", ()):
+        term.out(term.paint("Profile:", "bold"))
+        for line in profiles.profile(lines):
+            term.out(f"  {term.clean(line)}")
+    if status is not None and "certificate" in status.DESCRIPTOR.fields_by_name and status.HasField("certificate"):
+        term.out(term.paint("Certificate:", "bold"))
+        for line in profiles.certificate(status.certificate):
+            term.out(f"  {term.clean(line)}")
 
 
 def _parts(client: "Client", kind_name: str, tenant: str, owner: str) -> None:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 _ENDED = ("Done", "Failed", "Unknown")
 
 
-def ask(client: "Client", target: Target, verb: str, grace_s: float | None, timeout_s: float) -> list[Target]:
+def ask(
+    client: "Client", target: Target, verb: str, grace_s: float | None, timeout_s: float, duration_s: float = 0.0
+) -> list[Target]:
     """Ask for an operation on an instance or an environment; the operations. Raises Failure."""
     from casemate_cli.client import request_key
     from casemate_wire.v1 import operations_pb2 as pb
@@ -33,19 +35,22 @@ def ask(client: "Client", target: Target, verb: str, grace_s: float | None, time
         verb=verb,
         grace_s=grace_s,
         timeout_s=timeout_s,
+        duration_s=duration_s,
     )
     answer: pb.OperateResponse = client.call(client.stub.Operate, request, f"{verb} of {target}")
     return [Target(BY_NAME["Operation"], ref.name) for ref in answer.operations]
 
 
-def _operate(
+def operate(
     ctx: click.Context,
     verb: str,
     arguments: tuple[str, ...],
     wait: bool,
     timeout_s: float,
     grace_s: float | None = None,
+    duration_s: float = 0.0,
 ) -> None:
+    """Ask for it, and wait for the ends. Raises Failure where one failed, or has not ended in time."""
     from casemate_cli.client import Client
 
     wanted = kinds.targets(arguments, default_kind="environment")
@@ -55,7 +60,7 @@ def _operate(
             remedy="name an environment, for example hello, or one instance of it, inst/hello-0",
         )
     with Client(options.settings(ctx)) as client:
-        asked = [(target, o) for target in wanted for o in ask(client, target, verb, grace_s, timeout_s)]
+        asked = [(target, o) for target in wanted for o in ask(client, target, verb, grace_s, timeout_s, duration_s)]
         if not wait:
             for target, operation in asked:
                 term.out(f"{target}: {operation} was asked for")
@@ -100,7 +105,7 @@ def _follow(client: "Client", operation: Target, end_s: float, timeout_s: float,
     return last["message"]
 
 
-def _options(grace: bool) -> Callable[[Any], Any]:
+def shared_options(grace: bool) -> Callable[[Any], Any]:
     def add(function: Any) -> Any:
         found = [
             options.connection,
@@ -130,7 +135,7 @@ def _options(grace: bool) -> Callable[[Any], Any]:
 
 
 @click.command()
-@_options(grace=True)
+@shared_options(grace=True)
 @click.pass_context
 def restart(ctx: click.Context, arguments: tuple[str, ...], wait: bool, timeout: float, grace: float | None) -> None:
     """End the process of instances and start a new one; disks stay.
@@ -143,31 +148,31 @@ def restart(ctx: click.Context, arguments: tuple[str, ...], wait: bool, timeout:
       casemate restart hello
       casemate restart inst/hello-0 --grace 10s
     """
-    _operate(ctx, "restart", arguments, wait, timeout, grace)
+    operate(ctx, "restart", arguments, wait, timeout, grace)
 
 
 @click.command()
-@_options(grace=False)
+@shared_options(grace=False)
 @click.pass_context
 def reboot(ctx: click.Context, arguments: tuple[str, ...], wait: bool, timeout: float) -> None:
     """Ask guests to boot anew, within the process that they run in.
 
     Its helper is asked, and it is done when the helper comes back with another boot id.
     """
-    _operate(ctx, "reboot", arguments, wait, timeout)
+    operate(ctx, "reboot", arguments, wait, timeout)
 
 
 @click.command()
-@_options(grace=False)
+@shared_options(grace=False)
 @click.pass_context
 def reset(ctx: click.Context, arguments: tuple[str, ...], wait: bool, timeout: float) -> None:
     """Press the reset button of guests, without asking them. What they have not written is lost."""
-    _operate(ctx, "reset", arguments, wait, timeout)
+    operate(ctx, "reset", arguments, wait, timeout)
 
 
 @click.command()
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@_options(grace=True)
+@shared_options(grace=True)
 @click.pass_context
 def rebuild(
     ctx: click.Context, arguments: tuple[str, ...], wait: bool, timeout: float, grace: float | None, yes: bool
@@ -181,4 +186,4 @@ def rebuild(
         if not term.is_terminal(sys.stdin):
             raise Failure("the root disks would be lost, and nobody can be asked", remedy="give --yes")
         click.confirm(f"The root disks of {', '.join(arguments)} will be lost. Go on?", abort=True, err=True)
-    _operate(ctx, "rebuild", arguments, wait, timeout, grace)
+    operate(ctx, "rebuild", arguments, wait, timeout, grace)

@@ -18,6 +18,7 @@ def to_command(request: pb.OperateRequest, seed: str) -> OperateInstances:
         request.grace_s if request.HasField("grace_s") else None,
         request.timeout_s or DEFAULT_TIMEOUT_S,
         request.uid,
+        duration_s=request.duration_s,
     )
 
 

@@ -61,6 +61,8 @@ class OperateInstances:
     timeout_s: float = 600.0
     uid: str = ""
     by: str = ""
+    #: Of a certify; 0: the usual.
+    duration_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

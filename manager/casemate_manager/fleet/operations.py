@@ -37,6 +37,11 @@ from casemate_manager.fleet.state import State
 DEFAULT_TIMEOUT_S: Final = 600.0
 MAX_TIMEOUT_S: Final = 86400.0
 MAX_GRACE_S: Final = 3600.0
+#: How long a certify measures: a second shows that it works, an hour what happens once an hour.
+DEFAULT_DURATION_S: Final = 30.0
+MAX_DURATION_S: Final = 3600.0
+#: What a guest needs beside the measurement itself, to begin and to answer.
+AROUND_S: Final = 15.0
 #: Instances of one request; with what else is written for them they stay within one batch.
 MAX_INSTANCES: Final = 40
 #: A host that is connected says by itself that a deadline is over; so long is waited for its word.
@@ -49,6 +54,8 @@ def operate(state: State, observed: Observed, command: OperateInstances, now_s: 
     """Ask for something to be done once. Raises InvalidSpec, NotFound, Conflict, KeyReused."""
     check_key(command.request_key)
     plain = [command.tenant, command.name, command.verb, command.grace_s, command.timeout_s, command.uid]
+    if command.duration_s:
+        plain.append(command.duration_s)
     digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
     if (known := state.requests.get(command.request_key)) is not None:
         return Batch(answer=from_plain(OperateAnswer, answered(known, digest)))
@@ -57,7 +64,12 @@ def operate(state: State, observed: Observed, command: OperateInstances, now_s: 
     draft = Draft(state, observed, now_s)
     for instance in instances:
         _check_instance(state, instance, verb)
-    one_by_one = environment is not None and environment.environment.spec.update_strategy is not None
+    # A measurement takes nobody down: all of them at once.
+    one_by_one = (
+        verb is not Verb.CERTIFY
+        and environment is not None
+        and environment.environment.spec.update_strategy is not None
+    )
     refs = tuple(_ask(draft, instance, verb, command, released=not one_by_one) for instance in instances)
     answer = OperateAnswer(refs, draft.revision)
     draft.put(RequestRecord(command.request_key, digest, now_s, to_plain(answer)))
@@ -80,9 +92,24 @@ def _check(command: OperateInstances) -> Verb:
             )
         elif not 0 <= command.grace_s <= MAX_GRACE_S:
             violations.append(Violation("grace", f"{command.grace_s:g}", "is out of range", "write 0s to 1h"))
+    violations += _check_duration(command, verb)
     if violations:
         raise InvalidSpec(tuple(violations))
     return verb
+
+
+def _check_duration(command: OperateInstances, verb: Verb) -> list[Violation]:
+    if verb is not Verb.CERTIFY:
+        if command.duration_s:
+            return [Violation("duration", f"{command.duration_s:g}", f"means nothing to {verb.value}", "leave it out")]
+        return []
+    duration_s = command.duration_s or DEFAULT_DURATION_S
+    if not 1 <= duration_s <= MAX_DURATION_S:
+        return [Violation("duration", f"{duration_s:g}", "is out of range", "write 1s to 1h")]
+    if duration_s + AROUND_S > command.timeout_s:
+        need = f"write at least {duration_s + AROUND_S:g}s, or a shorter duration"
+        return [Violation("timeout", f"{command.timeout_s:g}", f"is too short to measure for {duration_s:g} s", need)]
+    return []
 
 
 def _instances(state: State, command: OperateInstances) -> tuple[list[InstanceRecord], EnvironmentRecord | None]:
@@ -126,7 +153,7 @@ def _check_instance(state: State, instance: InstanceRecord, verb: Verb) -> None:
         )
     if verb is Verb.STOP and run != "stopped":
         raise Conflict(f"instance {name} should run (run: {run}): set run: stopped first, as casemate stop does")
-    if verb in (Verb.RESTART, Verb.REBOOT, Verb.RESET) and run != "started":
+    if verb in (Verb.RESTART, Verb.REBOOT, Verb.RESET, Verb.CERTIFY) and run != "started":
         raise Conflict(f"instance {name} should not run (run: {run}): start its environment first")
 
 
@@ -151,6 +178,7 @@ def _ask(draft: Draft, instance: InstanceRecord, verb: Verb, command: OperateIns
         placement.host if placement else "",
         command.timeout_s,
         command.grace_s,
+        duration_s=(command.duration_s or DEFAULT_DURATION_S) if verb is Verb.CERTIFY else 0.0,
     )
     if verb is Verb.REBUILD:
         draft.put(rebuilt(draft, instance))
@@ -217,6 +245,7 @@ def order_of(state: State, instance: InstanceRecord) -> Order | None:
         record.pid,
         record.guest_boot_id,
         begun=record.started_s > 0,
+        duration_s=record.duration_s,
     )
 
 
@@ -237,6 +266,7 @@ def told(draft: Draft, instance: InstanceRecord, said: OrderState) -> None:
         started_s=said.started_s,
         finished_s=said.finished_s,
         closed=said.phase in ENDED,
+        certificate=said.certificate,
     )
     if new != record:
         _put(draft, instance, record, new)
@@ -293,7 +323,7 @@ def unavailable(state: State, observed: Observed, instance: InstanceRecord) -> b
     """Whether an instance is down, or about to be, as an update strategy counts."""
     uid = instance.meta.uid
     record = state.open_operation(uid)
-    if instance.held or (record is not None and record.released):
+    if instance.held or (record is not None and record.released and record.verb != Verb.CERTIFY):
         return True
     seen = observed.instances.get(uid)
     return seen is None or seen.state is None or seen.state.phase is not Phase.READY

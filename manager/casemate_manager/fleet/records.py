@@ -17,6 +17,7 @@ from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Host, Image, Network, Policy, Taint
 from casemate_core.spec.instance import Nic
 from casemate_core.spec.meta import Meta
+from casemate_core.spec.realtime import Certificate
 from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import EventView
 from casemate_core.topology import Topology
@@ -112,6 +113,9 @@ class OperationRecord:
     started_s: float = 0.0
     finished_s: float = 0.0
     closed: bool = False
+    #: Of a certify: how long is measured, and what was.
+    duration_s: float = 0.0
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from casemate_core.claims import Claim
 from casemate_core.spec.operation import Order, OrderState
+from casemate_core.spec.realtime import Certificate, ProfileLine
 from casemate_core.spec.secret import SecretText
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z", re.ASCII)
@@ -228,3 +229,6 @@ class InstanceState:
     cloud_init_message: str = ""
     #: Whether a kernel was seen at work since its process began.
     kernel: bool = False
+    #: What its threads and memory need, read back; and the last latency that was measured in it.
+    profile: tuple[ProfileLine, ...] = ()
+    certificate: Certificate | None = None

@@ -9,6 +9,8 @@ arrives twice has one effect. See docs/adr/010-operations.md.
 from dataclasses import dataclass
 from enum import StrEnum
 
+from casemate_core.spec.realtime import Certificate
+
 
 class Verb(StrEnum):
     """What can be done once to an instance."""
@@ -18,6 +20,8 @@ class Verb(StrEnum):
     REBOOT = "reboot"
     RESET = "reset"
     REBUILD = "rebuild"
+    #: Measure the latency in its guest; nothing of the instance changes.
+    CERTIFY = "certify"
 
 
 class OrderPhase(StrEnum):
@@ -48,6 +52,8 @@ class Order:
     pid: int = 0
     guest_boot_id: str = ""
     begun: bool = False
+    #: CERTIFY: how long is measured, in seconds.
+    duration_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +66,5 @@ class OrderState:
     message: str = ""
     started_s: float = 0.0
     finished_s: float = 0.0
+    #: What a CERTIFY has measured.
+    certificate: Certificate | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from casemate_core.spec.instance import InstanceState, Nic, PodState
 from casemate_core.spec.meta import Meta
+from casemate_core.spec.realtime import Certificate, ProfileLine
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class HostStatus:
     foreign: int = 0
     heard_s: float = 0.0
     drift: tuple[str, ...] = ()
+    profile: tuple[ProfileLine, ...] = ()
     topology: Mapping[str, Any] | None = None
 
 
@@ -152,6 +154,7 @@ class OperationView:
     started_s: float = 0.0
     finished_s: float = 0.0
     host: str = ""
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from casemate_core.spec.fleet import (
 from casemate_core.spec.instance import File
 from casemate_core.spec.views import HostStatus, ImageStatus, NetworkStatus
 from casemate_wire.codec.basics import condition_to_message, meta_from_message, meta_to_message, struct, timestamp
+from casemate_wire.codec.realtime import line_to_message
 from casemate_wire.v1 import fleet_pb2 as pb
 
 API = "casemate/v1"
@@ -128,6 +129,7 @@ def _host_status(status: HostStatus) -> pb.HostStatus:
         foreign=status.foreign,
         heard=timestamp(status.heard_s),
         drift=status.drift,
+        profile=[line_to_message(line) for line in status.profile],
         topology=struct(status.topology) if status.topology is not None else None,
     )
 

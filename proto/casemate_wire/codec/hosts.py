@@ -36,6 +36,12 @@ from casemate_core.topology import Topology
 from casemate_wire import stream
 from casemate_wire.codec.basics import plain, seconds, struct, timestamp
 from casemate_wire.codec.checkpoints import checkpoint_from_message, checkpoint_to_message
+from casemate_wire.codec.realtime import (
+    certificate_from_message,
+    certificate_to_message,
+    line_to_message,
+    lines_from_messages,
+)
 from casemate_wire.v1 import hosts_pb2 as pb
 
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z", re.ASCII)
@@ -298,6 +304,7 @@ def _order_to_message(value: Order) -> pb.Order:
         pid=value.pid,
         guest_boot_id=value.guest_boot_id,
         begun=value.begun,
+        duration_s=value.duration_s,
     )
 
 
@@ -310,6 +317,7 @@ def _order_from_message(m: pb.Order) -> Order:
         pid=m.pid,
         guest_boot_id=_text(m.guest_boot_id, 64),
         begun=m.begun,
+        duration_s=m.duration_s,
     )
 
 
@@ -540,6 +548,7 @@ def _report_to_message(report: stream.HostReport) -> pb.HostFacts:
             for c in report.conditions
         ],
         disk_free_mib=report.disk_free_mib,
+        profile=[line_to_message(line) for line in report.profile],
     )
 
 
@@ -564,6 +573,7 @@ def _report_from_message(message: pb.HostFacts) -> stream.HostReport:
             for c in message.conditions
         ),
         disk_free_mib=message.disk_free_mib,
+        profile=lines_from_messages(message.profile),
     )
 
 
@@ -588,6 +598,8 @@ def _state_to_message(value: InstanceState) -> pb.InstanceFacts:
         order=_order_state_to_message(value.order) if value.order else None,
         cloud_init_message=value.cloud_init_message,
         kernel=value.kernel,
+        profile=[line_to_message(line) for line in value.profile],
+        certificate=certificate_to_message(value.certificate) if value.certificate else None,
     )
 
 
@@ -599,6 +611,7 @@ def _order_state_to_message(value: OrderState) -> pb.OrderState:
         message=value.message,
         started=timestamp(value.started_s),
         finished=timestamp(value.finished_s),
+        certificate=certificate_to_message(value.certificate) if value.certificate else None,
     )
 
 
@@ -610,6 +623,7 @@ def _order_state_from_message(m: pb.OrderState) -> OrderState:
         message=_text(m.message),
         started_s=seconds(m.started),
         finished_s=seconds(m.finished),
+        certificate=certificate_from_message(m.certificate) if m.HasField("certificate") else None,
     )
 
 
@@ -634,6 +648,8 @@ def _state_from_message(m: pb.InstanceFacts) -> InstanceState:
         order=_order_state_from_message(m.order) if m.HasField("order") else None,
         cloud_init_message=_text(m.cloud_init_message, 2048),
         kernel=m.kernel,
+        profile=lines_from_messages(m.profile),
+        certificate=certificate_from_message(m.certificate) if m.HasField("certificate") else None,
     )
 
 

@@ -6,6 +6,7 @@ from casemate_core.quantity import format_mib
 from casemate_core.spec.instance import ContainerState, InstanceState, Nic, Phase
 from casemate_core.spec.views import Change, EventView, InstanceView, OperationView, PlacementView, PodView
 from casemate_wire.codec.basics import condition_to_message, meta_to_message, ref_to_message, struct, timestamp
+from casemate_wire.codec.realtime import certificate_to_message, line_to_message
 from casemate_wire.v1 import environment_pb2 as env_pb
 from casemate_wire.v1 import fleet_pb2 as pb
 from casemate_wire.v1 import operators_pb2 as op_pb
@@ -47,6 +48,9 @@ def instance_to_message(view: InstanceView) -> env_pb.Instance:
             status.since.CopyFrom(since)
         status.pods.extend(p.name for p in state.pods)
         status.pods_ready = sum(p.ready for p in state.pods)
+        status.profile.extend(map(line_to_message, state.profile))
+        if state.certificate is not None:
+            status.certificate.CopyFrom(certificate_to_message(state.certificate))
     return message
 
 
@@ -146,6 +150,7 @@ def operation_to_message(view: OperationView) -> pb.Operation:
             started=timestamp(view.started_s),
             finished=timestamp(view.finished_s),
             host=view.host,
+            certificate=certificate_to_message(view.certificate) if view.certificate else None,
         ),
     )
 

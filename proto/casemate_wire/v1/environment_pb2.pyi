@@ -4,6 +4,7 @@ isort:skip_file
 What a tenant asks for: VMs, the pods in them, their networks and disks, and the contract for maintenance."""
 
 from casemate_wire.v1 import meta_pb2 as _meta_pb2
+from casemate_wire.v1 import realtime_pb2 as _realtime_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -891,6 +892,8 @@ class InstanceStatus(_message.Message):
     HEARD_FIELD_NUMBER: _builtins.int
     BOOT_FIELD_NUMBER: _builtins.int
     CLOUD_INIT_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     virtualisation: _builtins.str
     """Kind of virtualisation in use: `kvm` or `tcg` (emulation, slow)."""
@@ -924,6 +927,14 @@ class InstanceStatus(_message.Message):
     def heard(self) -> _timestamp_pb2.Timestamp:
         """When the host last spoke of it."""
 
+    @_builtins.property
+    def profile(self) -> _containers.RepeatedCompositeFieldContainer[_realtime_pb2.ProfileLine]:
+        """What dedicated threads and real time need of this instance, read back from the kernel."""
+
+    @_builtins.property
+    def certificate(self) -> _realtime_pb2.Certificate:
+        """The last latency that was measured in it: `casemate certify`."""
+
     def __init__(
         self,
         *,
@@ -939,10 +950,12 @@ class InstanceStatus(_message.Message):
         heard: _timestamp_pb2.Timestamp | None = ...,
         boot: _builtins.str = ...,
         cloud_init: _builtins.str = ...,
+        profile: _abc.Iterable[_realtime_pb2.ProfileLine] | None = ...,
+        certificate: _realtime_pb2.Certificate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heard", b"heard", "since", b"since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "heard", b"heard", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "cloud_init", b"cloud_init", "conditions", b"conditions", "guest_boot_id", b"guest_boot_id", "heard", b"heard", "phase", b"phase", "pid", b"pid", "pods", b"pods", "pods_ready", b"pods_ready", "since", b"since", "starts", b"starts", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot", b"boot", "certificate", b"certificate", "cloud_init", b"cloud_init", "conditions", b"conditions", "guest_boot_id", b"guest_boot_id", "heard", b"heard", "phase", b"phase", "pid", b"pid", "pods", b"pods", "pods_ready", b"pods_ready", "profile", b"profile", "since", b"since", "starts", b"starts", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ isort:skip_file
 The kinds that the platform team keeps, and the read-only records of the manager."""
 
 from casemate_wire.v1 import meta_pb2 as _meta_pb2
+from casemate_wire.v1 import realtime_pb2 as _realtime_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -146,6 +147,7 @@ class HostStatus(_message.Message):
     HEARD_FIELD_NUMBER: _builtins.int
     DRIFT_FIELD_NUMBER: _builtins.int
     TOPOLOGY_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """`Ready`: the agent's stream is up. `Unknown`: not heard from; its instances are not replaced elsewhere."""
     agent_version: _builtins.str
@@ -178,6 +180,10 @@ class HostStatus(_message.Message):
     def topology(self) -> _struct_pb2.Struct:
         """The topology as the agent reported it."""
 
+    @_builtins.property
+    def profile(self) -> _containers.RepeatedCompositeFieldContainer[_realtime_pb2.ProfileLine]:
+        """What real time needs of the host, read back from its kernel, where it has isolated threads or real-time instances."""
+
     def __init__(
         self,
         *,
@@ -201,10 +207,11 @@ class HostStatus(_message.Message):
         heard: _timestamp_pb2.Timestamp | None = ...,
         drift: _abc.Iterable[_builtins.str] | None = ...,
         topology: _struct_pb2.Struct | None = ...,
+        profile: _abc.Iterable[_realtime_pb2.ProfileLine] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heard", b"heard", "topology", b"topology"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "cells", b"cells", "conditions", b"conditions", "cores", b"cores", "cpus_used", b"cpus_used", "disk", b"disk", "drift", b"drift", "foreign", b"foreign", "gpus", b"gpus", "heard", b"heard", "instances", b"instances", "kernel", b"kernel", "memory", b"memory", "memory_used", b"memory_used", "phase", b"phase", "threads", b"threads", "topology", b"topology", "vfs", b"vfs", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "cells", b"cells", "conditions", b"conditions", "cores", b"cores", "cpus_used", b"cpus_used", "disk", b"disk", "drift", b"drift", "foreign", b"foreign", "gpus", b"gpus", "heard", b"heard", "instances", b"instances", "kernel", b"kernel", "memory", b"memory", "memory_used", b"memory_used", "phase", b"phase", "profile", b"profile", "threads", b"threads", "topology", b"topology", "vfs", b"vfs", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1260,6 +1267,7 @@ class OperationStatus(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """`Unknown`: whether it took effect could not be found out."""
     message: _builtins.str
@@ -1273,6 +1281,10 @@ class OperationStatus(_message.Message):
 
     @_builtins.property
     def finished(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def certificate(self) -> _realtime_pb2.Certificate:
+        """What a certify has measured."""
+
     def __init__(
         self,
         *,
@@ -1282,10 +1294,11 @@ class OperationStatus(_message.Message):
         finished: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
         host: _builtins.str = ...,
+        certificate: _realtime_pb2.Certificate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "host", b"host", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "host", b"host", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ isort:skip_file
 What a host's agent and the manager say to one another."""
 
 from casemate_wire.v1 import checkpoints_pb2 as _checkpoints_pb2
+from casemate_wire.v1 import realtime_pb2 as _realtime_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -502,6 +503,7 @@ class Order(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     GUEST_BOOT_ID_FIELD_NUMBER: _builtins.int
     BEGUN_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     verb: _builtins.str
     grace_s: _builtins.float
@@ -511,6 +513,8 @@ class Order(_message.Message):
     guest_boot_id: _builtins.str
     begun: _builtins.bool
     """The host has said that it began."""
+    duration_s: _builtins.float
+    """For certify: how long is measured."""
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -523,10 +527,11 @@ class Order(_message.Message):
         pid: _builtins.int = ...,
         guest_boot_id: _builtins.str = ...,
         begun: _builtins.bool = ...,
+        duration_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "deadline", b"deadline", "grace_s", b"grace_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "begun", b"begun", "deadline", b"deadline", "grace_s", b"grace_s", "guest_boot_id", b"guest_boot_id", "pid", b"pid", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "begun", b"begun", "deadline", b"deadline", "duration_s", b"duration_s", "grace_s", b"grace_s", "guest_boot_id", b"guest_boot_id", "pid", b"pid", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grace_s: _TypeAlias = _typing.Literal["grace_s"]  # noqa: Y015
     _WhichOneofArgType__grace_s: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s"]  # noqa: Y015
@@ -546,6 +551,7 @@ class OrderState(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     phase: _builtins.str
     reason: _builtins.str
@@ -554,6 +560,10 @@ class OrderState(_message.Message):
     def started(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def finished(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def certificate(self) -> _realtime_pb2.Certificate:
+        """What a certify has measured."""
+
     def __init__(
         self,
         *,
@@ -563,10 +573,11 @@ class OrderState(_message.Message):
         message: _builtins.str = ...,
         started: _timestamp_pb2.Timestamp | None = ...,
         finished: _timestamp_pb2.Timestamp | None = ...,
+        certificate: _realtime_pb2.Certificate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -818,6 +829,7 @@ class HostFacts(_message.Message):
     CONDITIONS_FIELD_NUMBER: _builtins.int
     FOREIGN_CLAIMS_FIELD_NUMBER: _builtins.int
     DISK_FREE_MIB_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     foreign: _builtins.int
     disk_free_mib: _builtins.int
     @_builtins.property
@@ -828,6 +840,8 @@ class HostFacts(_message.Message):
     def foreign_claims(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Struct]:
         """Claims of foreign VMs, so that they count as used."""
 
+    @_builtins.property
+    def profile(self) -> _containers.RepeatedCompositeFieldContainer[_realtime_pb2.ProfileLine]: ...
     def __init__(
         self,
         *,
@@ -836,10 +850,11 @@ class HostFacts(_message.Message):
         conditions: _abc.Iterable[Global___HostCondition] | None = ...,
         foreign_claims: _abc.Iterable[_struct_pb2.Struct] | None = ...,
         disk_free_mib: _builtins.int = ...,
+        profile: _abc.Iterable[_realtime_pb2.ProfileLine] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims", "profile", b"profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -902,6 +917,8 @@ class InstanceFacts(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     CLOUD_INIT_MESSAGE_FIELD_NUMBER: _builtins.int
     KERNEL_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     generation: _builtins.int
     phase: _builtins.str
@@ -929,6 +946,10 @@ class InstanceFacts(_message.Message):
 
     @_builtins.property
     def order(self) -> Global___OrderState: ...
+    @_builtins.property
+    def profile(self) -> _containers.RepeatedCompositeFieldContainer[_realtime_pb2.ProfileLine]: ...
+    @_builtins.property
+    def certificate(self) -> _realtime_pb2.Certificate: ...
     def __init__(
         self,
         *,
@@ -951,10 +972,12 @@ class InstanceFacts(_message.Message):
         order: Global___OrderState | None = ...,
         cloud_init_message: _builtins.str = ...,
         kernel: _builtins.bool = ...,
+        profile: _abc.Iterable[_realtime_pb2.ProfileLine] | None = ...,
+        certificate: _realtime_pb2.Certificate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "order", b"order", "since", b"since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "claim", b"claim", "order", b"order", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "cloud_init", b"cloud_init", "cloud_init_message", b"cloud_init_message", "generation", b"generation", "guest_boot_id", b"guest_boot_id", "guest_ready", b"guest_ready", "kernel", b"kernel", "message", b"message", "order", b"order", "phase", b"phase", "pid", b"pid", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "reason", b"reason", "since", b"since", "starts", b"starts", "uid", b"uid", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "claim", b"claim", "cloud_init", b"cloud_init", "cloud_init_message", b"cloud_init_message", "generation", b"generation", "guest_boot_id", b"guest_boot_id", "guest_ready", b"guest_ready", "kernel", b"kernel", "message", b"message", "order", b"order", "phase", b"phase", "pid", b"pid", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "profile", b"profile", "reason", b"reason", "since", b"since", "starts", b"starts", "uid", b"uid", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

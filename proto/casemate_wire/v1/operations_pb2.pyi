@@ -30,13 +30,14 @@ class OperateRequest(_message.Message):
     GRACE_S_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
     request_key: _builtins.str
     """Names the request: the same key twice has one effect and one answer. Kept for a day. 1 to 128 characters."""
     tenant: _builtins.str
     name: _builtins.str
     """An instance, or an environment: each of its instances then."""
     verb: _builtins.str
-    """`stop`, `restart`, `reboot`, `reset` or `rebuild`."""
+    """`stop`, `restart`, `reboot`, `reset`, `rebuild` or `certify`."""
     grace_s: _builtins.float
     """For stop, restart and rebuild: how many seconds the guest has to power off; the environment's grace where it is not
     set, and none at 0.
@@ -45,6 +46,8 @@ class OperateRequest(_message.Message):
     """It is given up after so many seconds; 600 where it is not set."""
     uid: _builtins.str
     """Where it is set: only if the instance or environment still has this uid."""
+    duration_s: _builtins.float
+    """For certify: for how many seconds the latency is measured; 30 where it is not set."""
     def __init__(
         self,
         *,
@@ -55,10 +58,11 @@ class OperateRequest(_message.Message):
         grace_s: _builtins.float | None = ...,
         timeout_s: _builtins.float = ...,
         uid: _builtins.str = ...,
+        duration_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "grace_s", b"grace_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "grace_s", b"grace_s", "name", b"name", "request_key", b"request_key", "tenant", b"tenant", "timeout_s", b"timeout_s", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "duration_s", b"duration_s", "grace_s", b"grace_s", "name", b"name", "request_key", b"request_key", "tenant", b"tenant", "timeout_s", b"timeout_s", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grace_s: _TypeAlias = _typing.Literal["grace_s"]  # noqa: Y015
     _WhichOneofArgType__grace_s: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s"]  # noqa: Y015

@@ -285,7 +285,7 @@ def server_up(folder: Path, say: Say, hardware: str = HARDWARE, parts: Parts | N
             server.join()
             server.start_agent()
             say(f"agent installed after {time.monotonic() - began:.0f} s")
-            server.until("the host has joined", server.joined, 180)
+            server.until("the host has joined", server.joined, 300)
             say(f"joined after {time.monotonic() - began:.0f} s")
             yield server
         finally:
