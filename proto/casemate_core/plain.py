@@ -13,10 +13,11 @@ dict with keys str or int, unions with None, unions of dataclasses (told apart b
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
-from typing import Any, TypeVar, cast
+from operator import attrgetter, methodcaller
+from typing import Any, Final, TypeVar, cast
 
 from casemate_core.errors import CallerError
 
@@ -33,26 +34,41 @@ class BadPlain(CallerError):
 
 def to_plain(value: object) -> Any:
     """JSON-able form of ``value``. Raises TypeError for what is not supported."""
-    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
-        return value
-    if isinstance(value, Enum):
-        return value.value
-    to_dict = getattr(value, "to_dict", None)
-    if to_dict is not None:
-        return to_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
+    kind: Any = type(value)
+    # Most values are these; asked first, since every record of the store goes through here.
+    return value if kind in _AS_IS else _form(kind)(value)
+
+
+_AS_IS: Final = frozenset({str, int, float, bool, type(None)})
+
+
+@cache
+def _form(kind: type) -> Callable[[Any], Any]:
+    """How values of exactly this type are written; the question is asked once a type."""
+    if issubclass(kind, Enum):
+        return attrgetter("value")
+    if issubclass(kind, bool | int | float | str):
+        return _as_it_is
+    if hasattr(kind, "to_dict"):
+        return methodcaller("to_dict")
+    if dataclasses.is_dataclass(kind):
+        fields = _fields(kind)
+        return lambda value: {
             name: to_plain(item)
-            for name, default in _fields(type(value))
+            for name, default in fields
             if (item := getattr(value, name)) != default or default is _REQUIRED
         }
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, frozenset | set):
-        return [to_plain(v) for v in sorted(value)]
-    if isinstance(value, tuple | list):
-        return [to_plain(v) for v in value]
-    raise TypeError(f"{type(value).__name__} has no plain form")
+    if issubclass(kind, Mapping):
+        return lambda value: {str(k): to_plain(v) for k, v in value.items()}
+    if issubclass(kind, frozenset | set):
+        return lambda value: [to_plain(v) for v in sorted(value)]
+    if issubclass(kind, tuple | list):
+        return lambda value: [to_plain(v) for v in value]
+    raise TypeError(f"{kind.__name__} has no plain form")
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def from_plain(kind: type[T], data: Any, *, ignore_unknown: bool = False, path: str = "") -> T:

@@ -46,6 +46,7 @@ from casemate_manager.scheduler.place import Scheduler
 from casemate_manager.scheduler.request import Decision, PlacementRequest
 from casemate_manager.store.ports import Transaction
 from casemate_manager.store.sqlite import SqliteStore
+from casemate_manager.writer import GROUP
 from support.hosts import host
 
 LINE = "2s 32k/c 2t 1T 1G=512 hk=1 iso=4 gpu=8xH200:141G@fabric vf=4x8@fronthaul+mgmt disk=8T name=h"
@@ -91,7 +92,6 @@ MIX = (
 FULL = 0.75
 #: Hosts filled one decision at a time; larger fleets are copies of them, so that setting up ends.
 FILLED_BY_HAND = 250
-GROUP = 64
 
 
 class Stream:

@@ -46,6 +46,7 @@ def measured(program: str, *options: str) -> dict[str, Any]:
                 "operator_p99_ms",
             },
         ),
+        ("relay", ("--changes", "5"), {"alone_mb", "root_mb", "relay_mb", "direct_p50_ms", "relayed_p50_ms"}),
         ("why", ("--hosts", "40", "--rounds", "2"), {"hosts", "warming_s", "worst_s", "worst_stall_ms"}),
     ],
 )

@@ -130,33 +130,40 @@ class SqliteStore:
                 if transaction.revision != revision + 1:
                     raise StoreFailed(f"revision {transaction.revision} does not follow {revision}")
                 revision = transaction.revision
-                self._write(db, transaction)
+            self._write(db, transactions)
             db.execute("UPDATE leader SET revision = ?", (revision,))
             if transactions and revision // LOG_CUT_EVERY != (transactions[0].revision - 1) // LOG_CUT_EVERY:
                 lines = "SELECT revision FROM changes ORDER BY revision DESC, line DESC LIMIT 1 OFFSET ?"
                 db.execute(f"DELETE FROM changes WHERE revision <= ({lines})", (LOG_KEPT,))
 
-    def _write(self, db: sqlite3.Connection, transaction: Transaction) -> None:
-        puts, drops, log = [], [], []
-        audit = []
-        for line, change in enumerate(transaction.changes):
-            if isinstance(change, Put):
-                kind, key = kind_of(change.record), key_of(change.record)
-                if isinstance(change.record, AuditRecord):
-                    audit.append((change.record.sequence, transaction.revision, _encode(change.record)))
-                    continue
-                puts.append((kind, key, transaction.revision, _encode(change.record)))
-            else:
-                kind, key = change.kind, change.key
-                if kind == "Audit":  # retention: this one and all before it
-                    db.execute("DELETE FROM audit WHERE sequence <= ?", (int(key),))
-                    continue
-                drops.append((kind, key))
-            log.append((transaction.revision, line, kind, key, isinstance(change, Drop)))
-        # A batch names each record once, so the order between the two does not matter.
-        db.executemany("DELETE FROM records WHERE kind = ? AND key = ?", drops)
-        db.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", puts)
+    def _write(self, db: sqlite3.Connection, transactions: Sequence[Transaction]) -> None:
+        """All of them at once: of a record that several change, only what is left in the end is written."""
+        rows: dict[tuple[str, str], tuple[str, str, int, str] | None] = {}
+        log: list[tuple[int, int, str, str, bool]] = []
+        audit: list[tuple[int, int, str]] = []
+        forgotten = -1
+        for transaction in transactions:
+            for line, change in enumerate(transaction.changes):
+                if isinstance(change, Put):
+                    kind, key = kind_of(change.record), key_of(change.record)
+                    if isinstance(change.record, AuditRecord):
+                        audit.append((change.record.sequence, transaction.revision, _encode(change.record)))
+                        continue
+                    rows[kind, key] = (kind, key, transaction.revision, _encode(change.record))
+                else:
+                    kind, key = change.kind, change.key
+                    if kind == "Audit":  # retention: this one and all before it
+                        forgotten = max(forgotten, int(key))
+                        continue
+                    rows[kind, key] = None
+                log.append((transaction.revision, line, kind, key, isinstance(change, Drop)))
+        db.executemany("DELETE FROM records WHERE kind = ? AND key = ?", [k for k, row in rows.items() if row is None])
+        db.executemany(
+            "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", [r for r in rows.values() if r is not None]
+        )
         db.executemany("INSERT INTO audit VALUES (?, ?, ?)", audit)
+        if forgotten >= 0:
+            db.execute("DELETE FROM audit WHERE sequence <= ?", (forgotten,))
         db.executemany("INSERT INTO changes VALUES (?, ?, ?, ?, ?)", log)
 
     def changes(self, after: int, limit: int) -> list[Logged] | None:
