@@ -23,6 +23,10 @@ MAX_MESSAGE_BYTES = 64 << 20
 #: The manager's page size for lists; the first page is shown while the next ones are fetched.
 PAGE_SIZE = 500
 FIRST_PAGE_SIZE = 100
+#: How long a manager that went away is waited for by who watches: it may be upgraded, or start on another machine.
+PATIENCE_S = 120.0
+#: When its being away is told.
+TELL_S = 1.0
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -137,35 +141,45 @@ class Client:
         name: str = "",
         token: str = "",
         deadline_s: float | None = None,
+        patience_s: float = PATIENCE_S,
+        away: "Callable[[str], None] | None" = None,
     ) -> "Iterator[pb.WatchEvent]":
         """Changes from `token` on (from a snapshot where it is empty), resumed when the stream breaks.
 
-        `deadline_s` is on the monotonic clock; after it a Failure with code TIMEOUT is raised. A break is mended for
-        `retry_s` since the last event; then the manager counts as unreachable.
+        `deadline_s` is on the monotonic clock; after it a Failure with code TIMEOUT is raised. A manager that never answered
+        counts as unreachable after `retry_s`; one that did and went away is waited for, for `patience_s` since its last
+        word, as it is while it is upgraded. `away` is told why, once, where that takes a while.
         """
         from casemate_wire.v1 import operators_pb2 as pb
 
         request = pb.WatchRequest(kind=kind, tenant=tenant, selector=selector, name=name, resume_token=token)
         broken_since_s: float | None = None
+        heard = told = False
         while True:
             left_s = None if deadline_s is None else max(0.001, deadline_s - time.monotonic())
             try:
                 for event in self.stream(self.stub.Watch, request, timeout_s=left_s):
-                    broken_since_s = None
+                    broken_since_s, heard, told = None, True, False
                     if event.resume_token:
                         request.resume_token = event.resume_token
                     yield event
-                now_s = time.monotonic()  # the manager ended the stream, as it does when it goes down
-                broken_since_s = broken_since_s if broken_since_s is not None else now_s
-                if now_s - broken_since_s > self.settings.retry_s:
-                    raise failure.unreachable(self.settings.manager, "the stream ended")
-            except failure.Failure as broken:
-                now_s = time.monotonic()
-                if broken.code is not failure.Exit.UNREACHABLE:
+                # the manager ended the stream, as it does when it goes down
+                broken = failure.unreachable(self.settings.manager, "the stream ended")
+            except failure.Failure as failed:
+                if failed.code is not failure.Exit.UNREACHABLE:
                     raise
-                broken_since_s = broken_since_s if broken_since_s is not None else now_s
-                if now_s - broken_since_s > self.settings.retry_s:
-                    raise
+                broken = failed
+            now_s = time.monotonic()
+            broken_since_s = broken_since_s if broken_since_s is not None else now_s
+            if now_s - broken_since_s > (patience_s if heard else self.settings.retry_s):
+                raise broken
+            if deadline_s is not None and now_s > deadline_s:
+                raise failure.Failure(
+                    broken.what, code=failure.Exit.TIMEOUT, details=broken.details, remedy=broken.remedy
+                )
+            if away is not None and not told and now_s - broken_since_s > TELL_S:
+                away(broken.what)
+                told = True
             time.sleep(random.uniform(0.05, 0.3))
 
     def ticket(self, action: str, tenant: str, instance: str) -> str:

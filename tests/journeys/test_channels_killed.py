@@ -139,6 +139,47 @@ def test_streams_are_cut_and_begin_anew(mortal: Mortal, victim: str) -> None:
                     stream.close()
 
 
+@pytest.mark.timeout(400)
+def test_watches_and_operations_go_on_when_the_manager_is_killed(mortal: Mortal) -> None:
+    mortal.run("apply", "-f", "-", stdin=MANIFEST).ok()
+    mortal.run("wait", "env/cut", "--for", "ready", "--timeout", "60s").ok()
+    watch = opened(mortal, "get", "env", "-w", "-o", "jsonpath={.metadata.labels.tier}")
+    doing = {
+        verb: opened(mortal, verb, "inst/cut-0", "--timeout", "200s", *more)
+        for verb, more in (("rebuild", ("--yes",)),)
+    }
+    try:
+        assert watch.stdout and watch.stdin
+        assert watch.stdout.readline() == b"\n", "it has no such label yet"
+        for verb, child in doing.items():
+            assert child.stderr
+            while verb not in (line := child.stderr.readline().decode()) or "cut-0:" not in line:
+                assert line, f"{verb} ended before it was followed"
+        mortal.kill("manager")
+        mortal.up()
+        for verb, child in doing.items():
+            told = child.communicate(timeout=200)
+            assert child.returncode == 0, told
+            assert f"instance/cut-0: {verb} done" in told[0].decode()
+        operations = json.loads(mortal.run("get", "operations", "-o", "json").ok())["items"]
+        assert [(o["spec"]["verb"], o["status"]["phase"]) for o in operations] == [("rebuild", "Done")]
+        assert mortal.run("get", "inst", "cut-0", "-o", "jsonpath={.status.starts}").ok() == "2\n"
+        mortal.run("label", "env", "cut", "tier=web").ok()
+        while watch.stdout.readline() != b"web\n":
+            assert watch.poll() is None
+        watch.send_signal(signal.SIGINT)
+        code, told_of_it = closed(watch)
+        assert code == 0 and "Traceback" not in told_of_it, told_of_it
+    finally:
+        for child in (watch, *doing.values()):
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+            for stream in (child.stdin, child.stdout, child.stderr):
+                if stream and not stream.closed:
+                    stream.close()
+
+
 PINGS = MANIFEST.replace("name: cut}", "name: pings}").replace(
     "ports: [{containerPort: 8080}]", "command: [ping, -i, '0.02', nowhere]"
 )

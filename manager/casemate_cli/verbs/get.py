@@ -80,6 +80,10 @@ def get(
         return _whole(client, wanted, tenant, selector, owner, form)
 
 
+#: Whoever watches without an end is there when the manager is back, as with `logs -f`.
+PATIENCE_S = 600.0
+
+
 class View:
     """How rows are shown: columns and table of each kind, made when its first object comes."""
 
@@ -192,7 +196,14 @@ def _watch(client: "Client", target: Target, tenant: str, selector: str, view: V
     where = tenant if kind.of_tenant else ""
     words = {pb.WatchEvent.ADDED: "ADDED", pb.WatchEvent.CHANGED: "CHANGED", pb.WatchEvent.DELETED: "DELETED"}
     try:
-        for event in client.watch(kind.name, tenant=where, selector=selector, name=target.name):
+        for event in client.watch(
+            kind.name,
+            tenant=where,
+            selector=selector,
+            name=target.name,
+            patience_s=PATIENCE_S,
+            away=lambda why: term.say(f"(the watch is interrupted: {why}; waiting for it to go on)", "yellow"),
+        ):
             if event.type == pb.WatchEvent.RESYNC:
                 term.say("resynced: some changes may not have been shown")
             if event.type not in words:
