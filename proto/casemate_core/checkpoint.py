@@ -126,7 +126,9 @@ def witnessed_from_json(data: bytes) -> Witnessed:
         raise BadWitness(f"no witness keeps this: {type(error).__name__}") from error
     if len(found.kept) > KEPT or len(found.breaks) > BREAKS:
         raise BadWitness("a witness keeps fewer checkpoints")
-    if not all(map(is_formed, found.kept)) or any(len(b.reason) > MAX_REASON for b in found.breaks):
+    if not all(map(is_formed, (*found.kept, *(b.seen for b in found.breaks)))) or any(
+        len(b.reason) > MAX_REASON for b in found.breaks
+    ):
         raise BadWitness("what a witness keeps are checkpoints")
     return found
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from casemate_agent.drivers.guest import GuestChannels
 from casemate_agent.drivers.ports import GuestHello
+from casemate_agent.guest import casemate_guest as helper
 from casemate_core.errors import CasemateError
 from casemate_core.spec.secret import SecretText, resolved
 from support.guest_bench import RealGuestBench, guest_bench, pod
@@ -138,3 +141,24 @@ def test_a_manifest_of_the_host_says_what_changed_and_not_to_what() -> None:
     assert volume["fingerprint"] != other["fingerprint"]
     volume.pop("files")
     assert TEXT not in json.dumps(volume)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "secret", "files", "path", "text", "mode"]), inner, max_size=4)
+    ),
+    max_leaves=10,
+)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["name", "secret", "hostPath"]), JSON, max_size=3), max_size=3))
+def test_any_volumes_have_their_files_taken_out_or_are_refused(volumes: list[Any]) -> None:
+    manifest = {"spec": {"volumes": volumes}}
+    try:
+        found = helper.take_files(manifest)
+    except (ValueError, KeyError, TypeError):
+        return
+    assert set(found) == {v["name"] for v in volumes if "secret" in v}
+    assert not any("files" in v["secret"] for v in volumes if "secret" in v)

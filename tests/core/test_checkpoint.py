@@ -123,6 +123,32 @@ def test_what_is_no_witness_is_refused(data: bytes) -> None:
         witnessed_from_json(data)
 
 
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["key", "kept", "breaks", "seen", "digest", "x"]), inner, max_size=4)
+        ),
+        max_leaves=12,
+    )
+)
+def test_any_json_of_a_host_is_a_witness_or_refused(value: object) -> None:
+    try:
+        found = witnessed_from_json(json.dumps(value).encode())
+    except BadWitness:
+        return
+    assert all(map(is_formed, found.kept))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_of_a_host_are_a_witness_or_refused(data: bytes) -> None:
+    try:
+        witnessed_from_json(data)
+    except BadWitness:
+        return
+
+
 @given(st.data())
 def test_whatever_is_done_to_a_chain_that_was_signed_is_found(data: st.DataObject) -> None:
     """Altered, dropped, put in another order or cut off, with all digests made anew: the checkpoint at the end contradicts it."""

@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import Claim
 from casemate_core.spec import instance as i
 from casemate_core.spec.operation import Order, OrderPhase, OrderState, Verb
 from casemate_core.spec.realtime import Bucket, Certificate, Latency, LineState, ProfileLine
+from casemate_core.spec.secret import SecretText
 from casemate_core.spec.views import Condition
 from casemate_core.topology_loaders import from_line
 from casemate_wire import schema, stream
@@ -53,7 +55,12 @@ desired = st.builds(
     ssh_keys=st.lists(words, max_size=2).map(tuple), user_data=words, virtualisation=st.sampled_from(i.Virtualisation),
     cpu_policy=words, page_kib=counts, peers=st.lists(st.builds(i.Peer, words, addresses), max_size=2).map(tuple), order=st.none() | orders, disk=counts,
     on_crash=st.sampled_from(["restart", "leave"]), crash_limit=counts, stop_grace_s=st.none() | times,
+    secrets=st.dictionaries(words, st.builds(SecretText, words, words), max_size=2),
 )  # fmt: skip
+hexes = st.text("0123456789abcdef", min_size=64, max_size=64)
+checkpoints = st.builds(
+    Checkpoint, st.integers(1, 2**53), hexes, counts, hexes, st.text("0123456789abcdef", min_size=128, max_size=128)
+)
 networks = st.builds(
     i.HostNetwork, words, words, st.ip_addresses(v=4).map(lambda a: f"{a}/32"), addresses, st.integers(576, 9000)
 )
@@ -69,6 +76,7 @@ to_host = st.one_of(
     st.builds(stream.Credit, counts),
     st.builds(stream.Rejected, words, words, times),
     st.builds(stream.FactsAck, counts),
+    checkpoints,
 )  # fmt: skip
 containers = st.builds(
     i.ContainerState, words, words, words, st.booleans(), counts, st.integers(-1, 255), words, words, times, times

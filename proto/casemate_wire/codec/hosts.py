@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import TypeVar, assert_never
 
-from casemate_core.checkpoint import Checkpoint
+from casemate_core.checkpoint import Checkpoint, is_formed
 from casemate_core.claims import Claim
 from casemate_core.errors import CallerError, CasemateError, shown
 from casemate_core.spec.environment import MAX_RATE_MBPS, MAX_VLAN
@@ -144,7 +144,10 @@ def _from_manager(message: pb.ToHost) -> stream.ToHost:
         case "facts_ack":
             return stream.FactsAck(message.facts_ack.sequence)
         case "checkpoint":
-            return checkpoint_from_message(message.checkpoint)
+            checkpoint = checkpoint_from_message(message.checkpoint)
+            if not is_formed(checkpoint):  # it is kept on disk, so what it can be is bounded
+                raise BadMessage("what is sent to be witnessed is no checkpoint")
+            return checkpoint
         case other:
             raise BadMessage(f"unknown message {other!r}")
 
