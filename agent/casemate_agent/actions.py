@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from casemate_agent.certificate import Under
 from casemate_agent.functions import Stamp
 from casemate_core.cpuset import EMPTY, CpuSet
-from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef
+from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, VolumeRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +189,32 @@ class RemoveDisks:
 
 
 @dataclass(frozen=True, slots=True)
+class CreateVolume:
+    """Have the disk of a volume that was never made."""
+
+    volume: VolumeRef
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GrowVolume:
+    """Have the disk of a volume as large as asked: while the instance ``uid`` runs on it (``live``), or while nobody does."""
+
+    uid: str
+    volume: VolumeRef
+    live: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveVolume:
+    """Delete the data of a volume, because the volume was deleted."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Undefine:
     """Forget the domain."""
 
@@ -292,6 +318,9 @@ Action = (
     | Reboot
     | Reset
     | RemoveDisks
+    | CreateVolume
+    | GrowVolume
+    | RemoveVolume
     | Undefine
     | DetachGuest
     | Unguard

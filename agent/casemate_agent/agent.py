@@ -164,6 +164,8 @@ class Agent:
         #: What is doubtful about the manager's audit chain; empty where nothing is.
         self.doubt = ""
         self._causes = Causes(now)
+        #: When the cleaning of what has no record failed last, by the uid that names it.
+        self._failed_s: dict[str, float] = {}
         #: What GPUs told of themselves; a board in trouble does so by the thousand.
         self.gpu_faults: deque[GpuFault] = deque(maxlen=MAX_GPU_FAULTS)
         #: Set when the ledger lost something while a session was up: the manager must tell the whole state again.
@@ -276,8 +278,12 @@ class Agent:
         self._report(decided, observed)
         for each in decided.instances.values():
             self._executor.start(group, each, self._boot_id)
+        now_s = self.now()
         for uid, actions in decided.cleaning.items():
-            self._executor.start_bare(group, uid, actions)
+            # What failed is left alone for a while: a plan has no memory, and its end wakes the next round.
+            if not 0 <= now_s - self._failed_s.get(uid, -inf) < self._pace.retry_s:
+                self._executor.start_bare(group, uid, actions)
+        self._failed_s = {uid: at_s for uid, at_s in self._failed_s.items() if uid in decided.cleaning}
         for uid, pin in decided.pins.items():
             self._executor.start_bare(group, uid, (pin,), "pin")
         for tune in decided.tune:
@@ -433,6 +439,7 @@ class Agent:
         for outcome in outcomes:
             metrics.count_outcome(self.meter, outcome)
             if not outcome.ok:
+                self._failed_s[uid] = self.now()
                 message = f"{act.name(outcome.action)}: {outcome.message}"
                 self.note(Note(uid, outcome.reason, message, "Warning"))
             elif isinstance(outcome.action, act.Start):

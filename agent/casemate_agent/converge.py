@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from casemate_agent import actions as act
-from casemate_agent import orders
+from casemate_agent import attaching, orders
 from casemate_agent.actions import Action
 from casemate_agent.admission import Admission
 from casemate_agent.backoff import delay_s
@@ -281,6 +281,7 @@ def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
         d.drift.append(f"MetadataUnreadable: domain {domain.name}: its record cannot be read; it is left as it is")
     else:
         _keep_functions(d, applied)
+        attaching.keep(d, applied)
     wanted = pods_revision(desired)
     if r.adopted:
         wanted = guest.revision  # rebuilt from a domain, which does not say which pods: the guest knows, and goes on
@@ -380,6 +381,8 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
     unknown = sorted({nic.network for nic in nics} - set(nets.bridges) - set(networks))
     if unknown:
         d.says(Phase.PREPARING, "NetworkUnknown", f"network {unknown[0]} is not yet described to this host")
+        return
+    if not attaching.prepare(d):
         return
     for image in (desired.image, *desired.archives):
         if image.file.digest not in files.images:

@@ -89,6 +89,8 @@ DEADLINES_S: dict[type, float] = {
     act.CreateOverlay: 120.0,
     act.RemoveFiles: 120.0,
     act.RemoveStrays: 120.0,
+    act.CreateVolume: 120.0,
+    act.RemoveVolume: 120.0,
     act.GiveFunctions: 60.0,
     act.TakeBack: 60.0,
 }
@@ -308,7 +310,8 @@ class Executor:
                 # Given already: this asks where its functions are now, and has no other effect.
                 grant = grant_of(desired)
                 addresses = await drivers.functions.give(grant, deadline_s / 2) if grant else ()
-                files = replace(images.files(desired), functions=addresses, rest=action.rest)
+                volumes = tuple(drivers.volumes.path(volume.uid) for volume in desired.volumes)
+                files = replace(images.files(desired), functions=addresses, rest=action.rest, volumes=volumes)
                 await hypervisor.define(desired, files, deadline_s / 2)
             case act.Pin(uid=uid, vcpus=vcpus, rest=rest):
                 await hypervisor.pin(uid, vcpus, rest, deadline_s)
@@ -340,6 +343,15 @@ class Executor:
                 await hypervisor.reset(uid, deadline_s)
             case act.RemoveDisks(desired=desired):
                 await images.remove_disks(desired.uid, desired.disk, deadline_s)
+            case act.CreateVolume(volume=volume):
+                await drivers.volumes.create(volume, deadline_s)
+            case act.GrowVolume(uid=uid, volume=volume, live=True):
+                path = drivers.volumes.path(volume.uid)
+                await hypervisor.resize_disk(uid, path, volume.size_mib, deadline_s)
+            case act.GrowVolume(volume=volume):
+                await drivers.volumes.grow(volume, deadline_s)
+            case act.RemoveVolume(uid=uid):
+                await drivers.volumes.remove(uid, deadline_s)
             case act.Undefine(uid=uid):
                 await hypervisor.undefine(uid, deadline_s)
             case act.DetachGuest(uid=uid):

@@ -182,6 +182,7 @@ class Ledger:
                 revision=update.revision,
                 networks=tuple(networks[name] for name in sorted(networks)),
                 complete=host.complete or update.snapshot,
+                volumes_removed=tuple(map(_checked_uid, update.volumes_removed)),
             )
             if after != self._host:
                 await self._save_host(after)
@@ -291,6 +292,11 @@ class Ledger:
 def _check_uid(uid: str) -> None:
     if not _UID.match(uid):
         raise CallerError(f"instance uid {uid!r} is not a uid")
+
+
+def _checked_uid(uid: str) -> str:
+    _check_uid(uid)
+    return uid
 
 
 def write_whole(files: Files, folder: str, name: str, data: bytes) -> None:

@@ -24,6 +24,7 @@ from casemate_agent.drivers.sriov import HostFunctions
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
 from casemate_agent.drivers.tuning import HostTuning
+from casemate_agent.drivers.volumes import VolumeFiles
 from casemate_agent.metrics import LIBVIRT_FAILED, LIBVIRT_S
 from casemate_agent.relay import Relay, uid_of
 from casemate_core.metrics import Meter
@@ -53,6 +54,8 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
         download = Relay(Path(config.relay), uid_of(config.relay_user)).download if config.relay else http_download
         images = ImageStore(state_dir, SourceRules(folders=tuple(config.image_folders)), download=download)
         stack.push_async_callback(images.aclose)
+        volumes = VolumeFiles(state_dir)
+        stack.callback(volumes.close)
         networks = HostNetworks(config.scope)
         stack.push_async_callback(networks.aclose)
         hypervisor = await stack.enter_async_context(
@@ -91,4 +94,5 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             gpus=gpus,
             functions=functions,
             tuning=tuning,
+            volumes=volumes,
         )

@@ -132,11 +132,12 @@ class Observer:
         machine = self._machine or await self.machine()
         if not self._virtualisation:
             self._virtualisation = await self._ask("virtualisation", drivers.hypervisor.virtualisation, 60.0, {}) or ""
-        domains, files, networks, functions, _ = await asyncio.gather(
+        domains, files, networks, functions, volumes, _ = await asyncio.gather(
             self._ask("hypervisor", drivers.hypervisor.domains, deadline_s, silent),
             self._ask("images", drivers.images.observe, deadline_s, silent),
             self._ask("networks", drivers.networks.observe, deadline_s, silent),
             self._ask("functions", drivers.functions.observe, deadline_s, silent),
+            self._ask("volumes", drivers.volumes.observe, deadline_s, silent),
             self._check_network(now_s),
         )
         self._functions = functions if functions is not None else self._functions
@@ -157,6 +158,7 @@ class Observer:
             files=files,
             networks=networks,
             functions=functions,
+            volumes=volumes,
             affinities=self._affinities,
             kernels=self._kernels,
             tuning=self.tuning,

@@ -16,6 +16,7 @@ from math import inf
 from casemate_agent import actions as act
 from casemate_agent.actions import Action, Pin, Tune
 from casemate_agent.admission import Admission, Audit, admit, audit, foreign_claim
+from casemate_agent.attaching import removals
 from casemate_agent.conditions import host_conditions
 from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
 from casemate_agent.domain.limits import memory_limits
@@ -35,7 +36,7 @@ from casemate_agent.tuning import short_pools, tune
 from casemate_core.claims import Claim
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import DesiredInstance, Run, bridged
-from casemate_wire.stream import HostReport
+from casemate_wire.stream import HostReport, VolumeFacts
 
 __all__ = ["InstancePlan", "Plan", "Settings", "plan"]
 
@@ -103,6 +104,8 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
     if observed.functions is not None:
         drift += [f"VfLeak: {leak}" for leak in observed.functions.leaks()]
     drift += [f"Leftover: {uid}: {', '.join(map(act.name, actions))}" for uid, actions in cleaning.items()]
+    if not adopted:
+        cleaning |= removals(book, observed)
     return Plan(
         instances=plans,
         host=_host_actions(book, observed, settings, plans) if not adopted else (),
@@ -121,6 +124,7 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
             foreign_claims=foreign,
             disk_free_mib=observed.files.free_mib if observed.files is not None else 0,
             profile=tuple(each.line for each in profile),
+            volumes=_volumes(observed),
         ),
         wake_s=min((each.wake_s for each in plans.values()), default=inf),
         admissions=admissions,
@@ -132,6 +136,13 @@ def _dma_entries(claims: Mapping[str, Claim]) -> int:
     """Mappings that the most demanding VM of this host needs."""
     needs = (len(c.vfs) + len(c.devices) + len(c.gpus) for c in claims.values())
     return memory_limits(0, max(needs, default=0), locked=False).dma_entries
+
+
+def _volumes(observed: Observation) -> tuple[VolumeFacts, ...] | None:
+    """What there is of volumes, as the manager is told."""
+    if observed.volumes is None:
+        return None
+    return tuple(VolumeFacts(uid, v.size_mib, v.allocated_mib) for uid, v in sorted(observed.volumes.items()))
 
 
 def _wanting(book: Book, observed: Observation) -> list[str]:

@@ -18,6 +18,7 @@ from functools import lru_cache, wraps
 from typing import Any
 
 from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, ProcessFacts, QemuThreads, StoredFiles
+from casemate_agent.drivers.volumeports import StoredVolume
 from casemate_agent.functions import FunctionFacts
 from casemate_core.claims import Claim
 from casemate_core.cpuset import EMPTY, CpuSet
@@ -147,6 +148,8 @@ class HostRecord:
     #: The desired state on disk is known to be all of it. False from the loss of a file until the manager's snapshot:
     #: until then nothing that is merely unknown is cleaned away.
     complete: bool = False
+    #: Uids of the volumes whose data is to be deleted, as the manager said it last.
+    volumes_removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,8 @@ class Observation:
     files: StoredFiles | None = None
     networks: NetworkFacts | None = None
     functions: FunctionFacts | None = None
+    #: Volumes whose data is here, by uid.
+    volumes: Mapping[str, StoredVolume] | None = None
     #: By process of a domain: where its threads may run, as the kernel says it. Only of those that were looked at.
     affinities: Mapping[int, QemuThreads] = field(default_factory=dict)
     #: By process: the vCPUs' sets and the others' that this agent has bound its threads to last.
@@ -277,6 +282,8 @@ def domain_digest(desired: DesiredInstance) -> str:
         "page_kib": desired.page_kib,
         "claim": to_plain(desired.placement.claim),
         "disk": desired.disk,
+        # Not their size: they grow while they are in use.
+        "volumes": [[v.uid, v.name, v.read_only] for v in desired.volumes],
     }
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,6 +16,9 @@ from casemate_cli import term
 WORD_COLOURS = {
     "Ready": "green",
     "Running": "green",
+    "Bound": "green",
+    "Available": "green",
+    "Lost": "red",
     "Succeeded": "green",
     "True": "green",
     "Pending": "yellow",
@@ -195,6 +198,17 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("CPUS", lambda o: _quota(o, "cpus")),
         Column("MEMORY", lambda o: _quota(o, "memory")),
         Column("QUOTAS", lambda o: ",".join(f"{k}={v}" for k, v in sorted(o.spec.quotas.items())) or NONE, wide=True),
+        _AGE,
+    ),
+    "Volume": (
+        Column("PHASE", lambda o: "Deleting" if o.metadata.deleting.seconds else _text(o.status.phase)),
+        Column("SIZE", lambda o: _text(o.spec.size)),
+        Column("ALLOCATED", lambda o: _text(o.status.allocated)),
+        Column("HOST", lambda o: _text(o.status.host)),
+        Column("USED-BY", lambda o: _text(o.status.instance or o.status.environment)),
+        Column("DEVICE", lambda o: _text(o.status.device), wide=True),
+        Column("MESSAGE", lambda o: _text(o.status.message), wide=True),
+        _LABELS,
         _AGE,
     ),
     "Secret": (

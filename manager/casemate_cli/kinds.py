@@ -41,7 +41,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("GPU", "gpu", "gpus", (), False, served=False, writable=False),
     Kind("Class", "class", "classes", (), False, served=False),
     Kind("SecurityGroup", "securitygroup", "securitygroups", ("sg",), True, served=False),
-    Kind("Volume", "volume", "volumes", ("vol", "vols"), True, served=False),
+    Kind("Volume", "volume", "volumes", ("vol", "vols", "pvc", "pvcs"), True),
     Kind("Secret", "secret", "secrets", (), True),
     Kind("Tenant", "tenant", "tenants", (), False),
     Kind("User", "user", "users", (), False),

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol, TypeVar
 from casemate_core.checkpoint import Checkpoint
 from casemate_core.errors import CallerError, CasemateError, Unavailable, shown
 from casemate_core.spec.instance import DesiredInstance
-from casemate_manager.fleet import desired
+from casemate_manager.fleet import desired, volumes
 from casemate_manager.fleet.commands import (
     Answer,
     Command,
@@ -256,7 +256,13 @@ class Sessions:
                 continue
             keep, removed = desired.some(published.state, host, uids)
             keep = tuple(self._reveal(published.state, instance) for instance in keep)
-            session_.end.desire(published.revision, keep, removed, desired.networks(published.state, host))
+            session_.end.desire(
+                published.revision,
+                keep,
+                removed,
+                desired.networks(published.state, host),
+                volumes_removed=volumes.removed(published.state, host),
+            )
             session_.woken.set()
 
     def witness(self, checkpoint: Checkpoint) -> None:
@@ -375,8 +381,10 @@ class Sessions:
         session.end.welcome(resume=resume, send_inventory=answer.send_inventory)
         keep, removed = desired.since(state, hello.host, hello.revision) if resume else desired.whole(state, hello.host)
         keep = tuple(self._reveal(state, instance) for instance in keep)
-        if keep or removed or not resume:
-            session.end.desire(state.revision, keep, removed, desired.networks(state, hello.host), snapshot=not resume)
+        ended = volumes.removed(state, hello.host)
+        if keep or removed or ended or not resume:
+            networks = desired.networks(state, hello.host)
+            session.end.desire(state.revision, keep, removed, networks, snapshot=not resume, volumes_removed=ended)
         if self._checkpoint is not None:
             session.end.witness(self._checkpoint)
         self._sessions[hello.host] = session

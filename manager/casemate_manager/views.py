@@ -30,8 +30,10 @@ from casemate_core.spec.views import (
     PlacementView,
     PodView,
     TenantStatus,
+    VolumeStatus,
 )
-from casemate_manager.fleet import quotas
+from casemate_core.spec.volume import device_of
+from casemate_manager.fleet import quotas, volumes
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import (
     EnvironmentRecord,
@@ -39,6 +41,8 @@ from casemate_manager.fleet.records import (
     InstanceRecord,
     OperationRecord,
     PlacementRecord,
+    VolumeRecord,
+    key_of,
 )
 from casemate_manager.fleet.state import State
 
@@ -98,6 +102,7 @@ def instance_view(state: State, observed: Observed, record: InstanceRecord) -> I
         conditions=tuple(_instance_conditions(state, observed, record, placement, said)),
         state=said,
         heard_s=seen.heard_s if seen and said else 0.0,
+        volumes=tuple(use.volume for use in record.volumes),
     )
 
 
@@ -352,6 +357,42 @@ def image_status(state: State, observed: Observed, name: str) -> ImageStatus:
         if (p := state.placement_of(i.meta.uid))
     }
     return ImageStatus(hosts=len(hosts), environments=len(users))
+
+
+def volume_status(state: State, observed: Observed, record: VolumeRecord) -> VolumeStatus:
+    """Where a volume is, and who uses it. Of the data is told what its host said last."""
+    key, meta = key_of(record), record.volume.meta
+    users = sorted(state.instances[uid].meta.name for uid in state.volume_users.get(key, ()))
+    askers = sorted(state.environments[k].environment.meta.name for k in state.volume_askers.get(key, ()))
+    heard, facts = volumes.facts_of(observed, record)
+    connected = bool(record.host) and observed.host(record.host).connected
+    phase, message = "Available", ""
+    if meta.deleting_s:
+        phase = "Deleting"
+        message = f"waits for host {record.host}" + ("" if connected else ", which is not heard from")
+    elif not record.host:
+        phase, message = "Pending", "is given a host with the first instance that uses it"
+    elif not connected:
+        phase, message = "Unknown", f"host {record.host} is not heard from"
+    elif record.made and heard and facts is None:
+        phase, message = "Lost", f"host {record.host} does not find its data"
+    elif users:
+        phase = "Bound"
+        if facts is not None and facts.size_mib < record.volume.spec.size_mib:
+            message = "grows while it is attached for writing, or at the next start of its instance"
+    elif facts is not None and facts.size_mib < record.volume.spec.size_mib:
+        message = "grows with the next start of an instance that uses it"
+    return VolumeStatus(
+        phase,
+        record.host,
+        askers[0] if askers else state.instances[next(iter(state.volume_users[key]))].environment if users else "",
+        users[0] if users else "",
+        facts.allocated_mib if facts is not None else None,
+        facts.size_mib if facts is not None else None,
+        volumes.FORMAT,
+        device_of(meta.uid),
+        message,
+    )
 
 
 def tenant_status(state: State, tenant: Tenant) -> TenantStatus:

@@ -21,7 +21,7 @@ KIND_FIELDS: Final[dict[str, str]] = {
 READ_ONLY_KINDS: Final = frozenset({"Instance", "Pod", "Placement", "Operation", "GPU", "Event"})
 #: Kinds that this release takes.
 SERVED_KINDS: Final = frozenset(
-    {"Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding", "Secret"}
+    {"Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding", "Secret", "Volume"}
 )
 
 _STRUCT: Final = "google.protobuf.Struct"

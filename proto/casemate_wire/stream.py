@@ -79,6 +79,17 @@ class Desired:
     #: Names of networks to end.
     networks_removed: tuple[str, ...] = ()
     more: bool = False
+    #: Uids of all volumes of the host whose data is to be deleted: whole in each message, never merged.
+    volumes_removed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeFacts:
+    """A volume whose data is on the host: its size, and what it takes of the host's disk."""
+
+    uid: str
+    size_mib: int
+    allocated_mib: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,8 @@ class HostReport:
     disk_free_mib: int = 0
     #: What real time needs of the host, read back.
     profile: tuple[ProfileLine, ...] = ()
+    #: All volumes whose data is here, by uid; None: not known at the moment.
+    volumes: tuple[VolumeFacts, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from casemate_core import reasons
-from casemate_core.claims import Claim, HostClaims, verify_claim
+from casemate_core.claims import Claim, HostClaims, verify_claim, volume_claim
 from casemate_core.cpuset import CpuSet
 from casemate_core.fit import (
     BadRequest,
@@ -27,6 +27,7 @@ from casemate_core.fit import (
     Refusal,
     Request,
     ThreadPolicy,
+    VolumeRequest,
     fit,
     fits,
 )
@@ -251,6 +252,30 @@ def test_senseless_requests_cannot_be_made(make: Callable[[], object]) -> None:
 
 def test_disk() -> None:
     assert refused(host("offlined"), Request(disk_mib=600 * GIB)) == (reasons.DiskShort(600 * GIB, 500 * GIB),)
+
+
+def test_a_volume_that_is_nowhere_needs_room_and_one_that_is_here_does_not() -> None:
+    machine, claims = host("offlined"), HostClaims.empty()
+    new = Request(disk_mib=10 * GIB, volumes=(VolumeRequest("v", "data", 495 * GIB),))
+    assert refused(machine, new) == (reasons.DiskShort(505 * GIB, 500 * GIB),)
+    smaller = replace(new, volumes=(VolumeRequest("v", "data", 490 * GIB),))
+    found = fit(machine, claims, smaller, owner="i")
+    assert isinstance(found, Fit) and found.claim.disk_mib == 10 * GIB, "the room of the volume is the volume's own"
+    here = claims.add(volume_claim("v", 490 * GIB, 0))
+    bound = replace(smaller, volumes=(VolumeRequest("v", "data", 490 * GIB, "box"),))
+    assert isinstance(fit(machine, here, bound, owner="i"), Fit)
+    assert fits(machine, here, bound)
+
+
+def test_a_volume_is_where_its_room_is_held() -> None:
+    machine = host("offlined")
+    bound = Request(volumes=(VolumeRequest("v", "data", GIB, "box"), VolumeRequest("w", "logs", GIB, "attic")))
+    here = HostClaims.empty().add(volume_claim("v", GIB, 0))
+    refusal = fit(machine, here, bound)
+    assert isinstance(refusal, Refusal)
+    assert refusal.reasons == (reasons.VolumeElsewhere("logs", "attic"),)
+    assert refusal.sentence == "volume logs is on host attic, and its instance runs there alone"
+    assert fits(machine, here, bound) == []
 
 
 # --- functions

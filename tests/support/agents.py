@@ -105,6 +105,8 @@ class Rig:
         self.host = SimulatedHost("box", self.topology, self.loop.wall, self.pace)
         self.disk = SimulatedDisk()
         self.wanted: dict[str, DesiredInstance] = {}
+        #: Volumes that the manager has deleted.
+        self.volumes_removed: tuple[str, ...] = ()
         self.epoch = 1
         self.revision = 0
         self.agent: Agent | None = None
@@ -134,6 +136,12 @@ class Rig:
         self.revision += 1
         await self._send(Desired(self.epoch, self.revision, instances=desired, networks=(NETWORK,)))
 
+    async def delete_volume(self, *uids: str) -> None:
+        """The manager wants the data of these volumes deleted."""
+        self.volumes_removed += uids
+        self.revision += 1
+        await self._send(Desired(self.epoch, self.revision))
+
     async def unwant(self, *uids: str) -> None:
         """The manager no longer wants these."""
         for name in uids:
@@ -143,14 +151,14 @@ class Rig:
 
     async def _send(self, desired: Desired) -> None:
         if self.agent is not None and self.connected and self.agent.ledger.host.complete:
-            await self.agent.accept(desired)
+            await self.agent.accept(replace(desired, volumes_removed=self.volumes_removed))
 
     async def sync(self) -> None:
         """The manager tells its whole state."""
         if self.agent is not None and self.connected:
             whole = Desired(self.epoch, self.revision, True, tuple(self.wanted.values()), networks=(NETWORK,))
             self.agent.resync.clear()
-            await self.agent.accept(whole)
+            await self.agent.accept(replace(whole, volumes_removed=self.volumes_removed))
 
     # --- the agent ---
 

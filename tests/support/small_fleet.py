@@ -115,9 +115,15 @@ class SmallFleet:
         self.settle()
 
     def tell(
-        self, name: str, session: int, *states: InstanceState, gone: tuple[str, ...] = (), snapshot: bool = False
+        self,
+        name: str,
+        session: int,
+        *states: InstanceState,
+        gone: tuple[str, ...] = (),
+        snapshot: bool = False,
+        report: HostReport | None = None,
     ) -> None:
-        self.do(HostFacts(name, session, Facts(1, snapshot, states, gone, HostReport())))
+        self.do(HostFacts(name, session, Facts(1, snapshot, states, gone, report or HostReport())))
         self.settle()
 
     def obey(self, name: str, session: int = 1) -> None:
@@ -145,6 +151,7 @@ class SmallFleet:
             self.state.role_bindings,
             self.state.access_keys,
             self.state.secrets,
+            self.state.volumes,
             self.state.events,
             self.state.operations,
         )

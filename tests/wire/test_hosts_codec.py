@@ -47,6 +47,10 @@ order_states = st.builds(
     OrderState, uids, st.sampled_from(OrderPhase), words, words, times, times, st.none() | certificates
 )
 claims = st.builds(Claim, uids, st.integers(0, 9), st.integers(0, 9), disk_mib=st.integers(0, 10**6))
+volumes = st.builds(
+    i.VolumeRef, uids, st.from_regex(r"[a-z0-9]([-a-z0-9]{0,20}[a-z0-9])?", fullmatch=True), st.integers(1, 2**40),
+    st.just("raw"), st.booleans(), st.booleans(),
+)  # fmt: skip
 desired = st.builds(
     i.DesiredInstance, uid=uids, tenant=words, environment=words, name=words, ordinal=counts, generation=counts, run=st.sampled_from(i.Run),
     cpus=counts, memory_mib=counts, disk_mib=counts, image=images,
@@ -56,6 +60,7 @@ desired = st.builds(
     cpu_policy=words, page_kib=counts, peers=st.lists(st.builds(i.Peer, words, addresses), max_size=2).map(tuple), order=st.none() | orders, disk=counts,
     on_crash=st.sampled_from(["restart", "leave"]), crash_limit=counts, stop_grace_s=st.none() | times,
     secrets=st.dictionaries(words, st.builds(SecretText, words, words), max_size=2),
+    volumes=st.lists(volumes, max_size=2, unique_by=(lambda v: v.uid, lambda v: v.name)).map(tuple),
 )  # fmt: skip
 hexes = st.text("0123456789abcdef", min_size=64, max_size=64)
 checkpoints = st.builds(
@@ -70,6 +75,7 @@ to_host = st.one_of(
     st.builds(
         stream.Desired, counts, counts, st.booleans(), st.lists(desired, max_size=2).map(tuple), st.lists(uids, max_size=2).map(tuple),
         st.lists(networks, max_size=2).map(tuple), st.lists(words, max_size=2).map(tuple), st.booleans(),
+        st.lists(uids, max_size=2).map(tuple),
     ),
     st.builds(stream.Operate, words, words, uids, parameters, times),
     st.builds(stream.OpenChannel, ticket=words, kind=words, instance=uids, parameters=parameters),
@@ -93,6 +99,7 @@ reports = st.builds(
     stream.HostReport, counts, st.lists(claims, max_size=2).map(tuple), st.lists(words, max_size=2).map(tuple),
     st.lists(st.builds(Condition, words, st.just("True"), words, words, times), max_size=2).map(tuple), counts,
     st.lists(lines, max_size=2).map(tuple),
+    st.none() | st.lists(st.builds(stream.VolumeFacts, uids, counts, counts), max_size=2).map(tuple),
 )  # fmt: skip
 from_host = st.one_of(
     st.builds(stream.Hello, words, words, counts, counts, words, counts, words, words, st.sampled_from(["kvm", "tcg", "simulated"])),
@@ -180,3 +187,34 @@ def test_an_instance_without_shape_is_refused(field: str, value: str | None) -> 
 def test_how_far_a_guest_has_booted(state: i.InstanceState, word: str) -> None:
     assert boot_word(state) == word
     assert word in schema.words(InstanceStatus.DESCRIPTOR.fields_by_name["boot"])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"uid": "../../etc/passwd"}, "named"),
+        ({"name": "a/b"}, "named"),
+        ({"name": ""}, "named"),
+        ({"format": "qcow2"}, "format"),
+        ({"size_mib": 0}, "0 MiB"),
+    ],
+)
+def test_a_volume_that_names_no_file_and_no_folder_is_refused(change: dict[str, object], why: str) -> None:
+    good = {"uid": UID, "name": "data", "size_mib": 16, "format": "raw"}
+    hosts.volume.refs_from_message([hosts_pb2.HostVolume(**good)])
+    with pytest.raises(hosts.BadMessage, match=why):
+        hosts.volume.refs_from_message([hosts_pb2.HostVolume(**(good | change))])
+
+
+def test_a_volume_twice_is_refused() -> None:
+    one = hosts_pb2.HostVolume(uid=UID, name="data", size_mib=16, format="raw")
+    with pytest.raises(hosts.BadMessage, match="2 volumes"):
+        hosts.volume.refs_from_message([one, one])
+
+
+def test_what_a_host_does_not_know_of_volumes_is_not_none_of_them() -> None:
+    assert hosts.volume.facts_from_message(hosts_pb2.HostFacts()) is None
+    assert hosts.volume.facts_from_message(hosts_pb2.HostFacts(volumes_known=True)) == ()
+    bad = hosts_pb2.HostFacts(volumes_known=True, volumes=[hosts_pb2.VolumeFacts(uid="x")])
+    with pytest.raises(hosts.BadMessage, match="facts of volume"):
+        hosts.volume.facts_from_message(bad)

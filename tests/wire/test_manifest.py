@@ -132,7 +132,7 @@ def test_kinds_that_are_not_served_yet_are_refused() -> None:
     document = {"apiVersion": "casemate/v1", "kind": "Reservation", "metadata": {"name": "ran"}, "spec": {}}
     assert violations(document) == [
         "kind: 'Reservation' is not served by this release; apply one of "
-        "Environment, Image, Network, Host, Policy, Tenant, User, Secret, RoleBinding"
+        "Environment, Image, Network, Host, Policy, Tenant, User, Secret, Volume, RoleBinding"
     ]
 
 

@@ -47,7 +47,7 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     devices = add(domain, "devices")
     add(devices, "emulator", text=shape.emulator)
     buses = add_buses(devices, files.places, bound=binds_memory(desired, shape))
-    add_disks(devices, files, shape, iothread=bool(claim.vcpus))
+    add_disks(devices, files, shape, desired.volumes, iothread=bool(claim.vcpus))
     add_small(devices)
     add_interfaces(devices, bridged(desired.nics), desired.uid, shape)
     add_functions(devices, files.functions, buses)

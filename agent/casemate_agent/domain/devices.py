@@ -7,7 +7,7 @@ from casemate_agent.domain.names import bridge_name, channel_path, check_uid, ta
 from casemate_agent.domain.shape import HostShape
 from casemate_agent.drivers.ports import DomainFiles
 from casemate_core.errors import InternalError
-from casemate_core.spec.instance import DesiredInstance, Nic
+from casemate_core.spec.instance import DesiredInstance, Nic, VolumeRef
 
 GUEST_AGENT_PORT = "org.qemu.guest_agent.0"
 HELPER_PORT = "casemate.guest.0"
@@ -26,8 +26,15 @@ def console_log(shape: HostShape, uid: str) -> str:
     return f"{shape.instances_dir}/{check_uid(uid)}/console.log"
 
 
-def add_disks(devices: Element, files: DomainFiles, shape: HostShape, *, iothread: bool = False) -> None:
-    """The root disk, the seed and the archives, in this order, each with a serial and nothing left to be probed.
+def add_disks(
+    devices: Element,
+    files: DomainFiles,
+    shape: HostShape,
+    volumes: tuple[VolumeRef, ...] = (),
+    *,
+    iothread: bool = False,
+) -> None:
+    """The root disk, the seed, the archives and the volumes, in this order, each with a serial and nothing left to be probed.
 
     Formats are written for every file of a chain and the chain is closed by an empty ``<backingStore/>``: QEMU never
     looks into a tenant's disk to find out what it is. What a guest has flushed is on the host's disk, but for an emulated
@@ -56,6 +63,17 @@ def add_disks(devices: Element, files: DomainFiles, shape: HostShape, *, iothrea
         add(disk, "backingStore")
         _identify(disk, index, serial)
         add(disk, "readonly")
+    if len(files.volumes) != len(volumes):
+        raise InternalError(f"{len(files.volumes)} files for {len(volumes)} volumes")
+    for index, (path, volume) in enumerate(zip(files.volumes, volumes, strict=True), start=1 + len(read_only)):
+        if volume.format not in FORMATS:
+            raise InternalError(f"volume format {volume.format!r} is none of {', '.join(FORMATS)}")
+        # Unlike a root disk its data is kept: what the guest has flushed is on the host's disk, emulated or not.
+        disk = _disk(devices, index, path, volume.format, options | {"cache": "writeback"})
+        add(disk, "backingStore")
+        _identify(disk, index, volume.serial)
+        if volume.read_only:
+            add(disk, "readonly")
 
 
 def _disk(devices: Element, index: int, path: str, disk_format: str, options: dict[str, str]) -> Element:

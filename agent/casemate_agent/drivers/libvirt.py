@@ -35,6 +35,7 @@ from casemate_agent.drivers.threads import ThreadReader
 from casemate_agent.drivers.virtlines import Lines, Remaining
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import InternalError, MachineError, NotFound
+from casemate_core.quantity import MIB
 from casemate_core.spec.instance import DesiredInstance
 
 T = TypeVar("T")
@@ -220,6 +221,20 @@ class LibvirtHypervisor:
             domain.reset()
 
         await self._lines.call("reset domain", reset, deadline_s)
+
+    async def resize_disk(self, uid: str, path: str, size_mib: int, deadline_s: float) -> None:
+        def resize(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if (
+                domain is None
+                or not domain.isActive()
+                or path not in parse_domain(domain.XMLDesc(), DomainPhase.RUNNING)[0].files
+            ):
+                raise NotFound("disk of a running domain", path)
+            if domain.blockInfo(path)[0] < size_mib * MIB:
+                domain.blockResize(path, size_mib * MIB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+
+        await self._lines.call("resize disk", resize, deadline_s)
 
     async def undefine(self, uid: str, deadline_s: float) -> None:
         def undefine(connection: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from casemate_agent.doctor.facts import HostSurvey
 from casemate_agent.drivers.gpuports import Gpus
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
+from casemate_agent.drivers.volumeports import Volumes
 from casemate_agent.functions import FunctionFacts, Grant, Stamp
 from casemate_agent.pciplace import FunctionPlace
 from casemate_core.cpuset import EMPTY, CpuSet
@@ -117,6 +118,8 @@ class DomainFiles:
     places: tuple[FunctionPlace, ...] = ()
     #: Where those of its threads run that have none of their own; empty: anywhere.
     rest: CpuSet = EMPTY
+    #: Disks of the instance's volumes, in their order.
+    volumes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +212,11 @@ class Hypervisor(Protocol):
 
     async def reset(self, uid: str, deadline_s: float) -> None:
         """Press the reset button: the guest boots anew at once, in the same process. Raises NotFound where none runs."""
+        ...
+
+    async def resize_disk(self, uid: str, path: str, size_mib: int, deadline_s: float) -> None:
+        """Make a disk of a running domain, and its file, as large as that; its guest is told. Never smaller than it is.
+        Raises NotFound where the domain does not run or has no such disk."""
         ...
 
     async def undefine(self, uid: str, deadline_s: float) -> None:
@@ -619,3 +627,4 @@ class Drivers:
     gpus: Gpus
     functions: Functions
     tuning: Tuning
+    volumes: Volumes

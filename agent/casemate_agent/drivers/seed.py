@@ -66,7 +66,7 @@ def host_name(desired: DesiredInstance) -> str:
 def meta_data(desired: DesiredInstance) -> dict[str, Any]:
     """Who the guest is. ``instance-id`` never changes, so cloud-init runs once in an instance's life."""
     interfaces = pod_interfaces(desired)
-    return {
+    data: dict[str, Any] = {
         "instance-id": desired.uid,
         "local-hostname": host_name(desired),
         "public-keys": list(desired.ssh_keys),
@@ -75,6 +75,11 @@ def meta_data(desired: DesiredInstance) -> dict[str, Any]:
         "casemate-ordinal": desired.ordinal,
         **({"casemate-pod-interfaces": interfaces} if interfaces else {}),
     }
+    if desired.volumes:
+        data["casemate-volumes"] = [
+            {"name": v.name, "serial": v.serial, "readOnly": v.read_only} for v in desired.volumes
+        ]
+    return data
 
 
 def pod_interfaces(desired: DesiredInstance) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, lat
 from casemate_agent.drivers.simulated_functions import Cards
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedGuest
 from casemate_agent.drivers.simulated_ports import Lease, drivers_of
+from casemate_agent.drivers.simulated_volumes import SimulatedVolume
 from casemate_agent.functions import CLEAN, grant_of
 from casemate_agent.gpu.readings import GpuFault
 from casemate_core.spec.instance import HostNetwork, bridged
@@ -47,7 +48,8 @@ class SimulatedPace:
 class Faults:
     """What is wrong with the machine at the moment."""
 
-    #: Ports whose calls do not return: ``hypervisor``, ``images``, ``networks``, ``machine``, ``guests``, ``functions``.
+    #: Ports whose calls do not return: ``hypervisor``, ``images``, ``networks``, ``machine``, ``guests``, ``functions``,
+    #: ``volumes``.
     hung: set[str] = field(default_factory=set)
     #: Ports whose driver has a defect: its calls raise what no port may raise.
     defective: set[str] = field(default_factory=set)
@@ -82,6 +84,9 @@ class SimulatedHost:
         #: Numbers of the root disks of each instance.
         self.disks: dict[str, set[int]] = {}
         self.seeds: dict[str, str] = {}
+        self.volumes: dict[str, SimulatedVolume] = {}
+        #: How often each was made: more than once is data lost.
+        self.volumes_made: Counter[str] = Counter()
         self.strays: set[str] = set()
         self.bridges: dict[str, HostNetwork] = {}
         self.guards: dict[str, tuple[str, str]] = {}
@@ -176,6 +181,11 @@ class SimulatedHost:
                     found.append(f"{uid} runs with a tap that is not on its bridge")
             found += self._check_functions(uid, domain)
             found += self._check_threads(uid, domain)
+            found += [f"{uid} runs without its volume {v.name}" for v in desired.volumes if v.uid not in self.volumes]
+        for volume in self.volumes:
+            if len(users := self.volume_users(volume)) > 1:
+                found.append(f"volume {volume} is open in {' and '.join(users)}")
+        found += [f"volume {volume} was made {count} times" for volume, count in self.volumes_made.items() if count > 1]
         return found
 
     def _check_threads(self, uid: str, domain: SimulatedDomain) -> list[str]:
@@ -186,6 +196,13 @@ class SimulatedHost:
             if other != uid and more.facts.phase in ACTIVE and (both := more.threads.all & owned):
                 found.append(f"{other} may run on {both}, which belong to {uid}, which runs")
         return found
+
+    def volume_users(self, volume: str) -> list[str]:
+        """Running domains that have this volume open."""
+        running = [
+            (uid, d.desired) for uid, d in self.domains.items() if d.facts.phase in ACTIVE and d.desired is not None
+        ]
+        return [uid for uid, desired in running if any(v.uid == volume for v in desired.volumes)]
 
     def _check_functions(self, uid: str, domain: SimulatedDomain) -> list[str]:
         assert domain.desired is not None
@@ -252,5 +269,6 @@ class SimulatedHost:
             self._lease.domain_events.put_nowait(DomainEvent(uid, name, reason))
 
     def disk_used_mib(self) -> int:
-        """What images, overlays and seeds take."""
-        return 512 * len(self.images) + sum(size // 10 for size in self.overlays.values()) + len(self.seeds)
+        """What images, overlays, seeds and volumes take."""
+        disks = 512 * len(self.images) + sum(size // 10 for size in self.overlays.values())
+        return disks + len(self.seeds) + len(self.volumes)

@@ -38,6 +38,7 @@ from casemate_agent.drivers.simulated_guest import SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.drivers.simulated_tuning import SimulatedTuning
+from casemate_agent.drivers.simulated_volumes import SimulatedVolumes, volume_path
 from casemate_agent.functions import grant_of
 from casemate_agent.records import to_metadata
 from casemate_core.cpuset import CpuSet
@@ -148,7 +149,7 @@ class _Hypervisor:
             vcpus=desired.cpus,
             memory_mib=desired.memory_mib,
             taps=tuple(tap_name(uid, index) for index in range(len(bridged(desired.nics)))),
-            files=tuple(f for f in (files.root, files.seed, files.kernel, files.initrd) if f),
+            files=tuple(f for f in (files.root, files.seed, files.kernel, files.initrd, *files.volumes) if f),
             channel_path=f"/simulated/{uid}.sock",
             vcpu_pins=tuple(frozenset({thread}) for thread in desired.placement.claim.vcpus),
             emulator_pin=files.rest,
@@ -195,6 +196,7 @@ class _Hypervisor:
             ("its image", desired.image.file.digest in host.images),
             *((f"archive {a.name}", a.file.digest in host.images) for a in desired.archives),
             *((f"bridge of network {nic.network}", nic.network in host.bridges) for nic in bridged(desired.nics)),
+            *((f"volume {v.name}", v.uid in host.volumes) for v in desired.volumes),
             *((f"function {key}, bound for it,", key in host.cards.bound) for key in grant_of(desired).keys),
         ):
             if not ok:
@@ -206,6 +208,9 @@ class _Hypervisor:
         given = domain.files.functions if domain.files is not None else ()
         if given != tuple(places[key] for key in wanted):
             raise MachineError(f"{uid} was defined with functions at {given}, which is not where they are")
+        held = [v.name for v in desired.volumes if host.volume_users(v.uid)]
+        if held:
+            raise MachineError(f"volume {held[0]} is open in another domain")
         domain.functions = wanted
         domain.threads = self._threads(domain.facts)
         domain.facts = replace(domain.facts, phase=DomainPhase.RUNNING, pid=host.new_pid(), frozen=False)
@@ -273,6 +278,17 @@ class _Hypervisor:
         if domain is None or domain.facts.phase not in ACTIVE:
             raise NotFound("running domain", uid)
         self._host.reboot_guest(uid)
+
+    async def resize_disk(self, uid: str, path: str, size_mib: int, deadline_s: float) -> None:
+        def resize() -> None:
+            domain = self._host.domains.get(uid)
+            if domain is None or domain.facts.phase not in ACTIVE or path not in domain.facts.files:
+                raise NotFound("disk of a running domain", path)
+            for volume, disk in self._host.volumes.items():
+                if volume_path(volume) == path:
+                    disk.size_mib = max(disk.size_mib, size_mib)
+
+        await self._call("resize_disk", resize, deadline_s)
 
     async def undefine(self, uid: str, deadline_s: float) -> None:
         await self._call("undefine", lambda: self._undefine(uid), deadline_s)
@@ -644,4 +660,5 @@ def drivers_of(lease: Lease) -> Drivers:
         serials=_Serials(lease),
         functions=SimulatedFunctions(lease),
         tuning=SimulatedTuning(lease),
+        volumes=SimulatedVolumes(lease),
     )

@@ -74,6 +74,9 @@ POWER_TRIES = 60  # a guest that is emulated on a busy host may take half a minu
 POWER_AGAIN_S = 1.0
 DIAL_S = 10.0  # for a port to take a connection
 CLONE_NEWNET = 0x40000000
+VOLUMES = "/volumes"  # where the instance's volumes are mounted
+VOLUME_AGAIN_S, VOLUME_AGAIN_MAX_S = 1.0, 30.0
+VOLUME_QUIET = 3  # tries of a volume that are not worth a warning: its disk may only be on its way
 MAX_TEXT = 512  # characters of a message about an error
 
 Message = dict[str, Any]
@@ -1240,6 +1243,7 @@ class Paths:
         self.cgroup = f"{root}/sys/fs/cgroup"
         self.cdi, self.run_cdi = f"{root}/etc/cdi", f"{root}/run/cdi"
         self.recipes = f"{root}/etc/casemate/devices.d"
+        self.volumes = f"{root}{VOLUMES}"
 
 
 class PodNics:
@@ -1752,6 +1756,18 @@ class Pods:
             # Both are texts of JSON made by us, so that they compare by value and are kept as they are.
             wanted = "" if pod.wanted is None else json.dumps(pod.wanted, sort_keys=True)
             now = time.monotonic()
+            blocked = "" if pod.wanted is None else self.helper.volumes.problem(pod.wanted)
+            if not blocked and pod.reason == "VolumeNotMounted":
+                pod.reason, pod.message, pod.failures = "", "", 0
+                self.changed()
+            if blocked:
+                # Without its volume it would write into a folder of the root disk.
+                if (pod.reason, pod.message) != ("VolumeNotMounted", blocked):
+                    pod.reason, pod.message, pod.failures = "VolumeNotMounted", blocked, pod.failures + 1
+                    self.changed()
+                    self.settle()
+                await pod.wake.wait(None)
+                continue
             if pod.wanted is None:
                 if await self._remove(pod):
                     break
@@ -2682,6 +2698,147 @@ def instance_env(meta: Mapping[str, Any], peers: Mapping[str, str]) -> str:
     return "".join(f'{key}="{word}"\n' for key, word in good.items())
 
 
+class Volume:
+    """A disk that outlives the guest. ``problem`` says why it is not mounted; empty: it is."""
+
+    def __init__(self, name: str, serial: str, read_only: bool, loop: Loop) -> None:
+        self.name, self.serial, self.read_only = name, serial, read_only
+        self.problem = "is not mounted yet"
+        self.growing = False
+        self.wake = Signal(loop)
+
+
+class Volumes:
+    """Mounts the instance's volumes, by serial number, before the pods that use them run; grows their file systems.
+
+    Nothing is ever formatted here: a volume comes with a file system. What its owner put there instead is mounted as it is, or
+    not at all.
+    """
+
+    def __init__(self, helper: "Helper") -> None:
+        self.helper, self.loop, self.paths = helper, helper.loop, helper.paths
+        self.volumes: list[Volume] = []
+
+    def start(self) -> None:
+        """Mount what the seed names, and go on trying."""
+        for entry in self.helper.meta().get("casemate-volumes") or ():
+            name = str(entry["name"])
+            if not name.replace("-", "").isalnum() or len(name) > 63:
+                self.helper.note("", "", "VolumeNotMounted", f"{name[:64]!r} is not a name", "Warning")
+                continue
+            volume = Volume(name, str(entry["serial"]), bool(entry["readOnly"]), self.loop)
+            self.volumes.append(volume)
+            self.loop.start(self._keep(volume))
+
+    def problem(self, manifest: Message) -> str:
+        """Why a pod cannot run yet: a volume that it reaches by a path of the guest is not mounted."""
+        waiting = [volume for volume in self.volumes if volume.problem]
+        if not waiting:
+            return ""
+        for entry in manifest["spec"].get("volumes") or ():
+            path = os.path.normpath(str((entry.get("hostPath") or {}).get("path") or "."))
+            for volume in waiting:
+                mount = f"{VOLUMES}/{volume.name}"
+                if f"{path}/".startswith(f"{mount}/") or f"{mount}/".startswith(f"{path.rstrip('/')}/"):
+                    return f"volume {volume.name} {volume.problem}"
+        return ""
+
+    def disks_changed(self) -> None:
+        """The kernel tells of a disk: one may have come, or have grown."""
+        for volume in self.volumes:
+            if volume.problem:
+                volume.wake.set()
+            elif not volume.read_only:
+                self.loop.start(self._grow(volume))
+
+    async def _keep(self, volume: Volume) -> None:
+        pause_s, tries, told = VOLUME_AGAIN_S, 0, ""
+        while problem := await self._mount(volume):
+            tries += 1
+            if told != problem and (tries >= VOLUME_QUIET or not problem.startswith("has no disk")):
+                self.helper.note("", "", "VolumeNotMounted", f"volume {volume.name} {problem}", "Warning")
+                told = problem
+            if problem != volume.problem:
+                volume.problem = problem
+                self._tell()
+            await volume.wake.wait(pause_s)
+            pause_s = min(VOLUME_AGAIN_MAX_S, 2 * pause_s)
+        volume.problem = ""
+        self._tell()
+        if not volume.read_only:
+            await self._grow(volume)
+
+    def _tell(self) -> None:
+        for pod in self.helper.pods.pods.values():
+            pod.wake.set()
+
+    def _mounted(self, target: str) -> bool:
+        lines = read_text(self.paths.mounts).splitlines()
+        return any(line.split(" ")[1:2] == [target] for line in lines)
+
+    async def _mount(self, volume: Volume) -> str:
+        """Why it cannot be mounted; empty where it is."""
+        target = f"{self.paths.volumes}/{volume.name}"
+        if self._mounted(target):
+            return ""
+        device = self.helper.disk(volume.serial)
+        if not device:
+            return f"has no disk with the serial number {volume.serial}"
+        try:
+            os.makedirs(target, exist_ok=True)
+        except OSError as error:
+            return f"has no folder: {error}"
+        # Blocks that files give up go back to the host.
+        options = ["ro", "ro,noload"] if volume.read_only else ["discard", "defaults"]
+        reason = ""
+        for option in options:
+            ended = await run(self.loop, ["mount", "-o", option, device, target])
+            if ended.code == 0:
+                if option == "ro,noload":
+                    # It was not unmounted when it was last written to, and its journal cannot be played without writing.
+                    self.helper.note(
+                        "", "", "VolumeUnclean", f"volume {volume.name} is read without its journal", "Warning"
+                    )
+                return ""
+            reason = reason or ended.reason()
+        return f"is not mounted: {reason}"
+
+    async def _grow(self, volume: Volume) -> None:
+        """Have its file system as large as its disk."""
+        if volume.growing:
+            return
+        volume.growing = True
+        try:
+            device = self.helper.disk(volume.serial)
+            while device and file_system_is_smaller(device):
+                ended = await run(self.loop, ["resize2fs", device], timeout_s=600.0)
+                if ended.code != 0 or file_system_is_smaller(device):
+                    text = f"the file system of volume {volume.name} does not grow: {ended.reason()}"
+                    self.helper.note("", "", "VolumeNotGrown", text, "Warning")
+                    return
+                self.helper.note("", "", "VolumeGrown", f"the file system of volume {volume.name} has grown")
+        finally:
+            volume.growing = False
+
+
+def file_system_is_smaller(device: str) -> bool:
+    """Whether a disk holds an ext4 that leaves a block or more of it unused. False for anything else, and for what is unknown."""
+    try:
+        with open(device, "rb", buffering=0) as disk:
+            disk.seek(1024)
+            head = disk.read(1024)
+            size = disk.seek(0, os.SEEK_END)
+    except OSError:
+        return False
+    if len(head) < 1024 or head[0x38:0x3A] != b"\x53\xef":
+        return False
+    low, log_block, incompatible, high = (
+        int.from_bytes(head[at : at + 4], "little") for at in (0x04, 0x18, 0x60, 0x150)
+    )
+    blocks = low | (high << 32 if incompatible & 0x80 else 0)  # the feature 64bit
+    return log_block <= 6 and size // (1024 << log_block) > blocks
+
+
 class System:
     """Addresses at boot, processors that were added, and the state of cloud-init."""
 
@@ -2720,6 +2877,8 @@ class System:
             self.online_processors()
         if not messages or any(b"virtio-ports" in m for m in messages):
             self.helper.port_appeared()
+        if not messages or any(b"/block/" in m for m in messages):
+            self.helper.volumes.disks_changed()
 
     def online_processors(self) -> None:
         """Bring every processor online that the host added."""
@@ -2844,6 +3003,7 @@ class Helper:
         self.power_action = ""
         self.inotify = Inotify(self.loop)
         self.port = Port(self.loop, self.on_frame, self.on_lost, self.fill)
+        self.volumes = Volumes(self)
         self.pods = Pods(self)
         self.system = System(self)
         self.cloud_init_changed = Signal(self.loop)
@@ -2858,6 +3018,7 @@ class Helper:
         """Begin: the loop does the rest."""
         os.makedirs(self.paths.run, mode=0o700, exist_ok=True)
         self.system.start()
+        self.volumes.start()
         self.pods.restore()
         self.loop.start(self._work())
         if socket_path:
@@ -3024,7 +3185,7 @@ class Helper:
 
     async def _load(self, header: Message) -> str:
         for serial in map(str, header["serials"]):
-            device = self._disk(serial)
+            device = self.disk(serial)
             if not device:
                 return f"no disk with the serial number {serial}"
             ended = await self.pods.load(device)
@@ -3032,13 +3193,22 @@ class Helper:
                 return f"podman load of {serial}: {ended.reason()}"
         return ""
 
-    def _disk(self, serial: str) -> str:
+    def disk(self, serial: str) -> str:
+        """Device of the disk with this serial number; empty where there is none."""
         folder = f"{self.paths.sys}/block"
         with contextlib.suppress(FileNotFoundError):
             for name in sorted(os.listdir(folder)):
                 if read_text(f"{folder}/{name}/serial").strip() == serial:
                     return f"{self.paths.dev}/{name}"
         return ""
+
+    def meta(self) -> Message:
+        """The seed's meta-data."""
+        try:
+            meta = json.loads(read_text(f"{self.paths.seed}/meta-data") or "{}")
+        except ValueError:
+            return {}
+        return meta if isinstance(meta, dict) else {}
 
     def _hosts(self, hosts: Message) -> None:
         names = {str(name): str(address) for name, address in hosts.items()}
@@ -3048,11 +3218,7 @@ class Helper:
         new = hosts_file(old, names)
         if new != old:
             write_text(self.paths.hosts, new)
-        try:
-            meta = json.loads(read_text(f"{self.paths.seed}/meta-data") or "{}")
-        except ValueError:
-            meta = {}
-        text = instance_env(meta if isinstance(meta, dict) else {}, names)
+        text = instance_env(self.meta(), names)
         if read_text(self.paths.instance) != text:
             write_text(self.paths.instance, text)
 

@@ -35,6 +35,7 @@ from casemate_manager.fleet.records import (
     Record,
     key_of,
     kind_of,
+    tenant_key,
 )
 from casemate_manager.fleet.state import State
 
@@ -190,6 +191,8 @@ class Feed:
                         continue
                     for placement in self._state.host_placements.get(name, {}).values():
                         yield from self._touched_instance(placement.instance_uid)
+                    for key in self._state.host_volumes.get(name, ()):
+                        yield "Volume", key
                 case SeeInstance(uid, _, True) | Tried(uid, _):
                     yield from self._touched_instance(uid)
                 case _:
@@ -204,6 +207,8 @@ class Feed:
                     yield "Pod", instance.meta.uid
             case InstanceRecord():
                 yield from self._touched_instance(record.meta.uid)
+                for use in record.volumes:
+                    yield "Volume", tenant_key(record.meta.tenant, use.volume)
             case PlacementRecord():
                 yield "Placement", key_of(record)
                 yield "Host", record.host

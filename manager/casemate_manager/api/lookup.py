@@ -80,6 +80,7 @@ class Reader:
             "User": state.users,
             "RoleBinding": state.role_bindings,
             "Secret": state.secrets,
+            "Volume": state.volumes,
             "Placement": state.placements,
             "Event": state.events,
             "Operation": state.operations,
@@ -125,6 +126,10 @@ class Reader:
             yield Found(user.meta, frozenset(), lambda: resources.to_message(user))
         elif kind == "Secret" and (secret := state.secrets.get(key)):
             yield Found(secret.meta, frozenset(), lambda: resources.to_message(secret))
+        elif kind == "Volume" and (volume := state.volumes.get(key)):
+            its = views.volume_status(state, observed, volume)
+            owners = frozenset({its.environment, its.instance, its.host} - {""})
+            yield Found(volume.volume.meta, owners, lambda: resources.to_message(volume.volume, its))
         elif kind == "RoleBinding" and (binding := state.role_bindings.get(key)):
             yield Found(binding.meta, frozenset({binding.role}), lambda: resources.to_message(binding))
         elif kind == "Event" and (event := state.events.get(key)):
@@ -163,7 +168,7 @@ class Reader:
 
     def _keys_by_name(self, kind: str, tenant: str, name: str) -> list[str]:
         """Keys that may have the object: one, where names lead to it directly."""
-        if kind in ("Environment", "Operation", "Secret"):
+        if kind in ("Environment", "Operation", "Secret", "Volume"):
             return [tenant_key(tenant, name)]
         if kind in ("Instance", "Pod"):
             uid = self._state.instance_names.get(tenant_key(tenant, name.partition(".")[0] if kind == "Pod" else name))

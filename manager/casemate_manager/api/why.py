@@ -71,7 +71,7 @@ class PlacerWhy:
             inventory = state.inventories.get(asked.on)
             response.holds.extend(holdings(asked.claim, inventory.topology) if inventory is not None else ())
             if not host:
-                answer = placer.explain_elsewhere(record.environment, spec, instance.meta.uid, asked.on)
+                answer = placer.explain_elsewhere(state, record.environment, spec, instance.meta.uid, asked.on)
                 _tell(response, answer, joining)
             return response
         if host and host not in placer.scheduler.columns:
@@ -112,6 +112,7 @@ def _readable(state: State) -> State:
         hosts=dict(state.hosts),
         inventories=dict(state.inventories),
         policies=dict(state.policies),
+        volumes=dict(state.volumes),
         environment_keys=dict(state.environment_keys),
         claims=dict(state.claims),
     )

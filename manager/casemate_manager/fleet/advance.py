@@ -21,7 +21,8 @@ from casemate_core.spec.environment import Environment
 from casemate_core.spec.instance import Nic, Phase
 from casemate_core.spec.meta import Meta
 from casemate_core.spec.views import ObjectRef
-from casemate_manager.fleet import operations, rollout
+from casemate_core.spec.volume import Attached, attached
+from casemate_manager.fleet import operations, rollout, volumes
 from casemate_manager.fleet.commands import Advanced, Batch
 from casemate_manager.fleet.draft import MAX_RECORDS, AddressesExhausted, Draft, instance_ref, make_uid
 from casemate_manager.fleet.observed import Attempt, CapacityChanged, ForgetInstance, Observed, Tried
@@ -55,8 +56,9 @@ def _environment_work(draft: Draft, overlay: Overlay, record: EnvironmentRecord,
     state = draft.state
     environment = record.environment
     ending = bool(environment.meta.deleting_s)
+    step = STEP + len(environment.spec.volumes)
     for instance in list(state.instances_of(environment.meta.uid)):
-        if len(draft) + STEP > MAX_RECORDS:
+        if len(draft) + step > MAX_RECORDS:
             return False
         if ending or instance.meta.deleting_s or instance.ordinal >= environment.spec.replicas:
             _end(draft, instance, ending)
@@ -76,6 +78,7 @@ def _end(draft: Draft, instance: InstanceRecord, with_environment: bool) -> None
     uid = instance.meta.uid
     if uid not in draft.state.instance_placements:
         operations.forget(draft, instance)
+        volumes.release(draft, instance)
         draft.drop("Instance", uid)
         draft.sightings += [ForgetInstance(uid), CapacityChanged()]
         draft.event(instance_ref(instance), "Deleted", "the instance is gone")
@@ -130,6 +133,7 @@ def _make_missing(draft: Draft, record: EnvironmentRecord) -> bool:
                 nics,
                 environment.meta.generation,
                 environment.meta.generation,
+                volumes=attached(environment.spec.volumes, ordinal, environment.spec.replicas),
             )
         )
     return True
@@ -175,7 +179,7 @@ def _adopt(draft: Draft, overlay: Overlay, record: EnvironmentRecord, instance: 
         held="",
     )
     spec = state.spec_of(changed)
-    stamp = stamp_for(state, instance)
+    stamp = stamp_for(state, instance, _uses(record, instance))
     without = overlay.fork()
     without.remove(placement.host, instance.meta.uid)
     found = placer.refit(without, placement.host, record.environment, spec, stamp)
@@ -191,6 +195,8 @@ def _adopt(draft: Draft, overlay: Overlay, record: EnvironmentRecord, instance: 
         return
     overlay.remove(placement.host, instance.meta.uid)
     overlay.add(placement.host, found.claim)
+    volumes.count(overlay, placement.host, stamp.volumes, stamp.epoch)
+    volumes.bind(draft, placement.host, stamp.volumes, instance)
     draft.drop("Placement", f"{placement.instance_uid}/{placement.generation}")
     _put_placement(draft, instance.meta.uid, found, stamp)
     _put_with_nics(draft, record, changed)
@@ -198,8 +204,15 @@ def _adopt(draft: Draft, overlay: Overlay, record: EnvironmentRecord, instance: 
     draft.event(instance_ref(instance), "Changed", "fields that have changed are in force")
 
 
+def _uses(record: EnvironmentRecord, instance: InstanceRecord) -> tuple[Attached, ...]:
+    """The volumes that an instance has by its environment's present spec."""
+    spec = record.environment.spec
+    return attached(spec.volumes, instance.ordinal, spec.replicas)
+
+
 def _put_with_nics(draft: Draft, record: EnvironmentRecord, instance: InstanceRecord) -> None:
-    """Write an instance with the interfaces that its environment has now; what stays on its network keeps its address."""
+    """Write an instance with the interfaces and volumes that its environment has now; an interface that stays on its
+    network keeps its address."""
     state = draft.state
     nics: list[Nic] = []
     try:
@@ -231,7 +244,7 @@ def _put_with_nics(draft: Draft, record: EnvironmentRecord, instance: InstanceRe
         generation=instance.meta.generation + 1,
         resource_version=draft.revision,
     )
-    draft.put(replace(instance, nics=tuple(nics), meta=meta))
+    draft.put(replace(instance, nics=tuple(nics), meta=meta, volumes=_uses(record, instance)))
 
 
 # --- placing ----------------------------------------------------------------------------------------------------------
@@ -284,7 +297,8 @@ def _place_waiting(draft: Draft, overlay: Overlay, placer: Placer) -> int:
     refused = 0
     devices = Devices(draft.state)
     for group in _waiting(draft):
-        if refused >= MAX_REFUSALS or (len(draft) and len(draft) + STEP * len(group.instances) > MAX_RECORDS):
+        step = STEP + volumes.cost(group.instances)
+        if refused >= MAX_REFUSALS or (len(draft) and len(draft) + step * len(group.instances) > MAX_RECORDS):
             break
         if any((("Instance", i.meta.uid) in draft.changed) for i in group.instances):
             continue  # changed in this batch: its turn is the next one
@@ -307,6 +321,7 @@ def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer, 
             _give_back(draft, group)
             return False
         trial.add(found.host, found.claim)
+        volumes.count(trial, found.host, stamp.volumes, stamp.epoch)
         decided.append((instance, found, stamp))
     if over := devices.exceeded(group.environment.meta.tenant, ((f.host, f.claim) for _, f, _ in decided)):
         hosts = len(state.hosts)
@@ -314,7 +329,7 @@ def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer, 
         _give_back(draft, group)
         return False
     if group.environment.spec.gang:
-        room = max(1, (MAX_RECORDS - len(draft) - 1) // STEP)
+        room = max(1, (MAX_RECORDS - len(draft) - 1) // (STEP + volumes.cost(group.instances)))
         if len(decided) > room:
             decided = decided[:room]  # reserved; the others are next
         else:
@@ -323,6 +338,8 @@ def _place_group(draft: Draft, overlay: Overlay, group: _Group, placer: Placer, 
             draft.put(replace(record, gang_told=told, told_revision=draft.revision))
     for instance, found, stamp in decided:
         overlay.add(found.host, found.claim)
+        volumes.count(overlay, found.host, stamp.volumes, stamp.epoch)
+        volumes.bind(draft, found.host, stamp.volumes, instance)
         _put_placement(draft, instance.meta.uid, found, stamp)
         meta = replace(instance.meta, resource_version=draft.revision)
         draft.put(replace(instance, meta=meta, placements=stamp.generation))
@@ -342,8 +359,9 @@ def _give_back(draft: Draft, group: _Group) -> None:
         placement = state.placement_of(instance.meta.uid)
         if placement is None or record.is_told(instance) or instance.meta.deleting_s:
             continue
-        if len(draft) + STEP > MAX_RECORDS:
+        if len(draft) + STEP + volumes.cost((instance,)) > MAX_RECORDS:
             break
+        volumes.unbind(draft, instance)
         draft.drop("Placement", f"{placement.instance_uid}/{placement.generation}")
         draft.put(replace(instance, meta=replace(instance.meta, resource_version=draft.revision)))
         given += 1

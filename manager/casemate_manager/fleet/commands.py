@@ -13,11 +13,12 @@ from casemate_core.spec.environment import Environment
 from casemate_core.spec.fleet import Host, Image, Network, Policy, Taint
 from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import Change, ObjectRef
+from casemate_core.spec.volume import Volume
 from casemate_manager.fleet.observed import Sighting
 from casemate_manager.fleet.records import NO_LIMITS, AccessKeyRecord, HostLimits, RecordChange, TokenRecord
 from casemate_wire.stream import Facts, Hello, HostEvent, Inventory, Outcome
 
-Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding | Secret
+Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding | Secret | Volume
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from casemate_core.spec.instance import (
     Virtualisation,
 )
 from casemate_core.spec.secret import Secret, references
-from casemate_manager.fleet import operations
+from casemate_core.spec.volume import with_paths
+from casemate_manager.fleet import operations, volumes
 from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.records import (
     Drop,
@@ -27,6 +28,8 @@ from casemate_manager.fleet.records import (
     OperationRecord,
     PlacementRecord,
     Put,
+    VolumeRecord,
+    key_of,
     tenant_key,
 )
 from casemate_manager.fleet.state import State
@@ -62,7 +65,7 @@ def desired_instance(state: State, placement: PlacementRecord) -> DesiredInstanc
         placement=Placement(placement.claim, placement.epoch, placement.generation, placement.role),
         archives=tuple(_image(state, name) for name in spec.archives),
         nics=instance.nics,
-        pods=tuple(dict(pod) for pod in spec.pods),
+        pods=tuple(with_paths(pod) for pod in spec.pods),
         ssh_keys=spec.ssh_keys,
         user_data=spec.user_data,
         virtualisation=Virtualisation(spec.virtualisation),
@@ -74,6 +77,7 @@ def desired_instance(state: State, placement: PlacementRecord) -> DesiredInstanc
         on_crash=spec.on_crash,
         crash_limit=spec.crash_limit,
         stop_grace_s=spec.stop_grace_s,
+        volumes=volumes.refs(state, instance),
         # While something is done once, what happens follows from that.
         cause=operation.meta.name if operation is not None and order is not None else record.cause,
     )
@@ -114,6 +118,7 @@ def since(state: State, host: str, revision: int) -> tuple[tuple[DesiredInstance
             environment.meta.resource_version,
             state.row_revisions.get(environment.meta.uid, 0),
             _secrets_revision(state, environment),
+            volumes.revision(state, instance),
             state.operation_revisions.get(instance.meta.uid, 0),
         )
         if changed > revision or state.is_ending(instance):
@@ -145,6 +150,8 @@ def affected(state: State, batch: Batch) -> dict[str, set[str]]:
     """Hosts whose desired state a batch changes, with the instances. ``state`` is the one before the batch is folded,
     so that what it forgets is still known; placements that it makes are read from the batch."""
     hosts: dict[str, set[str]] = {}
+    #: Hosts that are told although none of their instances changed.
+    told: set[str] = set()
 
     def wake(uid: str) -> None:
         for placement in state.instance_placements.get(uid, {}).values():
@@ -170,6 +177,12 @@ def affected(state: State, batch: Batch) -> dict[str, set[str]]:
                     user = state.environments[key].environment
                     if any(name == secret.meta.name for _, name, _ in references(user.spec.pods)):
                         environments[user.meta.uid] = None
+            case Put(VolumeRecord() as volume):
+                if volume.host and volume.volume.meta.deleting_s:
+                    hosts.setdefault(volume.host, set())
+                    told.add(volume.host)
+                for uid in state.volume_users.get(key_of(volume), ()):
+                    wake(uid)
             case Put(Network() as network):
                 for uid in state.addresses.get(network.meta.name, {}).values():
                     wake(uid)
@@ -183,4 +196,4 @@ def affected(state: State, batch: Batch) -> dict[str, set[str]]:
     dropped = {c.key for c in batch.records if isinstance(c, Drop) and c.kind == "Instance"}
     for uids in hosts.values():
         uids -= dropped
-    return {host: uids for host, uids in hosts.items() if uids}
+    return {host: uids for host, uids in hosts.items() if uids or host in told}

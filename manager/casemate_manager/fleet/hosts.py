@@ -12,7 +12,7 @@ from casemate_core.spec.fleet import Host, HostSpec
 from casemate_core.spec.instance import Phase
 from casemate_core.spec.meta import Meta, check_name
 from casemate_core.spec.views import ObjectRef
-from casemate_manager.fleet import operations
+from casemate_manager.fleet import operations, volumes
 from casemate_manager.fleet.commands import (
     Batch,
     EndSession,
@@ -162,6 +162,8 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
     if (told.snapshot and not seen.whole) or changed or says_not_ready(seen) != says_not_ready(after):
         draft.sightings.append(CapacityChanged())
     draft.sightings.append(observed.see_host(name, after))
+    if told.host is not None:
+        volumes.told(draft, name, seen.report, told.host)
     here = {p.instance_uid for p in state.host_placements.get(name, {}).values()}
     told_of = set()
     wake = []
@@ -217,6 +219,7 @@ def _gone(draft: Draft, host: str, uid: str) -> None:
             draft.drop("Placement", key)
     if all(p.host == host for p in state.instance_placements[uid].values()):
         operations.forget(draft, record)
+        volumes.release(draft, record)
         draft.drop("Instance", uid)
         draft.sightings.append(ForgetInstance(uid))
         draft.event(

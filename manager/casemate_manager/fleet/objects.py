@@ -21,7 +21,8 @@ from casemate_core.spec.fleet import Host, Image, Network, Policy
 from casemate_core.spec.meta import DEFAULT_TENANT, Meta
 from casemate_core.spec.secret import Secret, references
 from casemate_core.spec.views import Change, ObjectRef
-from casemate_manager.fleet import quotas
+from casemate_core.spec.volume import Volume
+from casemate_manager.fleet import quotas, volumes
 from casemate_manager.fleet.commands import (
     Applied,
     ApplyAnswer,
@@ -39,6 +40,7 @@ from casemate_manager.fleet.records import (
     Record,
     RequestRecord,
     RevisionRecord,
+    VolumeRecord,
     tenant_key,
 )
 from casemate_manager.fleet.requests import answered, check_key
@@ -49,7 +51,18 @@ MAX_OBJECTS: Final = 60
 #: Changed paths that an event names.
 MOST_PATHS: Final = 8
 #: Kinds that can be deleted.
-DELETABLE: Final = ("Environment", "Image", "Network", "Host", "Policy", "Tenant", "User", "RoleBinding", "Secret")
+DELETABLE: Final = (
+    "Environment",
+    "Image",
+    "Network",
+    "Host",
+    "Policy",
+    "Tenant",
+    "User",
+    "RoleBinding",
+    "Secret",
+    "Volume",
+)
 
 #: What changes between two versions of an object, with the effect of each field (:mod:`casemate_wire.diff`).
 Diff = Callable[[Object | None, Object], tuple[Change, ...]]
@@ -85,7 +98,7 @@ def apply_resources(
         if isinstance(one, Secret):
             one = _with_texts(one, old)
         _check_preconditions(one, old)
-        _check_references(state, given, one, old, rules)
+        _check_references(state, observed, given, one, old, rules)
         results.append(_apply_one(draft, one, old, command.seed, rules, cause_of(command.request_key)))
     if command.dry_run:
         return Batch(answer=ApplyAnswer(tuple(results), 0))
@@ -160,6 +173,9 @@ def _stored(state: State, one: Object) -> Object | None:
             return state.secrets.get(tenant_key(one.meta.tenant, one.meta.name))
         case RoleBinding():
             return state.role_bindings.get(one.meta.name)
+        case Volume():
+            volume = state.volumes.get(tenant_key(one.meta.tenant, one.meta.name))
+            return volume.volume if volume else None
         case Host():
             host = state.hosts.get(one.meta.name)
             return host.host if host else None
@@ -178,9 +194,15 @@ def _check_preconditions(one: Object, old: Object | None) -> None:
 
 
 class _Given:
-    """Images, networks and tenants as they will be after the request."""
+    """Images, networks, volumes and tenants as they will be after the request."""
 
     def __init__(self, state: State, objects: tuple[Object, ...]) -> None:
+        self.objects = objects
+        self.volumes = {
+            **{key: record.volume for key, record in state.volumes.items()},
+            # What is there keeps what the manager writes of it.
+            **{k: o for o in objects if isinstance(o, Volume) and (k := _key(o)) not in state.volumes},
+        }
         self.images = {**state.images, **{o.meta.name: o for o in objects if isinstance(o, Image)}}
         self.networks = {**state.networks, **{o.meta.name: o for o in objects if isinstance(o, Network)}}
         self.secrets = {
@@ -210,10 +232,22 @@ def _with_texts(one: Secret, old: Object | None) -> Secret:
     return replace(one, sealed=old.sealed)
 
 
-def _check_references(state: State, given: _Given, one: Object, old: Object | None, rules: ObjectRules) -> None:
+def _key(one: Object) -> str:
+    return tenant_key(one.meta.tenant, one.meta.name)
+
+
+def _check_references(
+    state: State, observed: Observed, given: _Given, one: Object, old: Object | None, rules: ObjectRules
+) -> None:
     match one:
         case Environment():
-            found = tuple(_check_environment(given, one))
+            others = [o for o in given.objects if isinstance(o, Environment)]
+            found = (
+                *_check_environment(given, one),
+                *volumes.check_environment(state, given.volumes, others, one),
+            )
+        case Volume():
+            found = tuple(volumes.check_change(state, observed, one, given.objects))
         case Secret():
             found = tuple(_check_secret(state, one))
         case Network():
@@ -366,6 +400,9 @@ def _write(
         case Policy() | Tenant():
             record = stored
             draft.sightings.append(CapacityChanged())
+        case Volume():
+            there = draft.state.volumes.get(_key(stored))
+            record = replace(there, volume=stored) if there else VolumeRecord(stored)
         case _:
             record = stored
     draft.put(record)
@@ -475,6 +512,18 @@ def _delete(draft: Draft, command: DeleteResource) -> tuple[ObjectRef, bool]:
             draft.drop(kind, key)
             draft.event(_ref(kind, meta), "Deleted", "the secret was deleted")
             return _ref(kind, meta), False
+        case "Volume":
+            key = tenant_key(command.tenant or DEFAULT_TENANT, name)
+            volume = state.volumes.get(key)
+            meta = _expected(command, volume.volume.meta if volume else None)
+            volumes.refuse_used(state, key)
+            by = f" by {command.by}" if command.by else ""
+            meta, pending = volumes.delete(draft, key)
+            word, told = (
+                ("Deleting", "its deletion was asked for") if pending else ("Deleted", "the volume was deleted")
+            )
+            draft.event(_ref(kind, meta), word, f"{told}{by}", cause=cause_of(command.request_key))
+            return _ref(kind, meta), pending
         case "Tenant":
             tenant = state.tenants.get(name)
             meta = _expected(command, tenant.meta if tenant else None)
@@ -545,8 +594,13 @@ def _refuse_host(draft: Draft, name: str) -> None:
     count = len(draft.state.host_placements.get(name, {}))
     if count:
         raise Conflict(f"host {name} holds {count} instances: delete their environments first")
+    if kept := volumes.held_by(draft.state, name):
+        raise Conflict(f"host {name} has the data of volume {kept[0]} ({len(kept)} in all): delete them first")
     if draft.observed.host(name).connected:
         raise Conflict(f"host {name} is connected: stop its agent first")
+    # What was to be deleted on it is gone with it.
+    for key in draft.state.host_volumes.get(name, {}):
+        draft.drop("Volume", key)
     if name in draft.state.inventories:
         draft.drop("Inventory", name)
     if name in draft.state.enrolments:

@@ -6,7 +6,7 @@ are already counted. ``ScanPlacer`` asks ``core.fit`` of every host that is open
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from casemate_core.claims import Claim, HostClaims
@@ -24,22 +24,25 @@ from casemate_core.fit import (
     Refusal,
     Request,
     ThreadPolicy,
+    VolumeRequest,
     fit,
 )
 from casemate_core.spec.environment import Environment, EnvironmentSpec, NicSpec, Toleration
 from casemate_core.spec.fleet import Taint
+from casemate_core.spec.volume import Attached
 from casemate_manager.fleet.observed import HostSeen, Observed
-from casemate_manager.fleet.records import HostRecord, InstanceRecord
+from casemate_manager.fleet.records import HostRecord, InstanceRecord, tenant_key
 from casemate_manager.fleet.state import State
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """Who the claim is for, and the epoch and generation that it carries."""
+    """Who the claim is for, the epoch and generation that it carries, and the volumes that go with it."""
 
     owner: str
     epoch: int
     generation: int
+    volumes: tuple[VolumeRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class ScanPlacer:
 
     def place(self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp) -> Placed | Unplaced:
         """See `Placer`."""
-        request = request_of(spec)
+        request = replace(request_of(spec), volumes=stamp.volumes)
         refused: Counter[str] = Counter()
         sentences: dict[str, str] = {}
         best: tuple[tuple[object, ...], Placed] | None = None
@@ -191,7 +194,7 @@ class ScanPlacer:
         self, fleet: Overlay, host: str, environment: Environment, spec: EnvironmentSpec, stamp: Stamp
     ) -> Placed | Unplaced:
         """See `Placer`."""
-        found = self._fit(fleet, host, request_of(spec), stamp)
+        found = self._fit(fleet, host, replace(request_of(spec), volumes=stamp.volumes), stamp)
         if isinstance(found, Fit):
             return Placed(host, found.claim)
         return Unplaced(1, tuple((type(r).__name__, 1, r.sentence) for r in found.reasons))
@@ -267,6 +270,17 @@ def _tolerates(toleration: Toleration, taint: Taint) -> bool:
     return toleration.operator == "Exists" or not toleration.key or toleration.value == taint.value
 
 
-def stamp_for(state: State, instance: InstanceRecord) -> Stamp:
-    """The stamp of the instance's next placement."""
-    return Stamp(instance.meta.uid, state.epoch, instance.placements + 1)
+def stamp_for(state: State, instance: InstanceRecord, uses: tuple[Attached, ...] | None = None) -> Stamp:
+    """The stamp of the instance's next placement; ``uses``: the volumes that it will have then, where they change."""
+    asked = volumes_of(state, instance.meta.tenant, instance.volumes if uses is None else uses)
+    return Stamp(instance.meta.uid, state.epoch, instance.placements + 1, asked)
+
+
+def volumes_of(state: State, tenant: str, uses: tuple[Attached, ...]) -> tuple[VolumeRequest, ...]:
+    """What an instance that uses these volumes asks of a host."""
+    found = []
+    for use in uses:
+        record = state.volumes[tenant_key(tenant, use.volume)]
+        volume = record.volume
+        found.append(VolumeRequest(volume.meta.uid, use.volume, volume.spec.size_mib, record.host))
+    return tuple(found)

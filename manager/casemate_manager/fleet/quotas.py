@@ -1,9 +1,10 @@
 """PURE. What a tenant has asked for and holds, against its quotas.
 
-Theory of operation. Two kinds of amounts. What is *asked for* (CPUs, memory, environments) follows from the specs alone, growth
-room counted; it is judged when an environment is applied, in the batch that would write it. What is *held* (GPUs by model, VFs)
-is known when a placement names the devices; it is judged in the batch that would write the placement, and an instance over
-it waits. An amount that is over its quota already (the quota was lowered) may shrink or stay; it may not grow.
+Theory of operation. Two kinds of amounts. What is *asked for* (CPUs, memory, environments, volumes) follows from the specs
+alone, growth room counted; it is judged when an environment or a volume is applied, in the batch that would write it. What is
+*held* (GPUs by model, VFs) is known when a placement names the devices; it is judged in the batch that would write the
+placement, and an instance over it waits. An amount that is over its quota already (the quota was lowered) may shrink or stay;
+it may not grow.
 """
 
 from collections import Counter
@@ -13,8 +14,9 @@ from typing import Final
 from casemate_core.claims import Claim
 from casemate_core.errors import CallerError, InvalidSpec, Violation
 from casemate_core.quantity import format_mib, format_millicpus
-from casemate_core.spec.access import Tenant
+from casemate_core.spec.access import SIZES, Tenant
 from casemate_core.spec.environment import Environment, EnvironmentSpec
+from casemate_core.spec.volume import Volume
 from casemate_manager.fleet.records import PlacementRecord, tenant_key
 from casemate_manager.fleet.state import State
 
@@ -39,7 +41,7 @@ def exceeding(name: str, would: int, quota: int) -> str:
 def _text(name: str, amount: int) -> str:
     if name == "cpus":
         return format_millicpus(amount)
-    return format_mib(amount) if name == "memory" else str(amount)
+    return format_mib(amount) if name in SIZES else str(amount)
 
 
 def asked(spec: EnvironmentSpec) -> dict[str, int]:
@@ -49,6 +51,11 @@ def asked(spec: EnvironmentSpec) -> dict[str, int]:
         "memory": spec.replicas * max(spec.memory.size_mib, spec.memory.max_mib),
         "environments": 1,
     }
+
+
+def asked_of_volume(volume: Volume) -> dict[str, int]:
+    """What one volume asks for, whether or not anybody uses it."""
+    return {"volumes": 1, "storage": volume.spec.size_mib}
 
 
 def held(state: State, host: str, claim: Claim) -> Counter[str]:
@@ -76,9 +83,11 @@ def placements_of(state: State, tenant: str) -> Iterator[PlacementRecord]:
 
 def used(state: State, tenant: str, names: Iterable[str] = ()) -> dict[str, int]:
     """What a tenant has asked for, and what it holds of the devices among ``names``."""
-    total: Counter[str] = Counter(cpus=0, memory=0, environments=0)
+    total: Counter[str] = Counter(cpus=0, memory=0, environments=0, volumes=0, storage=0)
     for key in state.tenant_environments.get(tenant, {}):
         total.update(asked(state.environments[key].environment.spec))
+    for key in state.tenant_volumes.get(tenant, {}):
+        total.update(asked_of_volume(state.volumes[key].volume))
     devices = [name for name in names if name.partition("/")[0] in _HELD]
     if devices:
         holding: Counter[str] = Counter()
@@ -89,20 +98,26 @@ def used(state: State, tenant: str, names: Iterable[str] = ()) -> dict[str, int]
 
 
 def check(state: State, objects: Iterable[object], tenants: Mapping[str, Tenant]) -> None:
-    """Whether these environments may be written. Raises QuotaExceeded, or InvalidSpec where the priority is too high."""
-    given: dict[str, list[Environment]] = {}
+    """Whether these environments and volumes may be written. Raises QuotaExceeded; InvalidSpec where a priority is too high."""
+    given: dict[str, list[Environment | Volume]] = {}
     for one in objects:
-        if isinstance(one, Environment):
+        if isinstance(one, Environment | Volume):
             given.setdefault(one.meta.tenant, []).append(one)
-    for tenant, environments in given.items():
+    for tenant, asking in given.items():
         quotas = tenants[tenant].quotas if tenant in tenants else {}
         if not quotas:
             continue
-        _check_priority(environments, quotas)
+        _check_priority([one for one in asking if isinstance(one, Environment)], quotas)
         before = used(state, tenant)
         after = Counter(before)
-        for one in environments:
-            known = state.environments.get(tenant_key(tenant, one.meta.name))
+        for one in asking:
+            key = tenant_key(tenant, one.meta.name)
+            if isinstance(one, Volume):
+                if (there := state.volumes.get(key)) is not None:
+                    after.subtract(asked_of_volume(there.volume))
+                after.update(asked_of_volume(one))
+                continue
+            known = state.environments.get(key)
             if known is not None:
                 after.subtract(asked(known.environment.spec))
             after.update(asked(one.spec))

@@ -20,6 +20,7 @@ from casemate_core.spec.meta import Meta
 from casemate_core.spec.realtime import Certificate
 from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import EventView
+from casemate_core.spec.volume import Attached, Volume
 from casemate_core.topology import Topology
 
 
@@ -74,6 +75,21 @@ class InstanceRecord:
     disks: int = 0
     held: str = ""
     refused_generation: int = 0
+    #: The volumes that it uses, as its spec in force says.
+    volumes: tuple[Attached, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRecord:
+    """A volume, and the host that its data is on, or is to be made on, for life; empty until its first instance is placed.
+
+    ``bound_for`` is that instance. ``made``: the host has said that the data is there.
+    """
+
+    volume: Volume
+    host: str = ""
+    bound_for: str = ""
+    made: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +274,7 @@ Record = (
     | User
     | RoleBinding
     | Secret
+    | VolumeRecord
     | AccessKeyRecord
     | AuditRecord
     | AuditHead
@@ -286,6 +303,7 @@ KINDS: Final[dict[str, type[Any]]] = {
     "User": User,
     "RoleBinding": RoleBinding,
     "Secret": Secret,
+    "Volume": VolumeRecord,
     "Event": EventView,
     "AccessKey": AccessKeyRecord,
     "Audit": AuditRecord,
@@ -335,6 +353,8 @@ def key_of(record: Record) -> str:
             return tenant_key(record.meta.tenant, record.meta.name)
         case Secret():
             return tenant_key(record.meta.tenant, record.meta.name)
+        case VolumeRecord():
+            return tenant_key(record.volume.meta.tenant, record.volume.meta.name)
         case AccessKeyRecord():
             return record.id
         case AuditRecord() | AuditMark() | Checkpoint():

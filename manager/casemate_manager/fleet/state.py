@@ -15,7 +15,7 @@ from typing import Any
 
 from casemate_core.audit import Link
 from casemate_core.checkpoint import Checkpoint
-from casemate_core.claims import HostClaims
+from casemate_core.claims import HostClaims, volume_claim, volume_owner
 from casemate_core.errors import InternalError
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
@@ -23,6 +23,7 @@ from casemate_core.spec.fleet import Image, Network, Policy
 from casemate_core.spec.meta import Meta
 from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import EventView
+from casemate_core.spec.volume import names
 from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import (
@@ -43,6 +44,7 @@ from casemate_manager.fleet.records import (
     RequestRecord,
     RevisionRecord,
     TokenRecord,
+    VolumeRecord,
     key_of,
     tenant_key,
 )
@@ -80,6 +82,7 @@ class State:
     operations: dict[str, OperationRecord] = field(default_factory=dict)
     events: dict[str, EventView] = field(default_factory=dict)
     secrets: dict[str, Secret] = field(default_factory=dict)
+    volumes: dict[str, VolumeRecord] = field(default_factory=dict)
     access_keys: dict[str, AccessKeyRecord] = field(default_factory=dict)
     #: Head of the audit chain (its records are in the store alone), its marks by sequence, and where what is kept begins.
     audit: Link = field(default_factory=Link)
@@ -93,6 +96,11 @@ class State:
     #: Tenant -> keys of its environments.
     tenant_environments: dict[str, dict[str, None]] = field(default_factory=dict)
     environment_keys: dict[str, str] = field(default_factory=dict)
+    tenant_volumes: dict[str, dict[str, None]] = field(default_factory=dict)
+    host_volumes: dict[str, dict[str, None]] = field(default_factory=dict)
+    #: Key of a volume -> keys of the environments whose specs name it, and uids of the instances that use it.
+    volume_askers: dict[str, dict[str, None]] = field(default_factory=dict)
+    volume_users: dict[str, dict[str, None]] = field(default_factory=dict)
     environment_instances: dict[str, dict[int, str]] = field(default_factory=dict)
     instance_names: dict[str, str] = field(default_factory=dict)
     instance_placements: dict[str, dict[str, PlacementRecord]] = field(default_factory=dict)
@@ -201,6 +209,7 @@ class State:
             isolated=restart.isolated,
             update_strategy=now.update_strategy,
             devices=restart.devices,
+            volumes=restart.volumes,
         )
 
     def _spec_at(self, record: EnvironmentRecord, generation: int, current: int) -> EnvironmentSpec:
@@ -222,6 +231,7 @@ class State:
         key = key_of(record)
         match record:
             case EnvironmentRecord():
+                self._ask_for_volumes(key, record)
                 self.environments[key] = record
                 self.tenant_environments.setdefault(record.environment.meta.tenant, {})[key] = None
                 self.environment_keys[record.environment.meta.uid] = key
@@ -265,6 +275,8 @@ class State:
                     self.bindings_of.setdefault(subject, {})[key] = record
             case Secret():
                 self.secrets[key] = record
+            case VolumeRecord():
+                self._put_volume(key, record)
             case AccessKeyRecord():
                 self.access_keys[key] = record
             case AuditHead():
@@ -286,11 +298,47 @@ class State:
             if not self.bindings_of[subject]:
                 del self.bindings_of[subject]
 
+    def _ask_for_volumes(self, key: str, record: EnvironmentRecord | None) -> None:
+        """Bring the index of who names a volume in line with what an environment's spec is now; None: it is gone."""
+        known = self.environments.get(key)
+        old, new = known.environment if known else None, record.environment if record else None
+        for one, asks in ((old, False), (new, True)):
+            if one is not None:
+                for _, name in names(one.spec.volumes, one.spec.replicas):
+                    _mark(self.volume_askers, tenant_key(one.meta.tenant, name), key, asks)
+
+    def _use_volumes(self, record: InstanceRecord, used: bool) -> None:
+        for use in record.volumes:
+            _mark(self.volume_users, tenant_key(record.meta.tenant, use.volume), record.meta.uid, used)
+
+    def _put_volume(self, key: str, record: VolumeRecord | None) -> None:
+        """Write a volume, or forget it, and hold its room on its host, where that has changed."""
+        old = self.volumes.pop(key, None)
+        if record is not None:
+            self.volumes[key] = record
+        now, was = _room(record), _room(old)
+        if was is not None:
+            _mark(self.tenant_volumes, was[0], key, False)
+        if now is not None:
+            _mark(self.tenant_volumes, now[0], key, True)
+        if now == was:
+            return
+        if was is not None and was[1]:
+            _mark(self.host_volumes, was[1], key, False)
+            self.claims[was[1]] = self.claims[was[1]].remove(volume_owner(was[2]))
+        if now is not None and now[1]:
+            _mark(self.host_volumes, now[1], key, True)
+            claims = self.claims.get(now[1], HostClaims.empty())
+            # It carries the epoch that the host's claims have: no term of a manager ends it.
+            self.claims[now[1]] = claims.add(volume_claim(now[2], now[3], claims.epoch))
+
     def _put_instance(self, record: InstanceRecord) -> None:
         uid = record.meta.uid
         old = self.instances.get(uid)
         if old is not None:
             self._free_addresses(old)
+            self._use_volumes(old, False)
+        self._use_volumes(record, True)
         if old is None or old.nics != record.nics:
             self.row_revisions[record.environment_uid] = self.revision
         self.instances[uid] = record
@@ -348,7 +396,10 @@ class State:
             self.claims[record.host] = self.claims[record.host].remove(record.claim.owner)
             if uid in self.instances:
                 self._wake(self.instances[uid])
+        elif kind == "Volume":
+            self._put_volume(key, None)
         elif kind == "Environment":
+            self._ask_for_volumes(key, None)
             environment = self.environments.pop(key).environment
             del self.environment_keys[environment.meta.uid]
             del self.tenant_environments[environment.meta.tenant][key]
@@ -372,6 +423,7 @@ class State:
     def _drop_instance(self, uid: str) -> None:
         record = self.instances.pop(uid)
         self._free_addresses(record)
+        self._use_volumes(record, False)
         self.row_revisions[record.environment_uid] = self.revision
         row = self.environment_instances.get(record.environment_uid, {})
         if row.get(record.ordinal) == uid:
@@ -425,7 +477,7 @@ class State:
 
     def check(self) -> list[str]:
         """Every broken invariant, in words; empty where all hold."""
-        return [*self._check_instances(), *self._check_placements()]
+        return [*self._check_instances(), *self._check_placements(), *self._check_volumes()]
 
     def _check_instances(self) -> Iterator[str]:
         addresses: dict[tuple[str, str], str] = {}
@@ -460,6 +512,22 @@ class State:
         if given != len(addresses):
             yield f"{given} addresses are indexed and {len(addresses)} given"
 
+    def _check_volumes(self) -> Iterator[str]:
+        for key, record in self.volumes.items():
+            if record.host and record.host not in self.hosts:
+                yield f"volume {key} is on {record.host}, which is gone"
+            if len(users := self.volume_users.get(key, {})) > 1:
+                yield f"volume {key} has {len(users)} users"
+        for uid, instance in self.instances.items():
+            for use in instance.volumes:
+                volume = self.volumes.get(tenant_key(instance.meta.tenant, use.volume))
+                if volume is None:
+                    yield f"instance {uid} uses volume {use.volume}, which is gone"
+                    continue
+                for placement in self.instance_placements.get(uid, {}).values():
+                    if placement.host != volume.host:
+                        yield f"instance {uid} is on {placement.host}, and its volume {use.volume} on {volume.host or 'no host'}"
+
     def _check_placements(self) -> Iterator[str]:
         active: dict[str, str] = {}
         for key, record in self.placements.items():
@@ -486,6 +554,24 @@ class State:
         waiting = {uid for uid in self.instances if uid not in self.instance_placements}
         if waiting != set(self.pending):
             yield "the index of waiting instances is wrong"
+
+
+def _mark(index: dict[str, dict[str, None]], key: str, member: str, there: bool) -> None:
+    """Put a member under a key of an index, or take it out."""
+    if there:
+        index.setdefault(key, {})[member] = None
+    elif (members := index.get(key)) is not None:
+        members.pop(member, None)
+        if not members:
+            del index[key]
+
+
+def _room(record: VolumeRecord | None) -> tuple[str, str, str, int] | None:
+    """Of a volume: tenant, host, uid and size, which are what the indexes are made from."""
+    if record is None:
+        return None
+    meta = record.volume.meta
+    return meta.tenant, record.host, meta.uid, record.volume.spec.size_mib
 
 
 def _load_order(record: Record) -> tuple[int, float, str]:

@@ -28,7 +28,7 @@ from casemate_manager.scheduler.bins import Bins
 from casemate_manager.scheduler.constraints import Constraints, Instance
 from casemate_manager.scheduler.mix import Mix, Shape
 from casemate_manager.scheduler.pack import PackScore
-from casemate_manager.scheduler.refused import count_reasons
+from casemate_manager.scheduler.refused import count_reasons, volume_hosts
 from casemate_manager.scheduler.request import (
     BALANCE,
     DEFAULT_POLICY,
@@ -211,6 +211,8 @@ class Scheduler:
         """(rows (N,) that everything but amounts allows, liking (N,) in units of one preference; None where all are alike)."""
         allowed, dislike = self.constraints.hosts(request.node_selector, request.tolerations)
         bonus = None if dislike is None else -dislike
+        if (beside := volume_hosts(self.columns, request.request)) is not None:
+            allowed = allowed & beside
         if policy.allowed is not None:
             allowed = allowed & policy.allowed
         if policy.weights is not None:

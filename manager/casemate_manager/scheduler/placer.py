@@ -16,12 +16,21 @@ from typing import Any, Self
 import numpy as np
 
 from casemate_core.claims import HostClaims
-from casemate_core.fit import Fit, Request, fit
+from casemate_core.fit import Fit, Request, VolumeRequest, fit
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Policy
 from casemate_manager.columns import HostView
 from casemate_manager.fleet.observed import HostSeen, Observed
-from casemate_manager.fleet.placing import Overlay, Placed, Stamp, Unplaced, closed_because, request_of, says_not_ready
+from casemate_manager.fleet.placing import (
+    Overlay,
+    Placed,
+    Stamp,
+    Unplaced,
+    closed_because,
+    request_of,
+    says_not_ready,
+    stamp_for,
+)
 from casemate_manager.fleet.state import State
 from casemate_manager.policy.book import PolicyBook
 from casemate_manager.policy.expressions import Language
@@ -52,7 +61,8 @@ class FleetPlacer:
     def place(self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp) -> Placed | Unplaced:
         """See ``Placer``."""
         self.sync(fleet)
-        request = placement_request(environment, spec, stamp.owner, self.request_for(environment, spec))
+        asked = _with_volumes(self.request_for(environment, spec), stamp.volumes)
+        request = placement_request(environment, spec, stamp.owner, asked)
         policy = self.policy_for(environment, spec)
         found = self.scheduler.place(request, policy, epoch=stamp.epoch, generation=stamp.generation)
         if isinstance(found, Decision):
@@ -69,7 +79,7 @@ class FleetPlacer:
         found = fit(
             fleet.state.inventories[host].topology,
             fleet.claims(host),
-            self.request_for(environment, spec),
+            _with_volumes(self.request_for(environment, spec), stamp.volumes),
             owner=stamp.owner,
             epoch=stamp.epoch,
             generation=stamp.generation,
@@ -94,8 +104,8 @@ class FleetPlacer:
     ) -> Explanation:
         """Why an instance has no place on the columns as ``sync`` left them, and what would give it one.
 
-        Of ``state`` only records of instances are read, to know what may be moved. ``gang``: uids of the instances that wait
-        with it, where its environment is placed whole or not at all. Raises UnknownHost.
+        Of ``state`` records of instances are read, to know what may be moved, and of volumes. ``gang``: uids of the
+        instances that wait with it, where its environment is placed whole or not at all. Raises UnknownHost.
         """
 
         def movable(other: str) -> tuple[PlacementRequest, str] | None:
@@ -103,22 +113,34 @@ class FleetPlacer:
             if instance is None or state.is_ending(instance):
                 return None
             owner, its = state.environment_of(instance).environment, state.spec_of(instance)
-            request = placement_request(owner, its, other, self.request_for(owner, its))
+            asked = _with_volumes(self.request_for(owner, its), stamp_for(state, instance).volumes)
+            request = placement_request(owner, its, other, asked)
             return request, f"{instance.meta.tenant}/{instance.meta.name}"
 
-        request = placement_request(environment, spec, uid, self.request_for(environment, spec))
+        def asking(other: str) -> PlacementRequest:
+            instance = state.instances.get(other)
+            volumes = stamp_for(state, instance).volumes if instance is not None else ()
+            asked = _with_volumes(self.request_for(environment, spec), volumes)
+            return placement_request(environment, spec, other, asked)
+
+        request = asking(uid)
         policy = self.policy_for(environment, spec)
         if spec.gang and not host:
             # By uid as the fleet places them: in the order of their ordinals.
-            mates = [replace(request, uid=other) for other in gang or (uid,)]
+            mates = [asking(other) for other in gang or (uid,)]
             return explain_gang(self.scheduler, mates, policy, epoch=state.epoch)
         return explain(self.scheduler, request, policy, host=host, movable=movable)
 
-    def explain_elsewhere(self, environment: Environment, spec: EnvironmentSpec, uid: str, host: str) -> Explanation:
+    def explain_elsewhere(
+        self, state: State, environment: Environment, spec: EnvironmentSpec, uid: str, host: str
+    ) -> Explanation:
         """What keeps an instance that is on ``host`` from the other hosts, on the columns as ``sync`` left them."""
         if host not in self.scheduler.columns:
             return Explanation(None, 0)
-        request = placement_request(environment, spec, uid, self.request_for(environment, spec))
+        instance = state.instances.get(uid)
+        volumes = stamp_for(state, instance).volumes if instance is not None else ()
+        asked = _with_volumes(self.request_for(environment, spec), volumes)
+        request = placement_request(environment, spec, uid, asked)
         return elsewhere(self.scheduler, request, self.policy_for(environment, spec), host)
 
     def request_for(self, environment: Environment, spec: EnvironmentSpec) -> Request:
@@ -252,6 +274,10 @@ class FleetPlacer:
         if unknown > 0:
             reasons.append(("HostJoining", unknown, "host has not told what it is made of"))
         return Unplaced(len(fleet.state.hosts), tuple(reasons))
+
+
+def _with_volumes(request: Request, volumes: tuple[VolumeRequest, ...]) -> Request:
+    return replace(request, volumes=volumes) if volumes else request
 
 
 NO_KVM = "the request for KVM, which they do not have"

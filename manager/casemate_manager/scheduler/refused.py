@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from casemate_core.fit import Request
 from casemate_manager.columns import FleetColumns
 from casemate_manager.scheduler.mix import Shape
 from casemate_manager.scheduler.request import PlacementPolicy, PlacementRequest, Unplaceable
@@ -21,6 +22,7 @@ CLOSED = "are not open to new instances"
 SELECTOR = "lack a label of the node selector"
 TAINT = "have a taint that is not tolerated"
 POLICY = "are denied by policy"
+VOLUME = "do not have the data of a volume that it uses"
 NEIGHBOUR = "are excluded by affinity"
 ENOUGH = "have enough as well"
 TOGETHER = "have the amounts but not in a place where they fit together"
@@ -65,6 +67,17 @@ def first_short(columns: FleetColumns, shape: Shape) -> tuple[NDArray[np.int64],
         if need:
             count(bins.free[d] < need, dimension_words(columns.dimensions[d]))
     return short, words
+
+
+def volume_hosts(columns: FleetColumns, request: Request) -> NDArray[np.bool_] | None:
+    """Rows (N,) that have all the data of the request's volumes: one, or none where they are apart. None: none has any yet."""
+    hosts = {volume.host for volume in request.volumes if volume.host}
+    if not hosts:
+        return None
+    here = np.zeros(len(columns.available), dtype=np.bool_)
+    if len(hosts) == 1 and (host := next(iter(hosts))) in columns:
+        here[columns.row(host).number] = True
+    return here
 
 
 def count_reasons(
@@ -113,6 +126,8 @@ def count_reasons(
             for number, text in enumerate(policy.reasons):
                 take(~policy.allowed & (policy.denied == number), f"are denied by {text}")
         take(~policy.allowed, POLICY)
+    if (beside_data := volume_hosts(columns, request.request)) is not None:
+        take(~beside_data, VOLUME)
     take(~allowed, NEIGHBOUR)
     if shapes.missing:
         take(rest.copy(), f"have no {shapes.missing}")

@@ -62,7 +62,7 @@ def shapes_of(request: Request, overcommit: Overcommit, columns: FleetColumns) -
             need[at] = -(-memory.reserved_mib * 1024 // memory.page_kib)
     else:
         need[MEMORY] += overcommit.memory_charge(memory.reserved_mib)
-    need[DISK] = request.disk_mib
+    need[DISK] = request.room_mib
     for nic in request.nics:
         at = columns.dimension(f"vf:{nic.network}")
         if at is not None:

@@ -9,6 +9,8 @@ from casemate_core.claims.model import (
     PlainMemory,
     SharedCpu,
     VfClaim,
+    volume_claim,
+    volume_owner,
 )
 from casemate_core.claims.rules import ClaimRule, ClaimViolation, check, verify_claim
 
@@ -28,4 +30,6 @@ __all__ = [
     "VfClaim",
     "check",
     "verify_claim",
+    "volume_claim",
+    "volume_owner",
 ]

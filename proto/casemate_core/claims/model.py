@@ -82,7 +82,8 @@ class Claim:
     """Everything that one placement takes from its host."""
 
     owner: str
-    """Who: the uid of the placement's instance, or ``foreign:<uuid>`` for a VM that is not ours. Unique on the host."""
+    """Who: the uid of the placement's instance, ``foreign:<uuid>`` for a VM that is not ours,
+    or ``volume:<uid>``. Unique on the host."""
     epoch: int = 0
     """Of the manager that decided it."""
     generation: int = 0
@@ -207,6 +208,16 @@ class Claim:
         claim = cls(**{name: from_plain(kind, data[name], path=name) for name, kind in _KINDS.items() if name in data})
         _refuse_huge(claim)
         return claim
+
+
+def volume_owner(uid: str) -> str:
+    """Who holds the room of a volume on its host: the volume itself, whether or not an instance uses it."""
+    return f"volume:{uid}"
+
+
+def volume_claim(uid: str, size_mib: int, epoch: int) -> Claim:
+    """What a volume takes of its host."""
+    return Claim(owner=volume_owner(uid), epoch=epoch, disk_mib=size_mib)
 
 
 _KINDS: dict[str, Any] = {

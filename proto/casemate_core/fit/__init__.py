@@ -20,6 +20,7 @@ from casemate_core.fit.request import (
     Overcommit,
     Request,
     ThreadPolicy,
+    VolumeRequest,
 )
 from casemate_core.fit.solve import NO_OVERCOMMIT, Fit, Key, Refusal, fit, fits
 
@@ -43,6 +44,7 @@ __all__ = [
     "Refusal",
     "Request",
     "ThreadPolicy",
+    "VolumeRequest",
     "fit",
     "fits",
 ]

@@ -7,10 +7,12 @@ Order of the reasons: what the host lacks altogether, then what is short on it a
 each part alone would fit, that is said (``NothingTogether``): a refusal always has a reason.
 """
 
+from casemate_core.claims import HostClaims
+from casemate_core.claims.model import volume_owner
 from casemate_core.fit.cells import choose_cpu, must_be_one_cell, spread_room
 from casemate_core.fit.cores import Mode, capacity
 from casemate_core.fit.functions import FreeFunctions
-from casemate_core.fit.request import CellPolicy, GpuLink, GpuRequest, Near, Request
+from casemate_core.fit.request import CellPolicy, GpuLink, GpuRequest, Near, Request, VolumeRequest
 from casemate_core.fit.view import Need, View
 from casemate_core.reasons import (
     CapabilityMissing,
@@ -39,17 +41,27 @@ from casemate_core.reasons import (
     SharedCpuShort,
     ThreadsShort,
     VfsShort,
+    VolumeElsewhere,
 )
 from casemate_core.topology import CellIndex
+
+
+def volumes_elsewhere(claims: HostClaims, request: Request) -> tuple[VolumeRequest, ...]:
+    """Volumes of the request whose data is on another host: a host holds the room of each that it has."""
+    if not request.volumes:
+        return ()
+    return tuple(v for v in request.volumes if v.host and volume_owner(v.uid) not in claims)
 
 
 def refuse(view: View, request: Request, need: Need) -> tuple[Reason, ...]:
     """The reasons; never empty."""
     free = FreeFunctions(view, request)
     found = _absent(view, request, need)
+    # First of all: of where its data is nothing on this host can make up for.
+    found[:0] = [VolumeElsewhere(volume.name, volume.host) for volume in volumes_elsewhere(view.claims, request)]
     disk_free = view.topology.disk_mib - view.usage.disk_mib
-    if request.disk_mib > disk_free:
-        found.append(DiskShort(request.disk_mib, disk_free))
+    if request.room_mib > disk_free:
+        found.append(DiskShort(request.room_mib, disk_free))
     found += _functions(view, request, free)
     policy = CellPolicy.ONE if must_be_one_cell(request) else request.memory.cells
     if policy is CellPolicy.SPREAD:

@@ -179,7 +179,8 @@ def _relaxed(remedy: Remedy, request: Request) -> Request | None:
         case NoGrowth():
             return replace(request, cpu=replace(cpu, max=0), memory=replace(memory, max_mib=0))
         case LessDisk(size_mib):
-            return replace(request, disk_mib=size_mib) if 0 <= size_mib < request.disk_mib else None
+            own_mib = size_mib - (request.room_mib - request.disk_mib)
+            return replace(request, disk_mib=own_mib) if 0 <= own_mib < request.disk_mib else None
         case _:
             return _relaxed_functions(remedy, request)
 

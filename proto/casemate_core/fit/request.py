@@ -199,6 +199,16 @@ class DeviceRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeRequest:
+    """A volume that the instance uses. ``host``: where its data is; empty while it is nowhere, and then it needs room."""
+
+    uid: str
+    name: str
+    size_mib: int
+    host: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """Everything that one instance asks of one host."""
 
@@ -208,11 +218,19 @@ class Request:
     gpus: tuple[GpuRequest, ...] = ()
     nics: tuple[NicRequest, ...] = ()
     devices: tuple[DeviceRequest, ...] = ()
+    volumes: tuple[VolumeRequest, ...] = ()
 
     def __post_init__(self) -> None:
         _must(self.disk_mib >= 0, "disk_mib", "is not negative")
         near = any(nic.near is not Near.ANY for nic in self.nics)
         _must(not near or bool(self.gpus), "nics.near", "asks for a NIC near a GPU, and no GPU is asked for")
+
+    @property
+    def room_mib(self) -> int:
+        """Disk to find room for: its own, and that of volumes that are nowhere yet."""
+        if not self.volumes:
+            return self.disk_mib
+        return self.disk_mib + sum(v.size_mib for v in self.volumes if not v.host)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.fit.cells import Layout, layouts
 from casemate_core.fit.cores import take
 from casemate_core.fit.functions import NOTHING, FreeFunctions, Functions
-from casemate_core.fit.refuse import refuse
+from casemate_core.fit.refuse import refuse, volumes_elsewhere
 from casemate_core.fit.request import Overcommit, Request
 from casemate_core.fit.view import Need, View
 from casemate_core.reasons import Reason
@@ -74,7 +74,7 @@ def fit(
     need = Need.of(request, overcommit)
     best: tuple[Key, Layout, Functions] | None = None
     free: FreeFunctions | None = None
-    if claims.usage.disk_mib + request.disk_mib <= topology.disk_mib:
+    if claims.usage.disk_mib + request.room_mib <= topology.disk_mib and not volumes_elsewhere(claims, request):
         functions: Functions | None = NOTHING
         if request.gpus or request.nics or request.devices:
             free = FreeFunctions(view, request)
@@ -109,7 +109,7 @@ def fits(
     """
     view = View(topology, claims, request)
     need = Need.of(request, overcommit)
-    if claims.usage.disk_mib + request.disk_mib > topology.disk_mib or limit < 1:
+    if claims.usage.disk_mib + request.room_mib > topology.disk_mib or limit < 1 or volumes_elsewhere(claims, request):
         return []
     free = FreeFunctions(view, request)
     ways: list[tuple[Key, int, Layout, Functions]] = []

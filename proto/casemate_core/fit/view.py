@@ -78,10 +78,11 @@ class Need:
 class View:
     """Free resources of one host. Masks of threads, amounts by cell position."""
 
-    __slots__ = ("floor", "free", "gpus_held", "index", "kind", "pool_left", "topology", "usage")
+    __slots__ = ("claims", "floor", "free", "gpus_held", "index", "kind", "pool_left", "topology", "usage")
 
     topology: Topology
     index: TopologyIndex
+    claims: HostClaims
     usage: Usage
     free: int
     """Threads that nobody owns."""
@@ -98,6 +99,7 @@ class View:
         index = topology.index
         self.topology = topology
         self.index = index
+        self.claims = claims
         self.usage = claims.usage
         self.free = index.online & ~claims.usage.owned
         self.kind = -1 if request.cpu.cores is CoreChoice.ANY else index.kinds[_CORE_KINDS[request.cpu.cores]]

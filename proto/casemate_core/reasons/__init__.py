@@ -22,6 +22,7 @@ from casemate_core.reasons.cells import (
     PagesShort,
     SharedCpuShort,
     ThreadsShort,
+    VolumeElsewhere,
 )
 from casemate_core.reasons.functions import (
     CapabilityMissing,
@@ -75,6 +76,7 @@ Reason = (
     | NoPagePool
     | CellsShort
     | DiskShort
+    | VolumeElsewhere
     | GpusShort
     | GpuModelAbsent
     | GpuLinkShort
@@ -138,4 +140,5 @@ __all__ = [
     "SmallerShare",
     "ThreadsShort",
     "VfsShort",
+    "VolumeElsewhere",
 ]

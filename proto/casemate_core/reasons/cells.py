@@ -228,6 +228,22 @@ class CellsShort:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeElsewhere:
+    """The data of a volume is on another host."""
+
+    volume: str
+    host: str
+
+    @property
+    def sentence(self) -> str:
+        return f"volume {self.volume} is on host {self.host}, and its instance runs there alone"
+
+    @property
+    def remedies(self) -> tuple[Remedy, ...]:
+        return (OtherHost(),)
+
+
+@dataclass(frozen=True, slots=True)
 class DiskShort:
     """Too little disk. In MiB."""
 

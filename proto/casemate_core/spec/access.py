@@ -17,7 +17,9 @@ MAX_QUOTAS: Final = 64
 MAX_USERS: Final = 1000
 MAX_SUBJECT: Final = 256
 #: Plain names of quotas; those of GPUs by model are ``gpus/<model>``.
-QUOTAS: Final = ("cpus", "memory", "gpus", "vfs", "environments", "priority")
+QUOTAS: Final = ("cpus", "memory", "gpus", "vfs", "environments", "volumes", "storage", "priority")
+#: Those that are sizes.
+SIZES: Final = ("memory", "storage")
 #: Stands before the name of a group of an identity provider, where a user is named.
 GROUP: Final = "group:"
 ROLES: Final = ("viewer", "console", "operator", "tenant-admin", "platform-admin")
@@ -26,7 +28,7 @@ _COUNT = re.compile(r"-?[0-9]{1,9}\Z", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant as it is stored. ``quotas`` in the units of their names: ``cpus`` in thousandths, ``memory`` in MiB, counts."""
+    """A tenant as it is stored. ``quotas`` in the units of their names: ``cpus`` in thousandths, sizes in MiB, counts."""
 
     meta: Meta
     quotas: Mapping[str, int] = field(default_factory=dict)
@@ -97,7 +99,7 @@ def parse_quota(name: str, text: str) -> int:
     """A quota in the unit of its name. Raises BadQuantity."""
     if name == "cpus":
         return parse_millicpus(text)
-    if name == "memory":
+    if name in SIZES:
         return parse_mib(text)
     if not _COUNT.match(text) or (name != "priority" and text.startswith("-")):
         raise BadQuantity("is not a whole number", "write a number such as 10")

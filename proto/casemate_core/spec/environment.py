@@ -13,6 +13,7 @@ from casemate_core.quantity import format_mib, format_seconds
 from casemate_core.spec.meta import Meta, check_labels, check_meta, check_name
 from casemate_core.spec.pod import check_pods
 from casemate_core.spec.podresources import check_against_vm
+from casemate_core.spec.volume import VolumeMount, check_claims, check_mounts
 
 MAX_REPLICAS = 1000
 MAX_CPUS = 512
@@ -171,6 +172,7 @@ class EnvironmentSpec:
     #: No network interface at all; ``nics`` is empty then, and only then.
     isolated: bool = False
     gpus: tuple[GpuSpec, ...] = ()
+    volumes: tuple[VolumeMount, ...] = ()
 
     @property
     def gpu_count(self) -> int:
@@ -217,12 +219,14 @@ def check_environment(env: Environment) -> Iterator[Violation]:
     for i, archive in enumerate(spec.archives):
         yield from check_name(f"spec.archives[{i}]", archive)
     yield from _check_gpus(spec.gpus)
+    yield from check_mounts(spec.volumes, spec.replicas)
     unsound = list(check_pods("spec.pods", spec.pods))
     yield from unsound
     if not unsound:
         yield from check_against_vm(
             "spec.pods", spec.pods, gpus=spec.gpu_count, cpus=spec.cpu.count, memory_mib=spec.memory.size_mib
         )
+        yield from check_claims(spec.pods, spec.volumes)
     yield from _at_most("spec.sshKeys", len(spec.ssh_keys), MAX_SSH_KEYS)
     for i, key in enumerate(spec.ssh_keys):
         if not _SSH_KEY.match(key):

@@ -15,6 +15,7 @@ from casemate_core.claims import Claim
 from casemate_core.spec.operation import Order, OrderState
 from casemate_core.spec.realtime import Certificate, ProfileLine
 from casemate_core.spec.secret import SecretText
+from casemate_core.spec.volume import serial_of
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z", re.ASCII)
 
@@ -126,6 +127,26 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeRef:
+    """A volume of this host that an instance uses, with its recorded format; ``name`` is what the guest mounts it under.
+
+    ``made``: the host has said that its data is there. From then on it is never made anew: where it is missing, it is lost.
+    """
+
+    uid: str
+    name: str
+    size_mib: int
+    format: str = "raw"
+    read_only: bool = False
+    made: bool = False
+
+    @property
+    def serial(self) -> str:
+        """What the guest finds its disk by."""
+        return serial_of(self.uid)
+
+
+@dataclass(frozen=True, slots=True)
 class Peer:
     """Another instance of the same environment."""
 
@@ -170,6 +191,7 @@ class DesiredInstance:
     stop_grace_s: float | None = None
     #: Texts of secrets that its pods name, by `casemate_core.spec.secret.place_of`; no part of what a domain is made from.
     secrets: Mapping[str, SecretText] = field(default_factory=dict)
+    volumes: tuple[VolumeRef, ...] = ()
     #: What this state of it follows from (casemate_core.cause); its events carry it until it is as asked.
     cause: str = ""
 

@@ -91,6 +91,7 @@ FIELDS: Mapping[str, str] = {
     "spec.volumes[].name": "string",
     "spec.volumes[].emptyDir.medium": "|Memory|HugePages|HugePages-2Mi|HugePages-1Gi",
     "spec.volumes[].emptyDir.sizeLimit": "bytes",
+    "spec.volumes[].persistentVolumeClaim.claimName": "name",
     "spec.volumes[].hostPath.path": "string",
     "spec.volumes[].hostPath.type": "|DirectoryOrCreate|Directory|FileOrCreate|File|Socket|CharDevice|BlockDevice",
     "spec.volumes[].secret.secretName": "name",

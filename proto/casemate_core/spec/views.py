@@ -78,6 +78,21 @@ class NetworkStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumeStatus:
+    """Where a volume is, and who uses it. Amounts of None: not known."""
+
+    phase: str
+    host: str = ""
+    environment: str = ""
+    instance: str = ""
+    allocated_mib: int | None = None
+    capacity_mib: int | None = None
+    format: str = ""
+    device: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TenantStatus:
     """What a tenant has asked for, by the names and in the units of its quotas."""
 
@@ -101,6 +116,7 @@ class InstanceView:
     conditions: tuple[Condition, ...] = ()
     state: InstanceState | None = None
     heard_s: float = 0.0
+    volumes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

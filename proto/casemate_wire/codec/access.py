@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from casemate_core.errors import InvalidSpec, Violation, shown
 from casemate_core.quantity import BadQuantity, format_mib, format_millicpus
-from casemate_core.spec.access import BadScope, RoleBinding, Tenant, User, parse_quota, parse_scope
+from casemate_core.spec.access import SIZES, BadScope, RoleBinding, Tenant, User, parse_quota, parse_scope
 from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import TenantStatus
 from casemate_wire.codec.basics import meta_from_message, meta_to_message
@@ -46,7 +46,7 @@ def quota_text(name: str, amount: int) -> str:
     """An amount as it is written under this name."""
     if name == "cpus":
         return format_millicpus(amount)
-    return format_mib(amount) if name == "memory" else str(amount)
+    return format_mib(amount) if name in SIZES else str(amount)
 
 
 def user_from_message(message: pb.User) -> User:

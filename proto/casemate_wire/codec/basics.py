@@ -1,16 +1,25 @@
 """Shared pieces of the codec: times, metadata, references, free JSON."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from casemate_core.errors import InvalidSpec, Violation, shown
+from casemate_core.errors import CallerError, InvalidSpec, Violation, shown
 from casemate_core.spec.meta import DEFAULT_TENANT, TENANT_KINDS, Meta
 from casemate_core.spec.views import Condition, ObjectRef
 from casemate_wire.manifest import struct_to_plain
 from casemate_wire.v1 import meta_pb2
+
+UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z", re.ASCII)
+
+
+class BadMessage(CallerError):
+    """A message of the other end does not have its shape."""
+
+    reason = "BadMessage"
 
 
 def timestamp(seconds: float) -> Timestamp | None:

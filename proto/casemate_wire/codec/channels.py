@@ -16,8 +16,7 @@ from casemate_wire.channel import (
     Stdin,
     Ticket,
 )
-from casemate_wire.codec.basics import seconds, timestamp
-from casemate_wire.codec.hosts import BadMessage
+from casemate_wire.codec.basics import BadMessage, seconds, timestamp
 from casemate_wire.v1 import hosts_pb2 as pb
 
 

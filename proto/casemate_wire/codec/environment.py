@@ -26,6 +26,7 @@ from casemate_core.spec.environment import (
 )
 from casemate_core.spec.views import EnvironmentStatus
 from casemate_wire.codec.basics import condition_to_message, meta_from_message, meta_to_message, plain, struct
+from casemate_wire.codec.volume import mounts_from_message, mounts_to_message
 from casemate_wire.v1 import environment_pb2 as pb
 
 
@@ -52,6 +53,7 @@ def from_message(message: pb.Environment) -> Environment:
             isolated=spec.isolated,
             devices=tuple(DeviceSpec(dict(d.labels), d.count or 1, d.near) for d in spec.devices),
             gpus=tuple(map(_gpu_from_message, spec.gpus)),
+            volumes=mounts_from_message(spec.volumes),
             image=spec.image,
             archives=tuple(spec.archives),
             disk_mib=parse_mib(spec.disk.size) if spec.disk.size else 0,
@@ -154,6 +156,7 @@ def to_message(env: Environment, status: EnvironmentStatus | None = None) -> pb.
             nics=[_nic_to_message(n) for n in spec.nics],
             devices=[pb.DeviceRequest(labels=d.labels, count=d.count, near=d.near) for d in spec.devices],
             gpus=[_gpu_to_message(g) for g in spec.gpus],
+            volumes=mounts_to_message(spec.volumes),
             image=spec.image,
             archives=spec.archives,
             pods=[struct(p) for p in spec.pods],

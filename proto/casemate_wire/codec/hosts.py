@@ -11,7 +11,7 @@ from typing import TypeVar, assert_never
 
 from casemate_core.checkpoint import Checkpoint, is_formed
 from casemate_core.claims import Claim
-from casemate_core.errors import CallerError, CasemateError, shown
+from casemate_core.errors import CasemateError, shown
 from casemate_core.spec.environment import MAX_RATE_MBPS, MAX_VLAN
 from casemate_core.spec.instance import (
     DIGEST,
@@ -34,7 +34,8 @@ from casemate_core.spec.secret import SecretText
 from casemate_core.spec.views import Condition
 from casemate_core.topology import Topology
 from casemate_wire import stream
-from casemate_wire.codec.basics import plain, seconds, struct, timestamp
+from casemate_wire.codec import volume
+from casemate_wire.codec.basics import UID, BadMessage, plain, seconds, struct, timestamp
 from casemate_wire.codec.checkpoints import checkpoint_from_message, checkpoint_to_message
 from casemate_wire.codec.realtime import (
     certificate_from_message,
@@ -45,15 +46,8 @@ from casemate_wire.codec.realtime import (
 from casemate_wire.v1 import hosts_pb2 as pb
 
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z", re.ASCII)
-UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z", re.ASCII)
 M = TypeVar("M")
 V = TypeVar("V")
-
-
-class BadMessage(CallerError):
-    """A message of the other end does not have its shape."""
-
-    reason = "BadMessage"
 
 
 def _text(value: str, limit: int = 1024) -> str:
@@ -164,6 +158,7 @@ def _desired_to_message(value: stream.Desired) -> pb.Desired:
             for n in value.networks
         ],
         networks_removed=value.networks_removed,
+        volumes_removed=value.volumes_removed,
         more=value.more,
     )
 
@@ -182,6 +177,7 @@ def _desired_from_message(message: pb.Desired) -> stream.Desired:
             for n in message.networks
         ),
         networks_removed=tuple(_text(n, 63) for n in message.networks_removed),
+        volumes_removed=tuple(_uid(u) for u in message.volumes_removed),
         more=message.more,
     )
 
@@ -249,6 +245,7 @@ def instance_to_message(value: DesiredInstance) -> pb.DesiredInstance:
         on_crash=value.on_crash,
         crash_limit=value.crash_limit,
         stop_grace_s=value.stop_grace_s,
+        volumes=volume.refs_to_message(value.volumes),
     )
 
 
@@ -283,6 +280,7 @@ def instance_from_message(m: pb.DesiredInstance) -> DesiredInstance:
         on_crash=_crash_word(m.on_crash),
         crash_limit=_count(m.crash_limit),
         stop_grace_s=m.stop_grace_s if m.HasField("stop_grace_s") else None,
+        volumes=volume.refs_from_message(m.volumes),
     )
 
 
@@ -552,6 +550,8 @@ def _report_to_message(report: stream.HostReport) -> pb.HostFacts:
         ],
         disk_free_mib=report.disk_free_mib,
         profile=[line_to_message(line) for line in report.profile],
+        volumes=volume.facts_to_message(report.volumes),
+        volumes_known=report.volumes is not None,
     )
 
 
@@ -577,6 +577,7 @@ def _report_from_message(message: pb.HostFacts) -> stream.HostReport:
         ),
         disk_free_mib=message.disk_free_mib,
         profile=lines_from_messages(message.profile),
+        volumes=volume.facts_from_message(message),
     )
 
 

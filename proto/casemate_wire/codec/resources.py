@@ -29,15 +29,17 @@ from casemate_core.spec.views import (
     PlacementView,
     PodView,
     TenantStatus,
+    VolumeStatus,
 )
+from casemate_core.spec.volume import Volume, check_volume
 from casemate_wire import schema
-from casemate_wire.codec import access, environment, fleet, views
+from casemate_wire.codec import access, environment, fleet, views, volume
 from casemate_wire.codec.check import check_message
 from casemate_wire.v1 import operators_pb2 as pb
 
 #: What users may apply in this release.
-Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding | Secret
-Status = EnvironmentStatus | ImageStatus | NetworkStatus | HostStatus | TenantStatus
+Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding | Secret | Volume
+Status = EnvironmentStatus | ImageStatus | NetworkStatus | HostStatus | TenantStatus | VolumeStatus
 View = InstanceView | PodView | PlacementView | OperationView | EventView
 
 _DECODERS: dict[str, tuple[Callable[[Any], Object], Callable[[Any], Any]]] = {
@@ -49,6 +51,7 @@ _DECODERS: dict[str, tuple[Callable[[Any], Object], Callable[[Any], Any]]] = {
     "Tenant": (access.tenant_from_message, check_tenant),
     "User": (access.user_from_message, check_user),
     "Secret": (access.secret_from_message, check_secret),
+    "Volume": (volume.volume_from_message, check_volume),
     "RoleBinding": (access.role_binding_from_message, check_role_binding),
 }
 
@@ -99,6 +102,9 @@ def to_message(value: Object | View, status: Status | None = None) -> pb.Resourc
             return pb.Resource(user=access.user_to_message(value))
         case Secret():
             return pb.Resource(secret=access.secret_to_message(value))
+        case Volume():
+            assert status is None or isinstance(status, VolumeStatus)
+            return pb.Resource(volume=volume.volume_to_message(value, status))
         case RoleBinding():
             return pb.Resource(role_binding=access.role_binding_to_message(value))
         case InstanceView():

@@ -29,6 +29,7 @@ def instance_to_message(view: InstanceView) -> env_pb.Instance:
             memory=format_mib(view.memory_mib),
             image=view.image,
             run=view.run,
+            volumes=view.volumes,
         ),
         status=env_pb.InstanceStatus(
             phase=view.phase,

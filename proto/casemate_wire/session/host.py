@@ -192,6 +192,7 @@ class HostEnd:
             tuple(dict.fromkeys(u for p in parts for u in p.removed)),
             tuple(networks.values()),
             tuple(dict.fromkeys(n for p in parts for n in p.networks_removed)),
+            volumes_removed=part.volumes_removed,
         )
 
     def _facts_acked(self, sequence: int) -> None:

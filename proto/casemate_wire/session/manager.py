@@ -49,6 +49,7 @@ class ManagerEnd:
         self._removed: dict[str, None] = {}
         self._networks: dict[str, HostNetwork] = {}
         self._networks_removed: dict[str, None] = {}
+        self._volumes_removed: tuple[str, ...] = ()
         self._revision = 0
         self._sent = 0
         self._snapshot = False
@@ -153,8 +154,10 @@ class ManagerEnd:
         networks_removed: Iterable[str] = (),
         *,
         snapshot: bool = False,
+        volumes_removed: Iterable[str] = (),
     ) -> None:
-        """The host's desired state as of ``revision``: whole, or what changed. Merged until it can be sent."""
+        """The host's desired state as of ``revision``: whole, or what changed. Merged until it can be sent; of
+        ``volumes_removed``, which is always whole, the last one counts."""
         if revision < self._revision:
             raise ProtocolError(f"desired state goes back from revision {self._revision} to {revision}")
         if snapshot:
@@ -173,6 +176,7 @@ class ManagerEnd:
         for name in networks_removed:
             self._networks.pop(name, None)
             self._networks_removed[name] = None
+        self._volumes_removed = tuple(volumes_removed)
         self._revision = revision
         self._dirty = True
 
@@ -257,6 +261,7 @@ class ManagerEnd:
                     tuple(self._networks.values()) if index == 0 else (),
                     tuple(self._networks_removed) if last else (),
                     more=not last,
+                    volumes_removed=self._volumes_removed,
                 )
             )
         self._instances, self._removed, self._networks, self._networks_removed = {}, {}, {}, {}

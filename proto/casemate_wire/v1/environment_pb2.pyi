@@ -161,7 +161,7 @@ class EnvironmentSpec(_message.Message):
 
     @_builtins.property
     def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeMount]:
-        """Volumes attached to each instance."""
+        """Volumes attached to each instance, and mounted in it at `/volumes/<volume>`. They outlive it."""
 
     @_builtins.property
     def maintenance(self) -> Global___Maintenance:
@@ -478,7 +478,7 @@ class VolumeMount(_message.Message):
     VOLUME_FIELD_NUMBER: _builtins.int
     READ_ONLY_FIELD_NUMBER: _builtins.int
     volume: _builtins.str
-    """Name of a Volume of the same tenant. `<name>-<ordinal>` is used where there are several instances."""
+    """Name of a Volume of the same tenant, used by nobody else. `<name>-<ordinal>` is used where there are several instances."""
     read_only: _builtins.bool
     """Refuses writes."""
     def __init__(
@@ -802,6 +802,7 @@ class InstanceSpec(_message.Message):
     MEMORY_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
     environment: _builtins.str
     """Environment that it belongs to, and its place in the row."""
     ordinal: _builtins.int
@@ -817,6 +818,10 @@ class InstanceSpec(_message.Message):
     def nics(self) -> _containers.RepeatedCompositeFieldContainer[Global___NicStatus]:
         """MAC, address and network of each interface."""
 
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the volumes that it uses."""
+
     def __init__(
         self,
         *,
@@ -828,10 +833,11 @@ class InstanceSpec(_message.Message):
         memory: _builtins.str = ...,
         image: _builtins.str = ...,
         run: _builtins.str = ...,
+        volumes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "environment", b"environment", "host", b"host", "image", b"image", "memory", b"memory", "nics", b"nics", "ordinal", b"ordinal", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "environment", b"environment", "host", b"host", "image", b"image", "memory", b"memory", "nics", b"nics", "ordinal", b"ordinal", "run", b"run", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -536,7 +536,9 @@ Global___SecurityGroup: _TypeAlias = SecurityGroup  # noqa: Y015
 
 @_typing.final
 class Volume(_message.Message):
-    """A disk that outlives the instance that it is attached to."""
+    """A disk that outlives the instance that it is attached to: it survives restarts, rebuilds and its environment. Its data ends
+    with the Volume and with nothing else.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -544,12 +546,15 @@ class Volume(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     api_version: _builtins.str
     kind: _builtins.str
     @_builtins.property
     def metadata(self) -> _meta_pb2.Meta: ...
     @_builtins.property
     def spec(self) -> Global___VolumeSpec: ...
+    @_builtins.property
+    def status(self) -> Global___VolumeStatus: ...
     def __init__(
         self,
         *,
@@ -557,10 +562,11 @@ class Volume(_message.Message):
         kind: _builtins.str = ...,
         metadata: _meta_pb2.Meta | None = ...,
         spec: Global___VolumeSpec | None = ...,
+        status: Global___VolumeStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "spec", b"spec", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_version", b"api_version", "kind", b"kind", "metadata", b"metadata", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_version", b"api_version", "kind", b"kind", "metadata", b"metadata", "spec", b"spec", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -573,8 +579,11 @@ class VolumeSpec(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     size: _builtins.str
+    """What the guest sees, 16Mi or more. It may grow, while it is in use too; it never shrinks."""
     type: _builtins.str
-    """`local` to a host or `shared` among them."""
+    """`local` to a host, which is chosen with the first instance that uses the volume: from then on its instance runs there. `local`
+    where it is not set; `shared` is not served by this release.
+    """
     def __init__(
         self,
         *,
@@ -588,6 +597,59 @@ class VolumeSpec(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VolumeSpec: _TypeAlias = VolumeSpec  # noqa: Y015
+
+@_typing.final
+class VolumeStatus(_message.Message):
+    """Where a volume is, and who uses it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    ALLOCATED_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    phase: _builtins.str
+    """`Pending`: no host is chosen yet. `Available`: its data is on a host, and nobody uses it. `Bound`: an instance uses it.
+    `Unknown`: its host is not heard from. `Lost`: its host says that its data is not there.
+    """
+    host: _builtins.str
+    environment: _builtins.str
+    """Environment and instance that use it."""
+    instance: _builtins.str
+    allocated: _builtins.str
+    """What its data takes of the host's disk, as the host said it last."""
+    capacity: _builtins.str
+    """Size of the disk as the host has it: less than what is asked for until it has grown."""
+    format: _builtins.str
+    """Format of its file: recorded when it is made, never looked for."""
+    device: _builtins.str
+    """Its device in the guest."""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        phase: _builtins.str = ...,
+        host: _builtins.str = ...,
+        environment: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        allocated: _builtins.str = ...,
+        capacity: _builtins.str = ...,
+        format: _builtins.str = ...,
+        device: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "capacity", b"capacity", "device", b"device", "environment", b"environment", "format", b"format", "host", b"host", "instance", b"instance", "message", b"message", "phase", b"phase"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VolumeStatus: _TypeAlias = VolumeStatus  # noqa: Y015
 
 @_typing.final
 class Secret(_message.Message):
@@ -752,8 +814,8 @@ class TenantSpec(_message.Message):
     QUOTAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def quotas(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Highest totals, by resource name: `cpus`, `memory`, `environments`, `gpus`, `gpus/<model>`, `vfs`; and `priority`,
-        the highest that an environment may have. What is not named is not limited. A lower one ends nothing that is there.
+        """Highest totals, by resource name: `cpus`, `memory`, `environments`, `volumes` (how many), `storage` (their size), `gpus`,
+        `gpus/<model>`, `vfs`; and `priority`, the highest that an environment may have. What is not named is not limited. A lower one ends nothing that is there.
         """
 
     def __init__(

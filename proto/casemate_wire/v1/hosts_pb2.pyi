@@ -276,6 +276,7 @@ class Desired(_message.Message):
     NETWORKS_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     NETWORKS_REMOVED_FIELD_NUMBER: _builtins.int
+    VOLUMES_REMOVED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     revision: _builtins.int
     snapshot: _builtins.bool
@@ -294,6 +295,10 @@ class Desired(_message.Message):
     def networks_removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of networks that this host should no longer have."""
 
+    @_builtins.property
+    def volumes_removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Uids of all volumes of this host whose data is to be deleted, in each message; no other data of a volume ever is."""
+
     def __init__(
         self,
         *,
@@ -305,10 +310,11 @@ class Desired(_message.Message):
         networks: _abc.Iterable[Global___DesiredNetwork] | None = ...,
         more: _builtins.bool = ...,
         networks_removed: _abc.Iterable[_builtins.str] | None = ...,
+        volumes_removed: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "more", b"more", "networks", b"networks", "networks_removed", b"networks_removed", "removed", b"removed", "revision", b"revision", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "more", b"more", "networks", b"networks", "networks_removed", b"networks_removed", "removed", b"removed", "revision", b"revision", "snapshot", b"snapshot", "volumes_removed", b"volumes_removed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -371,6 +377,7 @@ class DesiredInstance(_message.Message):
     CRASH_LIMIT_FIELD_NUMBER: _builtins.int
     STOP_GRACE_S_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     tenant: _builtins.str
@@ -422,6 +429,8 @@ class DesiredInstance(_message.Message):
     def secrets(self) -> _containers.MessageMap[_builtins.str, Global___SecretText]:
         """Texts of the secrets that its pods name, by `secret/key`."""
 
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostVolume]: ...
     def __init__(
         self,
         *,
@@ -455,11 +464,12 @@ class DesiredInstance(_message.Message):
         crash_limit: _builtins.int = ...,
         stop_grace_s: _builtins.float | None = ...,
         secrets: _abc.Mapping[_builtins.str, Global___SecretText] | None = ...,
+        volumes: _abc.Iterable[Global___HostVolume] | None = ...,
         cause: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "claim", b"claim", "image", b"image", "order", b"order", "stop_grace_s", b"stop_grace_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "archives", b"archives", "cause", b"cause", "claim", b"claim", "cpu_policy", b"cpu_policy", "cpus", b"cpus", "crash_limit", b"crash_limit", "disk", b"disk", "disk_mib", b"disk_mib", "environment", b"environment", "generation", b"generation", "image", b"image", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_crash", b"on_crash", "order", b"order", "ordinal", b"ordinal", "page_kib", b"page_kib", "peers", b"peers", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "role", b"role", "run", b"run", "secrets", b"secrets", "ssh_keys", b"ssh_keys", "stop_grace_s", b"stop_grace_s", "tenant", b"tenant", "uid", b"uid", "user_data", b"user_data", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s", "archives", b"archives", "cause", b"cause", "claim", b"claim", "cpu_policy", b"cpu_policy", "cpus", b"cpus", "crash_limit", b"crash_limit", "disk", b"disk", "disk_mib", b"disk_mib", "environment", b"environment", "generation", b"generation", "image", b"image", "memory_mib", b"memory_mib", "name", b"name", "nics", b"nics", "on_crash", b"on_crash", "order", b"order", "ordinal", b"ordinal", "page_kib", b"page_kib", "peers", b"peers", "placement_epoch", b"placement_epoch", "placement_generation", b"placement_generation", "pods", b"pods", "role", b"role", "run", b"run", "secrets", b"secrets", "ssh_keys", b"ssh_keys", "stop_grace_s", b"stop_grace_s", "tenant", b"tenant", "uid", b"uid", "user_data", b"user_data", "virtualisation", b"virtualisation", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_grace_s: _TypeAlias = _typing.Literal["stop_grace_s"]  # noqa: Y015
     _WhichOneofArgType__stop_grace_s: _TypeAlias = _typing.Literal["_stop_grace_s", b"_stop_grace_s"]  # noqa: Y015
@@ -489,6 +499,44 @@ class SecretText(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SecretText: _TypeAlias = SecretText  # noqa: Y015
+
+@_typing.final
+class HostVolume(_message.Message):
+    """A volume that an instance uses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_MIB_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
+    MADE_FIELD_NUMBER: _builtins.int
+    uid: _builtins.str
+    name: _builtins.str
+    """Name under which the guest mounts it."""
+    size_mib: _builtins.int
+    format: _builtins.str
+    read_only: _builtins.bool
+    made: _builtins.bool
+    """The host has said that its data is there: it is never made anew."""
+    def __init__(
+        self,
+        *,
+        uid: _builtins.str = ...,
+        name: _builtins.str = ...,
+        size_mib: _builtins.int = ...,
+        format: _builtins.str = ...,
+        read_only: _builtins.bool = ...,
+        made: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "made", b"made", "name", b"name", "read_only", b"read_only", "size_mib", b"size_mib", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostVolume: _TypeAlias = HostVolume  # noqa: Y015
 
 @_typing.final
 class Order(_message.Message):
@@ -830,8 +878,11 @@ class HostFacts(_message.Message):
     FOREIGN_CLAIMS_FIELD_NUMBER: _builtins.int
     DISK_FREE_MIB_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
+    VOLUMES_KNOWN_FIELD_NUMBER: _builtins.int
     foreign: _builtins.int
     disk_free_mib: _builtins.int
+    volumes_known: _builtins.bool
     @_builtins.property
     def drift(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -842,6 +893,10 @@ class HostFacts(_message.Message):
 
     @_builtins.property
     def profile(self) -> _containers.RepeatedCompositeFieldContainer[_realtime_pb2.ProfileLine]: ...
+    @_builtins.property
+    def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeFacts]:
+        """All volumes whose data is on this host; nothing is known of them where `volumes_known` is false."""
+
     def __init__(
         self,
         *,
@@ -851,14 +906,41 @@ class HostFacts(_message.Message):
         foreign_claims: _abc.Iterable[_struct_pb2.Struct] | None = ...,
         disk_free_mib: _builtins.int = ...,
         profile: _abc.Iterable[_realtime_pb2.ProfileLine] | None = ...,
+        volumes: _abc.Iterable[Global___VolumeFacts] | None = ...,
+        volumes_known: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims", "profile", b"profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims", "profile", b"profile", "volumes", b"volumes", "volumes_known", b"volumes_known"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HostFacts: _TypeAlias = HostFacts  # noqa: Y015
+
+@_typing.final
+class VolumeFacts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UID_FIELD_NUMBER: _builtins.int
+    SIZE_MIB_FIELD_NUMBER: _builtins.int
+    ALLOCATED_MIB_FIELD_NUMBER: _builtins.int
+    uid: _builtins.str
+    size_mib: _builtins.int
+    allocated_mib: _builtins.int
+    def __init__(
+        self,
+        *,
+        uid: _builtins.str = ...,
+        size_mib: _builtins.int = ...,
+        allocated_mib: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocated_mib", b"allocated_mib", "size_mib", b"size_mib", "uid", b"uid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VolumeFacts: _TypeAlias = VolumeFacts  # noqa: Y015
 
 @_typing.final
 class HostCondition(_message.Message):
