@@ -19,7 +19,7 @@ from casemate_manager.fleet import desired
 from casemate_manager.fleet import volumes as rules
 from casemate_manager.fleet.commands import Advance, HostGone
 from casemate_manager.fleet.quotas import QuotaExceeded
-from casemate_manager.fleet.records import PlacementRecord, VolumeRecord
+from casemate_manager.fleet.records import KINDS, PlacementRecord, VolumeRecord
 from casemate_wire.stream import HostReport, VolumeFacts
 from support.small_fleet import SmallFleet, environment, image, network, told
 
@@ -378,3 +378,8 @@ def test_pods_name_volumes_by_claims() -> None:
     (found,) = check_environment(using("x", "other", pods=(pod,)))
     assert found.path == "spec.pods[0].spec.volumes[0].persistentVolumeClaim.claimName"
     assert "name one of other" in str(found)
+
+
+def test_every_kind_of_record_can_be_asked_for() -> None:
+    made = fleet()
+    assert {kind for kind in KINDS if made.state.holds(kind, "nobody/nothing")} <= {k for k in KINDS if "Audit" in k}

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from casemate_agent.drivers.ports import DomainFacts, Hypervisor, Images, Machine, Networks, Survey
 from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
+from casemate_agent.drivers.volumeports import Volumes
 from casemate_agent.sandbox import Sandbox
 from casemate_core.spec.instance import DesiredInstance, ImageRef
 from casemate_core.topology_loaders import from_line
@@ -27,6 +28,7 @@ class Bench:
     machine: Machine
     survey: Survey
     image: ImageRef
+    volumes: Volumes
 
     def wanted(self, number: int = 0, **changes: object) -> DesiredInstance:
         """A small instance that boots nothing."""
@@ -39,7 +41,10 @@ class Bench:
         await self.images.fetch(desired.image, 60)
         await self.images.create_overlay(desired.uid, desired.image, desired.disk_mib, 20)
         await self.images.write_seed(desired, 20)
-        await self.hypervisor.define(desired, self.images.files(desired), 20)
+        for volume in desired.volumes:
+            await self.volumes.create(volume, 20)
+        paths = tuple(self.volumes.path(volume.uid) for volume in desired.volumes)
+        await self.hypervisor.define(desired, replace(self.images.files(desired), volumes=paths), 20)
         return desired
 
     async def facts(self, uid: str) -> DomainFacts | None:
@@ -60,7 +65,15 @@ async def simulated_bench() -> AsyncIterator[Bench]:
     now = asyncio.get_running_loop().time
     pace = SimulatedPace(call_s=0.0, fetch_s=0.01, boot_s=0.02, pod_start_s=0.02, power_off_s=0.02)
     drivers = SimulatedHost("box", from_line("1s 4k/c 2t 16G"), now, pace).drivers()
-    yield Bench(drivers.hypervisor, drivers.images, drivers.networks, drivers.machine, drivers.survey, instance().image)
+    yield Bench(
+        drivers.hypervisor,
+        drivers.images,
+        drivers.networks,
+        drivers.machine,
+        drivers.survey,
+        instance().image,
+        drivers.volumes,
+    )
 
 
 @asynccontextmanager
@@ -68,4 +81,4 @@ async def real_bench(sandbox: Sandbox, folder: Path) -> AsyncIterator[Bench]:
     """This machine, with a libvirtd of its own."""
     async with drivers_on(sandbox, folder) as host:
         image = empty_disk(host.sources / "empty.qcow2")
-        yield Bench(host.hypervisor, host.images, host.networks, host.machine, host.survey, image)
+        yield Bench(host.hypervisor, host.images, host.networks, host.machine, host.survey, image, host.volumes)

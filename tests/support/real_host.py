@@ -6,7 +6,7 @@ lies under pytest's temporary folder, so that what a test forgot is found and re
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
+from casemate_agent.drivers.volumes import VolumeFiles
 from casemate_core.spec.instance import DesiredInstance
 from support.instances import empty_disk, instance
 
@@ -33,6 +34,7 @@ class RealHost:
     networks: HostNetworks
     machine: HostMachine
     survey: HostSurveyor
+    volumes: VolumeFiles
 
     @property
     def sources(self) -> Path:
@@ -43,7 +45,10 @@ class RealHost:
         await self.images.fetch(desired.image, 60)
         await self.images.create_overlay(desired.uid, desired.image, desired.disk_mib, 20)
         await self.images.write_seed(desired, 20)
-        await self.hypervisor.define(desired, self.images.files(desired), 20)
+        for volume in desired.volumes:
+            await self.volumes.create(volume, 20)
+        paths = tuple(self.volumes.path(volume.uid) for volume in desired.volumes)
+        await self.hypervisor.define(desired, replace(self.images.files(desired), volumes=paths), 20)
         return desired
 
     def small(self, uid: str, **changes: object) -> DesiredInstance:
@@ -66,6 +71,8 @@ async def drivers_on(sandbox: sandboxes.Sandbox, folder: Path) -> AsyncIterator[
     async with AsyncExitStack() as stack:
         images = ImageStore(folder / "state", SourceRules(folders=(str(folder / "sources"),)))
         stack.push_async_callback(images.aclose)
+        volumes = VolumeFiles(folder / "state")
+        stack.callback(volumes.close)
         networks = HostNetworks(sandbox.scope)
         stack.push_async_callback(networks.aclose)
         machine = HostMachine(folder / "state")
@@ -81,7 +88,7 @@ async def drivers_on(sandbox: sandboxes.Sandbox, folder: Path) -> AsyncIterator[
             scope=sandbox.scope,
         )
         hypervisor = await stack.enter_async_context(LibvirtHypervisor(settings))
-        host = RealHost(sandbox, folder, hypervisor, images, networks, machine, survey)
+        host = RealHost(sandbox, folder, hypervisor, images, networks, machine, survey, volumes)
         try:
             yield host
         finally:

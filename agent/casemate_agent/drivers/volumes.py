@@ -39,6 +39,8 @@ FEATURES = (
     "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,"
     "dir_nlink,extra_isize,metadata_csum"
 )
+#: Where mkfs.ext4 is looked for.
+TOOLS = "/usr/sbin:/sbin:/usr/bin:/bin"
 #: Characters of a label of ext4.
 LABEL_CHARS = 16
 
@@ -150,7 +152,7 @@ def _make_file_system(path: str, volume: VolumeRef, deadline_s: float) -> None:
             timeout=deadline_s,
             check=False,
             # Not by the settings of this host: a volume is the same wherever it is made.
-            env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin", "LANG": "C.UTF-8", "MKE2FS_CONFIG": os.devnull},
+            env={"PATH": TOOLS, "LANG": "C.UTF-8", "MKE2FS_CONFIG": os.devnull},
         )
     except FileNotFoundError:
         raise VolumeFailed("mkfs.ext4 is not installed (package e2fsprogs)") from None

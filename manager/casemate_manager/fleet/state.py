@@ -467,6 +467,7 @@ class State:
             "AccessKey": self.access_keys,
             "Checkpoint": self.checkpoints,
             "Secret": self.secrets,
+            "Volume": self.volumes,
             "User": self.users,
             "Operation": self.operations,
         }
