@@ -10,10 +10,11 @@ which is why the manager's figures are given per second of its own CPU too.
 2. join: all dial at once; a join is done when its whole state is taken. Memory of a host is the manager's growth.
 3. deltas: agents tell of changes at a steady rate; from the telling to the acknowledgement, which leaves when the manager's
    state has it (so the way back is included). Then as many as go, for the cost of one: each told when the one before is
-   acknowledged; told without waiting; and changes of instances, of which a message carries as many as its host had.
+   acknowledged, and told without waiting.
 4. kill -9 of the manager, and a new one at once: agents come back with full jitter over the window that the manager states.
    Meanwhile an operator asks for the version twenty times a second. Memory of a stream is what this manager has grown by,
    over one that has loaded the same state and has no stream.
+5. environments with instances on these hosts: changes of as many instances together as a message carries.
 
 Prints a table, then one line of JSON; exits 0.
 """
@@ -372,20 +373,22 @@ async def flood(
     return done / took, done / max(manager.cpu_s() - cpu, 0.01)
 
 
-async def floods(agents: list[Agent], manager: Manager, seconds: float, instances: int) -> dict[str, Any]:
-    """Deltas for a second of the manager's CPU, by how they are told."""
-    result: dict[str, Any] = {}
+async def floods(agents: list[Agent], manager: Manager, seconds: float) -> dict[str, Any]:
+    """Deltas of hosts for a second of the manager's CPU: each acknowledged before the next, and told ahead."""
     _, each = await flood(agents, manager, seconds, Agent.change)
     _, ahead = await flood(agents, manager, seconds, lambda agent: agent.change(AHEAD))
-    result |= {"deltas_each_acked_per_manager_cpu_s": round(each), "deltas_ahead_per_manager_cpu_s": round(ahead)}
     for agent in agents:
         await until(lambda agent=agent: not agent.told, 60, "acknowledged")  # type: ignore[misc]
+    return {"deltas_each_acked_per_manager_cpu_s": round(each), "deltas_ahead_per_manager_cpu_s": round(ahead)}
+
+
+async def together(agents: list[Agent], manager: Manager, seconds: float, instances: int) -> dict[str, Any]:
+    """The same of instances that change together, as many as a message carries."""
     manager.apply(IMAGE + "".join("---\n" + _environment(n, instances) for n in range(len(agents))))
     await until(lambda: sum(len(a.wanted) for a in agents) >= len(agents) * instances, 300, "instances placed")
-    # From so few hosts that their number of messages is not what is measured.
     full = [agent for agent in agents if len(agent.wanted) >= instances] or agents
     per_s, many = await flood(full, manager, seconds, lambda agent: agent.change_all(instances))
-    return result | {
+    return {
         "deltas_a_message": instances,
         "flood_deltas_per_s": round(per_s),
         "deltas_per_manager_cpu_s": round(many),
@@ -464,7 +467,7 @@ async def measure(manager: Manager, count: int, seconds: float, rate: float, ins
             "delta_p50_ms": round(statistics.median(took_ms), 2) if took_ms else None,
             "delta_p99_ms": round(at(took_ms, 0.99), 2),
         }
-        result |= await floods(agents, manager, min(seconds, 5.0), instances)
+        result |= await floods(agents, manager, min(seconds, 5.0))
 
         operator = Operator(channel)
         async with running([operator.run()]):
@@ -490,7 +493,10 @@ async def measure(manager: Manager, count: int, seconds: float, rate: float, ins
     await asyncio.sleep(2.0)
     result["kb_per_stream"] = round((with_streams_kb - manager.memory_kb()) / count, 1)
     await channel.close()
-    return result
+    # Last, since a host with instances takes more memory than a stream.
+    async with running([a.run() for a in agents]):
+        await until(lambda: all(a.joined.is_set() for a in agents), 120, "agents joined again")
+        return result | await together(agents, manager, min(seconds, 5.0), instances)
 
 
 def table(result: dict[str, Any]) -> None:
