@@ -9,6 +9,7 @@ import pytest
 from casemate_agent.domain.devices import SEED_TARGET
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.records import from_metadata
+from casemate_core.cpuset import CpuSet
 from casemate_core.errors import NotFound
 from support.contract import UIDS, Bench
 
@@ -160,3 +161,23 @@ async def test_statistics_of_a_domain_are_its_size_and_grow_while_it_runs(bench:
     assert await bench.hypervisor.stats(20, frozenset({"00000000-0000-8000-8000-00000000dead"})) == ()
     await bench.hypervisor.destroy(desired.uid, 20)
     await bench.hypervisor.undefine(desired.uid, 20)
+
+
+async def test_threads_of_a_running_domain_are_bound_and_read_back(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    with pytest.raises(NotFound):
+        await bench.hypervisor.pin(UIDS[1], (CpuSet.of(0),), CpuSet.of(0), 20)
+    await bench.hypervisor.pin(desired.uid, (CpuSet.of(0),), CpuSet.of(0), 20)  # off: nothing to bind
+    await bench.hypervisor.start(desired.uid, 60)
+    pid = (await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING and d.pid > 0)).pid
+    before = (await bench.hypervisor.affinities((pid,), 20))[pid]
+    assert len(before.vcpus) == desired.cpus and before.rest
+    one = CpuSet.of(before.all.first)
+    await bench.hypervisor.pin(desired.uid, (one,), one, 30)
+    bound = (await bench.hypervisor.affinities((pid,), 20))[pid]
+    assert set(bound.vcpus) == {one} and bound.rest == one
+    await bench.hypervisor.pin(desired.uid, (before.rest,), before.rest, 30)
+    assert (await bench.hypervisor.affinities((pid,), 20))[pid] == before, "and back again"
+    await bench.hypervisor.destroy(desired.uid, 20)
+    await bench.until(desired.uid, lambda d: d.phase is DomainPhase.SHUT_OFF)
+    assert pid not in await bench.hypervisor.affinities((pid,), 20)
