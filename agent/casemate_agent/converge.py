@@ -63,6 +63,8 @@ from casemate_core.spec.instance import (
 from casemate_core.spec.realtime import Certificate, ProfileLine, void
 from casemate_core.spec.secret import lacks_text
 
+#: Between looks at who still may run on the threads of an instance that is to start.
+HELD_S = 0.5
 #: Between looks at a guest that boots, until its kernel is seen.
 KERNEL_S = 2.0
 
@@ -394,7 +396,8 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
         d.actions.append(act.Destroy(r.uid, "it crashed"))
     claim = desired.placement.claim
     rest = d.pool.defined(claim)
-    current = domain is not None and from_metadata(domain.record) == bare(desired) and domain.emulator_pin == rest
+    current = domain is not None and from_metadata(domain.record) == bare(desired)
+    pinned = domain is not None and domain.emulator_pin == rest
     disks = files.disks_of(r.uid)
     if desired.disk not in disks:
         d.actions.append(act.CreateOverlay(desired, "a new disk was asked for" if disks else "not there"))
@@ -408,7 +411,7 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
     if grant:
         d.actions.append(act.GiveFunctions(desired, "before its domain starts"))
     # Functions may be at other addresses than when the domain was defined: it is defined anew at each start.
-    if not current or grant:
+    if not current or not pinned or grant:
         d.actions.append(act.Define(desired, _why_defined(d, rest), rest))
     elif not d.actions:
         d.says(Phase.STARTING)
@@ -418,7 +421,7 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
     if held := d.pool.hold(r.uid, claim, seen):
         # Everything but the start: its threads must be its own before.
         d.says(Phase.PREPARING, "ThreadsInUse", held)
-        d.wake(d.now)
+        d.wake(d.now + HELD_S)
         return
     d.actions.append(act.Start(r.uid, "run: started", EMPTY if claim.emulator else d.pool.floating(claim)))
 
