@@ -37,7 +37,7 @@ def certify(
 
     \b
     Examples:
-      casemate certify du-17 --duration 10m
+      casemate certify hello --duration 5s
       casemate certify --show
     """
     if not show:
