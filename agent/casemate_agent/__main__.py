@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -80,7 +79,9 @@ async def drivers_of(config: Config, name: str, meter: Meter) -> AsyncIterator[D
     from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
     from casemate_core.topology_loaders import from_line
 
-    topology = replace(from_line(config.simulated), name=name)
+    # Identities of its parts follow from its name: hosts of one line have parts of their own.
+    words = [word for word in config.simulated.split() if not word.startswith("name=")]
+    topology = from_line(" ".join((*words, f"name={name}")))
     pace = SimulatedPace(boot_s=config.boot_s, pod_start_s=config.boot_s / 2)
     host = SimulatedHost(name, topology, time.time, pace)
     host.boots = int(time.time())  # it ends with this process: the next one is another boot
@@ -147,6 +148,7 @@ async def _run_agent(
             repair_affinities=config.affinity_drift == "repair",
             repair_pages=config.page_drift == "repair",
             realtime=config.realtime,
+            gpu=config.gpu,
         )
         agent = Agent(name, drivers, ledger, time.time, settings, concurrency=config.concurrency, meter=meter)
         group.create_task(agent.run(), name=f"agent-{name}")

@@ -297,6 +297,91 @@ class RemoveNetwork:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class PrepareGpus:
+    """Have the instance's GPUs recorded as its own, and bound for its domain."""
+
+    desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttachGpus:
+    """Record that a domain is about to run with its GPUs: from here on they are dirty."""
+
+    uid: str
+    gpus: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolGpu:
+    """Begin the record of a GPU that has none. ``owner``: whose domain runs with it; empty: nobody knows who had it."""
+
+    gpu: str
+    owner: str
+    tenant: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnprepareGpu:
+    """Take back a GPU that was prepared and never attached."""
+
+    gpu: str
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnGpu:
+    """Record that a GPU has come back from its instance, once no process holds it."""
+
+    gpu: str
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SanitiseGpu:
+    """Climb the ladder with a GPU: to its passport, and then free or quarantined. ``order``: of the operator who asked."""
+
+    gpu: str
+    generation: int
+    reason: str
+    order: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineGpu:
+    """Keep a GPU from everybody, for ``why``: now, or when it comes back."""
+
+    gpu: str
+    why: str
+    reason: str
+    order: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClearGpu:
+    """Let a GPU out of quarantine, to be sanitised."""
+
+    gpu: str
+    reason: str
+    order: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepGpu:
+    """Record that the host's own driver has a free GPU, or that it has not."""
+
+    gpu: str
+    by_host: bool
+    reason: str
+
+
+GpuAction = EnrolGpu | UnprepareGpu | ReturnGpu | SanitiseGpu | QuarantineGpu | ClearGpu | KeepGpu
+
 Action = (
     FetchImage
     | EnsureNetwork
@@ -331,6 +416,9 @@ Action = (
     | RemoveNetwork
     | Tune
     | Certify
+    | PrepareGpus
+    | AttachGpus
+    | GpuAction
 )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from casemate_agent.drivers.ports import DomainFacts
 from casemate_agent.records import InstanceRecord
 from casemate_core.claims import Claim, HostClaims, PlainMemory, SharedCpu, verify_claim
+from casemate_core.gpu import held_because
 from casemate_core.topology import Topology
 
 
@@ -114,8 +115,9 @@ def admit(
     ``before``: what an earlier call returned.
     """
     admissions: dict[str, Admission] = {}
+    foreign_claims = tuple(foreign)
     asking = frozenset(wanting)
-    held = claims_by_owner((r for owner, r in records.items() if owner not in asking), foreign)
+    held = claims_by_owner((r for owner, r in records.items() if owner not in asking), foreign_claims)
     summed: HostClaims | None = None
     order = sorted(
         asking,
@@ -133,6 +135,7 @@ def admit(
         ):
             summed = summed or _unstamped(held)
             problems = tuple(map(str, verify_claim(topology, summed, replace(claim, epoch=0))))
+            problems = (*_held(claim, foreign_claims), *problems)
             if claim.owner != uid:
                 problems = (f"claim is of {claim.owner}, not of {uid}", *problems)
             admission = Admission(claim, problems, held, topology)
@@ -142,6 +145,15 @@ def admit(
         elif (old := records[uid].claim) is not None:
             held, summed = held | {uid: old}, None  # it keeps what it has
     return admissions
+
+
+def _held(claim: Claim, others: tuple[Claim, ...]) -> tuple[str, ...]:
+    """Why GPUs of a claim are held back, in words, before what the arithmetic says of it."""
+    return tuple(
+        f"GPU {why}"
+        for other in others
+        if (why := held_because(other.owner)) and not set(other.gpus).isdisjoint(claim.gpus)
+    )
 
 
 def _same_machine(one: Topology | None, other: Topology) -> bool:

@@ -25,6 +25,8 @@ from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
 from casemate_agent.execute import MEASURE, Executor, Trace, log_steps
 from casemate_agent.gpu.checks import FATAL_XIDS
+from casemate_agent.gpu.health import GpuHealth, Health, judge
+from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.readings import GpuFault
 from casemate_agent.ledger import Ledger
 from casemate_agent.observe import Observer
@@ -48,6 +50,7 @@ MAX_GPU_FAULTS = 256
 
 
 POOL_DEADLINE_S = 60.0
+GPU_READ_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Pace:
     machine_s: float = 4.0
     #: Until GPUs that could not be heard are listened to again.
     gpus_s: float = 60.0
+    #: Between looks at how GPUs are.
+    gpu_health_s: float = 15.0
 
 
 @dataclass(slots=True)
@@ -144,7 +149,22 @@ class Agent:
         self._settings = settings or Settings()
         self._pace = pace or Pace()
         self._observer = Observer(drivers)
-        self._executor = Executor(drivers, ledger, now, self._job_done, trace, concurrency)
+        #: What GPUs told of themselves; a board in trouble does so by the thousand.
+        self.gpu_faults: deque[GpuFault] = deque(maxlen=MAX_GPU_FAULTS)
+        #: How each GPU was judged last.
+        self.gpu_health: dict[str, GpuHealth] = {}
+        self._gpu_links: dict[str, tuple[LinkReading | None, float]] = {}
+        self._executor = Executor(
+            drivers,
+            ledger,
+            now,
+            self._job_done,
+            trace,
+            concurrency,
+            gpu_policy=self._settings.gpu,
+            gpu_faults=self.gpu_faults,
+            gpu_forget=self._forget_gpu,
+        )
         self._guests: dict[str, GuestView] = {}
         #: Rounds that were done: whether the agent makes progress.
         self.rounds = 0
@@ -166,8 +186,6 @@ class Agent:
         self._causes = Causes(now)
         #: When the cleaning of what has no record failed last, by the uid that names it.
         self._failed_s: dict[str, float] = {}
-        #: What GPUs told of themselves; a board in trouble does so by the thousand.
-        self.gpu_faults: deque[GpuFault] = deque(maxlen=MAX_GPU_FAULTS)
         #: Set when the ledger lost something while a session was up: the manager must tell the whole state again.
         self.resync = asyncio.Event()
 
@@ -218,6 +236,7 @@ class Agent:
             group.create_task(self._keep_serial_logs(), name="serial-logs")
             group.create_task(self._watch("guests", self.drivers.guests.events, self._guest_event), name="guests")
             group.create_task(self._watch_gpus(), name="gpus")
+            group.create_task(self._judge_gpus(), name="gpu-health")
             while True:
                 self._wake.clear()
                 wake_s = await self._round(group)
@@ -250,7 +269,9 @@ class Agent:
     async def _round(self, group: asyncio.TaskGroup) -> float:
         """One look and what follows from it; the time to look again at the latest (seconds since the epoch)."""
         busy = self._executor.busy
-        observed = await self._observer.observe(self.now(), self.ledger.book.instances, self._guests, busy)
+        observed = await self._observer.observe(
+            self.now(), self.ledger.book.instances, self._guests, busy, self.gpu_health
+        )
         self.meter.add(metrics.ROUNDS)
         if observed.domains is not None:
             self.domain_names = {uid: domain.name for uid, domain in observed.domains.items()}
@@ -290,6 +311,8 @@ class Agent:
             self._executor.start_bare(group, HOST, (tune,), tune.path)
         self._measure(group, decided)
         self._note_processes(decided, observed)
+        for job, action in decided.gpus.items():
+            self._executor.start_bare(group, job, (action,))
         self._executor.start_bare(group, HOST, decided.host)
         return decided.wake_s
 
@@ -347,6 +370,38 @@ class Agent:
             except Exception:
                 log.exception("GPUs are not heard: defect")
             await asyncio.sleep(self._pace.gpus_s)
+
+    async def _judge_gpus(self) -> None:
+        """Look at how GPUs are, whoever has them, and tell what changed of the judgement."""
+        while True:
+            if self.machine is not None and self.machine.topology.gpus:
+                try:
+                    await self._judge()
+                except (CasemateError, OSError) as error:
+                    log.info("GPUs are not judged: %s", error)
+            await asyncio.sleep(self._pace.gpu_health_s)
+
+    def _forget_gpu(self, uuid: str) -> None:
+        """What a GPU told and counted until now is dealt with."""
+        kept = [fault for fault in self.gpu_faults if fault.uuid != uuid]
+        self.gpu_faults.clear()
+        self.gpu_faults.extend(kept)
+        self._gpu_links.pop(uuid, None)
+        self.gpu_health.pop(uuid, None)
+
+    async def _judge(self) -> None:
+        now_s = self.now()
+        for gpu in await self.drivers.gpus.read(GPU_READ_S):
+            first, since_s = self._gpu_links.setdefault(gpu.uuid, (gpu.link, now_s))
+            judged = judge(gpu.uuid, gpu.reading, gpu.link, self.gpu_faults, first, now_s - since_s)
+            before = self.gpu_health.get(gpu.uuid)
+            self.gpu_health[gpu.uuid] = judged
+            if before is None or (before.health, before.reasons) == (judged.health, judged.reasons):
+                continue
+            words = f"{gpu.uuid} is {judged.health}" + (f": {'; '.join(judged.reasons[:4])}" if judged.reasons else "")
+            bad = judged.health in (Health.BROKEN, Health.SUSPECT)
+            self.note(Note(HOST, "GpuHealth", words, "Warning" if bad else "Normal"))
+            self.wake()
 
     async def _cut_ports(self) -> None:
         """Have the virtual functions of the ports that are to be cut. What fails is told once, and tried again."""

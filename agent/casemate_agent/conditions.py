@@ -15,10 +15,16 @@ GIB_MIB = 1024
 
 
 def host_conditions(
-    host: HostRecord, damage: tuple[str, ...], observed: Observation, low_disk_fraction: float
+    host: HostRecord,
+    damage: tuple[str, ...],
+    observed: Observation,
+    low_disk_fraction: float,
+    closed: tuple[str, ...] = (),
 ) -> tuple[Condition, ...]:
-    """All conditions of a host, in the order in which they are shown. ``damage`` is what was wrong with the ledger."""
+    """All conditions of a host, in the order in which they are shown. ``damage`` is what was wrong with the ledger, ``closed``
+    the GPUs for which it takes nothing new."""
     parts = (
+        *((Condition("Gpus", "False", "GpuNotWell", "; ".join(closed)[:1000]),) if closed else ()),
         _virtualisation(observed),
         _hypervisor(observed),
         _network(observed),
@@ -31,7 +37,7 @@ def host_conditions(
 
 
 #: Without them no instance can be started. Emulation, a port that is held back, or a disk that fills up stop none by itself.
-_NEEDED = ("Hypervisor", "Network", "Images", "LedgerComplete")
+_NEEDED = ("Gpus", "Hypervisor", "Network", "Images", "LedgerComplete")
 
 
 def _ready(parts: tuple[Condition, ...]) -> Condition:

@@ -4,12 +4,14 @@ What may live here: names, defaults and checks of settings. Nothing reads settin
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from casemate_agent.hardware import DeviceRule, PortRule, device_rules, port_rules
+from casemate_agent.gpu.records import DEFAULT_POLICY, GpuPolicy
+from casemate_agent.gpu.settings import gpu_policy
+from casemate_agent.hardware import DeviceRule, GpuRule, PortRule, device_rules, gpu_rules, port_rules
 from casemate_core.errors import CallerError
 
 #: What may be done about drift.
@@ -65,8 +67,19 @@ class Config:
     #: NIC ports that may be cut into virtual functions, and functions that may be given away whole.
     ports: tuple[PortRule, ...] = ()
     devices: tuple[DeviceRule, ...] = ()
+    #: Functions that are GPUs though no library tells them, and what is asked of GPUs between tenants.
+    gpus: tuple[GpuRule, ...] = ()
+    gpu: GpuPolicy = DEFAULT_POLICY
     #: How long a simulated guest boots.
     boot_s: float = 0.5
+
+
+_TABLES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("ports", port_rules),
+    ("devices", device_rules),
+    ("gpus", gpu_rules),
+    ("gpu", gpu_policy),
+)
 
 
 def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Config:
@@ -85,7 +98,7 @@ def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Con
     given |= {name: value for name, value in flags.items() if value is not None}
     if isinstance(given.get("image_folders"), list):
         given["image_folders"] = tuple(given["image_folders"])
-    for name, read in (("ports", port_rules), ("devices", device_rules)):
+    for name, read in _TABLES:
         if name in given:
             try:
                 given[name] = read(given[name])

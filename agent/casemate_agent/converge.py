@@ -24,6 +24,7 @@ States of an instance here, by what is wanted and what its domain does::
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from casemate_agent import actions as act
 from casemate_agent import attaching, orders
@@ -35,6 +36,8 @@ from casemate_agent.drafting import ACTIVE, Draft, InstancePlan, Settings
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.functions import Grant, grant_of
 from casemate_agent.giving import drifted, missing, to_give_back
+from casemate_agent.gpu.planning import not_clean
+from casemate_agent.gpu.records import GpuEntry
 from casemate_agent.pool import Pool
 from casemate_agent.realtime import Seen, instance_lines
 from casemate_agent.records import (
@@ -71,6 +74,9 @@ KERNEL_S = 2.0
 __all__ = ["ACTIVE", "ActionOutcome", "InstancePlan", "Settings", "converge", "remember"]
 
 
+NO_GPUS: Mapping[str, GpuEntry] = MappingProxyType({})
+
+
 def converge(
     record: InstanceRecord,
     observed: Observation,
@@ -78,17 +84,18 @@ def converge(
     admission: Admission | None,
     settings: Settings,
     pool: Pool,
+    gpus: Mapping[str, GpuEntry] = NO_GPUS,
 ) -> InstancePlan:
     """The rest of the way of one instance. ``admission`` answers for its placement where it holds no claim for it yet;
-    ``pool`` says which threads belong to whom."""
+    ``pool`` says which threads belong to whom, ``gpus`` are the ledger's records of GPUs."""
     guest = observed.guests.get(record.uid, GuestView())
     if observed.domains is None:
         # what cannot be seen is not acted upon: an unknown domain may well be running
         why = observed.silent.get("hypervisor", "the hypervisor does not answer")
-        draft = Draft(record, None, guest, observed, settings, pool)
+        draft = Draft(record, None, guest, observed, settings, pool, gpus)
         draft.says(Phase.DELETING if record.removed else Phase.UNKNOWN, "HypervisorUnreachable", why)
         return _finish(record, draft)
-    draft = Draft(record, observed.domains.get(record.uid), guest, observed, settings, pool)
+    draft = Draft(record, observed.domains.get(record.uid), guest, observed, settings, pool, gpus)
     _settle(draft)
     draft.profile = _profile(draft)
     if record.uid in observed.attached and not draft.active:
@@ -379,6 +386,10 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
         known = "; ".join(seen.machine.problems) or "the agent's settings name its port or device"
         d.says(Phase.FAILED, "FunctionMissing", f"{', '.join(gone)}: not on this host now ({known})")
         return
+    gpus = desired.placement.claim.gpus
+    if waiting := not_clean(r.uid, gpus, d.gpus):
+        d.says(Phase.PREPARING, "GpuNotClean", "; ".join(waiting[:4]))
+        return
     nics = bridged(desired.nics)
     unknown = sorted({nic.network for nic in nics} - set(nets.bridges) - set(networks))
     if unknown:
@@ -410,8 +421,10 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
     _give_back(d, grant, "given by a former placement")
     if grant:
         d.actions.append(act.GiveFunctions(desired, "before its domain starts"))
+    if gpus:
+        d.actions.append(act.PrepareGpus(desired, "before its domain starts"))
     # Functions may be at other addresses than when the domain was defined: it is defined anew at each start.
-    if not current or not pinned or grant:
+    if not current or not pinned or grant or gpus:
         d.actions.append(act.Define(desired, _why_defined(d, rest), rest))
     elif not d.actions:
         d.says(Phase.STARTING)
@@ -423,6 +436,9 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
         d.says(Phase.PREPARING, "ThreadsInUse", held)
         d.wake(d.now + HELD_S)
         return
+    if gpus:
+        # The last thing before: from here on they are dirty.
+        d.actions.append(act.AttachGpus(r.uid, gpus, "its domain starts"))
     d.actions.append(act.Start(r.uid, "run: started", EMPTY if claim.emulator else d.pool.floating(claim)))
 
 

@@ -4,12 +4,14 @@ What may live here: the types that :mod:`casemate_agent.converge` and :mod:`case
 about them. Decisions are theirs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING
 
 from casemate_agent.actions import Action, Certify
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
+from casemate_agent.gpu.records import DEFAULT_POLICY, GpuEntry, GpuPolicy
 from casemate_agent.records import GuestView, InstanceRecord, Note, Observation
 from casemate_core.spec.instance import InstanceState, Phase
 from casemate_core.spec.realtime import ProfileLine
@@ -42,6 +44,8 @@ class Settings:
     realtime: str = "report"
     #: Huge pages that the kernel lost are asked for again; else it is only told.
     repair_pages: bool = False
+    #: What is asked of GPUs between tenants.
+    gpu: GpuPolicy = DEFAULT_POLICY
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class Draft:
     observed: Observation
     settings: Settings
     pool: "Pool"
+    #: The ledger's records of GPUs.
+    gpus: Mapping[str, GpuEntry] = field(default_factory=dict)
     actions: list[Action] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     drift: list[str] = field(default_factory=list)

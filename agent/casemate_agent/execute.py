@@ -15,7 +15,7 @@ agent step by step. An exception of ``trace`` is not caught.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -25,6 +25,10 @@ from casemate_agent.actions import Action
 from casemate_agent.converge import ActionOutcome, InstancePlan, remember
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.functions import grant_of
+from casemate_agent.gpu.planning import KEY
+from casemate_agent.gpu.readings import GpuFault
+from casemate_agent.gpu.records import GpuPolicy
+from casemate_agent.gpuwork import GpuWork
 from casemate_agent.ledger import Ledger
 from casemate_agent.measure import measure
 from casemate_core.cpuset import EMPTY
@@ -43,6 +47,9 @@ class Point(StrEnum):
     AFTER_INTENT = "after-intent"
     BEFORE_ACTION = "before-action"
     AFTER_ACTION = "after-action"
+    #: A step of the ladder that a GPU climbs.
+    BEFORE_RUNG = "before-rung"
+    AFTER_RUNG = "after-rung"
     BEFORE_OUTCOME = "before-outcome"
     AFTER_OUTCOME = "after-outcome"
 
@@ -93,6 +100,12 @@ DEADLINES_S: dict[type, float] = {
     act.RemoveVolume: 120.0,
     act.GiveFunctions: 60.0,
     act.TakeBack: 60.0,
+    act.PrepareGpus: 300.0,
+    # all of its rungs at their own limits, one after the other
+    act.SanitiseGpu: 3600.0,
+    **dict.fromkeys(
+        (act.EnrolGpu, act.UnprepareGpu, act.ReturnGpu, act.QuarantineGpu, act.ClearGpu, act.KeepGpu), 120.0
+    ),
 }
 DEADLINE_S = 30.0
 #: A job without a record that failed is not begun again before.
@@ -116,8 +129,12 @@ class Executor:
         done: Callable[[str, tuple[ActionOutcome, ...]], None],
         trace: Trace = log_steps,
         concurrency: int = 16,
+        gpu_policy: GpuPolicy | None = None,
+        gpu_faults: Iterable[GpuFault] = (),
+        gpu_forget: Callable[[str], None] = lambda uuid: None,
     ) -> None:
         self._drivers = drivers
+        self._gpus = GpuWork(drivers, ledger, now, gpu_policy or GpuPolicy(), gpu_faults, self._rung, gpu_forget)
         self._ledger = ledger
         self._now = now
         self._done = done
@@ -180,6 +197,9 @@ class Executor:
         if isinstance(self._running.get(uid), INTERRUPTIBLE) and uid not in self._interrupted:
             self._interrupted.add(uid)
             self._jobs[uid].cancel()
+
+    def _rung(self, before: bool, uuid: str, action: Action) -> None:
+        self._trace(Step(Point.BEFORE_RUNG if before else Point.AFTER_RUNG, f"{KEY}{uuid}", action))
 
     def _begin(self, group: asyncio.TaskGroup, uid: str, job: Coroutine[Any, Any, None]) -> None:
         self._jobs[uid] = group.create_task(job, name=f"job-{uid or 'host'}")
@@ -311,7 +331,9 @@ class Executor:
                 grant = grant_of(desired)
                 addresses = await drivers.functions.give(grant, deadline_s / 2) if grant else ()
                 volumes = tuple(drivers.volumes.path(volume.uid) for volume in desired.volumes)
-                files = replace(images.files(desired), functions=addresses, rest=action.rest, volumes=volumes)
+                gpus = await self._gpus.addresses(desired.placement.claim.gpus, deadline_s / 2)
+                given = (*addresses, *gpus)
+                files = replace(images.files(desired), functions=given, rest=action.rest, volumes=volumes)
                 await hypervisor.define(desired, files, deadline_s / 2)
             case act.Pin(uid=uid, vcpus=vcpus, rest=rest):
                 await hypervisor.pin(uid, vcpus, rest, deadline_s)
@@ -320,6 +342,10 @@ class Executor:
                 await drivers.functions.give(grant_of(desired), deadline_s)
             case act.TakeBack(stamp=stamp, keys=keys):
                 await drivers.functions.take_back(stamp, keys, deadline_s)
+            case act.PrepareGpus():
+                await self._gpus.prepare(action)
+            case act.AttachGpus():
+                await self._gpus.attach(action)
             case act.Start(uid=uid):
                 await hypervisor.start(uid, deadline_s)
             case act.AttachGuest(uid=uid, channel_path=path):
@@ -378,6 +404,8 @@ class Executor:
                     raise
             case act.Certify():
                 return await measure(guests, action, self._now, deadline_s)
+            case _:
+                await self._gpus.do(action)
         return None
 
     async def _shut_down(self, action: act.Shutdown, deadline_s: float) -> None:

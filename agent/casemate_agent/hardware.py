@@ -1,13 +1,16 @@
 """What the administrator of a host says of its hardware: rules for ports and devices. PURE.
 
-What may live here: the rules' types, and their reading from the settings' tables ``[[ports]]`` and ``[[devices]]``. A rule names
-what a thing is (permanent MAC address, vendor, product, class), never where it is plugged in.
+What may live here: the rules' types, and their reading from the settings' tables ``[[ports]]``, ``[[devices]]`` and
+``[[gpus]]``. A rule names what a thing is (permanent MAC address, vendor, product, class), never where it is plugged in.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from casemate_core.errors import CallerError
+from casemate_core.quantity import parse_mib
 
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z", re.ASCII)
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?\Z", re.ASCII)
@@ -36,6 +39,17 @@ class DeviceRule:
     pci_class: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class GpuRule:
+    """Functions that are GPUs, though no library tells them. Numbers in hex without ``0x``; an empty one matches all."""
+
+    model: str
+    vendor: str = ""
+    device: str = ""
+    pci_class: str = ""
+    memory_mib: int = 0
+
+
 def port_rules(tables: Any) -> tuple[PortRule, ...]:
     """The rules of ``[[ports]]``. Raises ValueError that names the field, the value and the remedy."""
     rules = []
@@ -59,18 +73,40 @@ def device_rules(tables: Any) -> tuple[DeviceRule, ...]:
     """The rules of ``[[devices]]``; the first that matches a function counts. Raises ValueError, as above."""
     rules = []
     for path, table in _tables("devices", tables, {"vendor", "device", "class", "labels"}):
-        numbers = {name: str(table.get(name, "")).lower().removeprefix("0x") for name in ("vendor", "device", "class")}
-        for name, value in numbers.items():
-            if value and not (_CLASS if name == "class" else _HEX4).match(value):
-                raise ValueError(f"{path}.{name}: {value!r} is not a number as lspci -nn shows it")
-        if not numbers["vendor"] and not numbers["class"]:
-            raise ValueError(f"{path}: matches every function of the host; write vendor and device, or class")
+        numbers = _numbers(path, table)
         labels = table.get("labels", {})
         if not isinstance(labels, dict) or not labels or not all(isinstance(v, str) for v in labels.values()):
             raise ValueError(f'{path}.labels: {labels!r} is not a table of labels; write labels = {{ type = "fec" }}')
         pairs = tuple(sorted((str(key), value) for key, value in labels.items()))
         rules.append(DeviceRule(pairs, numbers["vendor"], numbers["device"], numbers["class"]))
     return tuple(rules)
+
+
+def gpu_rules(tables: Any) -> tuple[GpuRule, ...]:
+    """The rules of ``[[gpus]]``; the first that matches a function counts. Raises ValueError, as above."""
+    rules = []
+    for path, table in _tables("gpus", tables, {"vendor", "device", "class", "model", "memory"}):
+        numbers = _numbers(path, table)
+        model = table.get("model", "")
+        if not isinstance(model, str) or not 0 < len(model) <= 128 or not model.isprintable():
+            raise ValueError(f'{path}.model: {model!r} is not the name of a model; write model = "Radeon Pro W7900"')
+        try:
+            memory_mib = parse_mib(str(table["memory"])) if "memory" in table else 0
+        except CallerError as error:
+            raise ValueError(f"{path}.memory: {error}") from error
+        rules.append(GpuRule(model, numbers["vendor"], numbers["device"], numbers["class"], memory_mib))
+    return tuple(rules)
+
+
+def _numbers(path: str, table: Mapping[str, Any]) -> dict[str, str]:
+    """What a function must be. Raises ValueError."""
+    numbers = {name: str(table.get(name, "")).lower().removeprefix("0x") for name in ("vendor", "device", "class")}
+    for name, value in numbers.items():
+        if value and not (_CLASS if name == "class" else _HEX4).match(value):
+            raise ValueError(f"{path}.{name}: {value!r} is not a number as lspci -nn shows it")
+    if not numbers["vendor"] and not numbers["class"]:
+        raise ValueError(f"{path}: matches every function of the host; write vendor and device, or class")
+    return numbers
 
 
 def _tables(name: str, tables: Any, known: set[str]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -3,12 +3,12 @@
 What may live here: reading and writing of the records of :mod:`casemate_agent.records`, and the rules by which desired
 state enters them. What the records mean for the machine is decided in :mod:`casemate_agent.reconcile`.
 
-Theory of operation. One file for the host (``host.json``) and one an instance (``instances/<uid>.json``), each replaced
-as a whole: written beside, fsynced, renamed, folder fsynced. A reader therefore finds the old record or the new one. Each
-file carries its format's version and a digest of its record; what does not check out is set aside, reported, and the host
-is then *not complete*: the manager is asked for a snapshot, and until it comes nothing unknown is cleaned away. Records of
-running instances are rebuilt from their domains' metadata meanwhile. Texts of secrets have files of their own
-(``private/<uid>.json``), so that a record can be shown and copied; the record has their fingerprints.
+Theory of operation. One file for the host (``host.json``), one an instance (``instances/<uid>.json``) and one a GPU
+(``gpus/<uuid>.json``), each replaced as a whole: written beside, fsynced, renamed, folder fsynced. A reader therefore finds
+the old record or the new one. Each file carries its format's version and a digest of its record; what does not check out is
+set aside, reported, and the host is then *not complete*: the manager is asked for a snapshot, and until it comes nothing
+unknown is cleaned away. Records of running instances are rebuilt from their domains' metadata meanwhile. Texts of secrets have
+files of their own (``private/<uid>.json``), so that a record can be shown and copied; the record has their fingerprints.
 
 An update of desired state is written instance by instance, the host's revision last: killed in between, the agent asks
 for the same update again. In memory a record changes only after it is on disk; a write that fails fails the operation.
@@ -26,6 +26,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from casemate_agent.files import Files
+from casemate_agent.gpu.records import GpuEntry
 from casemate_agent.records import (
     RECORD_VERSION,
     Book,
@@ -48,6 +49,8 @@ HOST_FILE = "host.json"
 FOLDER = "instances"
 #: Texts of secrets, a file an instance; nowhere else on this host.
 PRIVATE = "private"
+GPU_FOLDER = "gpus"
+_GPU = re.compile(r"[\x21-\x7e]{1,128}\Z", re.ASCII)
 _UID = re.compile(r"[0-9A-Za-z][0-9A-Za-z-]{0,63}\Z", re.ASCII)
 
 
@@ -92,7 +95,7 @@ async def inline(call: Callable[[], Any]) -> Any:
     return call()
 
 
-def encode(record: HostRecord | InstanceRecord) -> bytes:
+def encode(record: HostRecord | InstanceRecord | GpuEntry) -> bytes:
     """A record as its file: JSON with version and digest."""
     return _encoded(to_plain(record))
 
@@ -133,6 +136,7 @@ class Ledger:
         self._offload = offload
         self._host = book.host
         self._instances = dict(book.instances)
+        self._gpus = dict(book.gpus)
         self._damage = book.damage
         #: What is on disk of secrets, by instance: fingerprint and text by place.
         self._private = {uid: _texts(record) for uid, record in book.instances.items()}
@@ -149,7 +153,7 @@ class Ledger:
     @property
     def book(self) -> Book:
         """The ledger as a value, as it is on disk."""
-        return Book(self._host, dict(self._instances), self._damage)
+        return Book(self._host, dict(self._instances), dict(self._gpus), self._damage)
 
     @property
     def host(self) -> HostRecord:
@@ -157,6 +161,20 @@ class Ledger:
 
     def get(self, uid: str) -> InstanceRecord | None:
         return self._instances.get(uid)
+
+    def gpu(self, uuid: str) -> GpuEntry | None:
+        return self._gpus.get(uuid)
+
+    async def amend_gpu(self, uuid: str, change: Callable[[GpuEntry | None], GpuEntry]) -> GpuEntry:
+        """Change the record of a GPU, and return it once it is on disk. What ``change`` raises leaves it as it was."""
+        async with self._lock:
+            old = self._gpus.get(uuid)
+            new = change(old)
+            if new != old:
+                data, name = encode(new), _gpu_file(uuid)
+                await self._write(lambda: write_whole(self._files, GPU_FOLDER, name, data))
+                self._gpus[uuid] = new
+            return new
 
     async def accept(self, update: Desired) -> frozenset[str]:
         """Make an update durable; returns the uids whose record changed. Raises StaleEpoch, LedgerFailed."""
@@ -183,6 +201,7 @@ class Ledger:
                 networks=tuple(networks[name] for name in sorted(networks)),
                 complete=host.complete or update.snapshot,
                 volumes_removed=tuple(map(_checked_uid, update.volumes_removed)),
+                gpu_orders=self._host.gpu_orders if update.gpu_orders is None else update.gpu_orders,
             )
             if after != self._host:
                 await self._save_host(after)
@@ -289,6 +308,13 @@ class Ledger:
             raise LedgerFailed(f"the ledger's disk: {error.strerror or error}") from error
 
 
+def _gpu_file(uuid: str) -> str:
+    """Its file: what a UUID has that a name of a file should not is written in hex."""
+    if not _GPU.match(uuid):
+        raise CallerError(f"{uuid!r} is no identity of a GPU")
+    return f"{GPU_FOLDER}/{''.join(c if c.isalnum() or c in '-_' else f'%{ord(c):02x}' for c in uuid)}.json"
+
+
 def _check_uid(uid: str) -> None:
     if not _UID.match(uid):
         raise CallerError(f"instance uid {uid!r} is not a uid")
@@ -377,11 +403,29 @@ def _load(files: Files) -> Book:
     for name in files.listing(PRIVATE):
         if name.removesuffix(".json") not in instances:
             files.remove(f"{PRIVATE}/{name}")  # of an instance that is gone, or a write that was cut short
+    gpus = _load_gpus(files, damage)
     if host is None or damage:
         # without the host's record nobody knows whether these are all the instances
         host = replace(host or HostRecord(), revision=0, complete=False)
     epoch = max([host.epoch, *(r.desired.placement.epoch for r in instances.values())])
-    return Book(replace(host, epoch=epoch), instances, tuple(damage))
+    return Book(replace(host, epoch=epoch), instances, gpus, tuple(damage))
+
+
+def _load_gpus(files: Files, damage: list[str]) -> dict[str, GpuEntry]:
+    """Records of GPUs. One that is damaged is none: its GPU is dirty until it was sanitised, whoever had it."""
+    files.make_folder(GPU_FOLDER)
+    gpus: dict[str, GpuEntry] = {}
+    for name in files.listing(GPU_FOLDER):
+        path = f"{GPU_FOLDER}/{name}"
+        if name.endswith(".new"):
+            files.remove(path)
+        elif name.endswith(".json"):
+            entry = _read(files, GpuEntry, path, damage)
+            if entry is not None and _gpu_file(entry.uuid) != path:
+                damage.append(f"{path} is the record of {entry.uuid}")
+            elif entry is not None:
+                gpus[entry.uuid] = entry
+    return gpus
 
 
 def _read(files: Files, kind: type[T], name: str, damage: list[str]) -> T | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from casemate_agent.config import Config
 from casemate_agent.drivers.console import PtyConsoles
 from casemate_agent.drivers.fetch import SourceRules
+from casemate_agent.drivers.gpucards import HostCards
 from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.guest import GuestChannels
 from casemate_agent.drivers.http import http_download
@@ -47,10 +48,12 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             meter.observe(LIBVIRT_S, took_s, call)
 
     async with AsyncExitStack() as stack:
-        gpus = HostGpus(state_dir)
+        gpus = HostGpus(state_dir, rules=config.gpus)
         stack.push_async_callback(gpus.aclose)
         machine = HostMachine(state_dir, ports=config.ports, devices=config.devices, gpus=gpus)
         stack.push_async_callback(machine.aclose)
+        cards = HostCards(gpus, scrubber=config.gpu.scrubber)
+        stack.push_async_callback(cards.aclose)
         download = Relay(Path(config.relay), uid_of(config.relay_user)).download if config.relay else http_download
         images = ImageStore(state_dir, SourceRules(folders=tuple(config.image_folders)), download=download)
         stack.push_async_callback(images.aclose)
@@ -92,6 +95,7 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             consoles=consoles,
             serials=serials,
             gpus=gpus,
+            cards=cards,
             functions=functions,
             tuning=tuning,
             volumes=volumes,

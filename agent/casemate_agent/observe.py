@@ -9,12 +9,15 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 from typing import TypeVar
 
 from casemate_agent.domain.devices import SEED_TARGET
 from casemate_agent.drafting import ACTIVE
 from casemate_agent.drivers.ports import DomainFacts, DomainStats, Drivers, MachineFacts, ProcessFacts, QemuThreads
 from casemate_agent.functions import FunctionFacts
+from casemate_agent.gpu.health import GpuHealth
+from casemate_agent.gpu.readings import CardFacts
 from casemate_agent.records import GuestView, InstanceRecord, Observation
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CasemateError
@@ -22,6 +25,8 @@ from casemate_core.errors import CasemateError
 log = logging.getLogger("casemate.agent.observe")
 
 T = TypeVar("T")
+
+NO_HEALTH: Mapping[str, GpuHealth] = MappingProxyType({})
 
 #: Interfaces whose taps are looked for on behalf of an instance of which only files are left.
 MOST_NICS = 8
@@ -126,19 +131,24 @@ class Observer:
         records: Mapping[str, InstanceRecord],
         guests: Mapping[str, GuestView],
         busy: frozenset[str],
+        gpu_health: Mapping[str, GpuHealth] = NO_HEALTH,
     ) -> Observation:
-        """Look at everything. ``busy`` are the instances with an action under way at this moment."""
+        """Look at everything. ``busy`` are the instances with an action under way at this moment; ``gpu_health`` is how GPUs
+        were judged last."""
         drivers, deadline_s, silent = self.drivers, self.deadline_s, dict[str, str]()
         machine = self._machine or await self.machine()
         if not self._virtualisation:
             self._virtualisation = await self._ask("virtualisation", drivers.hypervisor.virtualisation, 60.0, {}) or ""
-        domains, files, networks, functions, volumes, _ = await asyncio.gather(
+        looks = asyncio.gather(
             self._ask("hypervisor", drivers.hypervisor.domains, deadline_s, silent),
             self._ask("images", drivers.images.observe, deadline_s, silent),
             self._ask("networks", drivers.networks.observe, deadline_s, silent),
             self._ask("functions", drivers.functions.observe, deadline_s, silent),
             self._ask("volumes", drivers.volumes.observe, deadline_s, silent),
             self._check_network(now_s),
+        )
+        (domains, files, networks, functions, volumes, _), cards = await asyncio.gather(
+            looks, self._look_at_cards(machine, silent)
         )
         self._functions = functions if functions is not None else self._functions
         self._affinities = await self._look_at_pins(
@@ -159,6 +169,8 @@ class Observer:
             networks=networks,
             functions=functions,
             volumes=volumes,
+            cards=cards,
+            gpu_health=dict(gpu_health),
             affinities=self._affinities,
             kernels=self._kernels,
             tuning=self.tuning,
@@ -191,6 +203,12 @@ class Observer:
         for told in await self._ask("hypervisor", ask, min(self.deadline_s, KERNEL_DEADLINE_S), {}) or ():
             if any(disk.name == SEED_TARGET and disk.read_requests for disk in told.blocks):
                 self._kernels |= {unheard[told.uuid]}
+
+    async def _look_at_cards(self, machine: MachineFacts, silent: dict[str, str]) -> Mapping[str, CardFacts] | None:
+        """Where GPUs are, and what holds them; a host without any is not asked."""
+        if not machine.topology.gpus:
+            return {}
+        return await self._ask("cards", self.drivers.cards.look, self.deadline_s, silent)
 
     async def _check_network(self, now_s: float) -> None:
         """Ask whether this host can make networks, where the last answer is old."""

@@ -22,6 +22,8 @@ from casemate_agent.converge import ACTIVE, InstancePlan, Settings, converge
 from casemate_agent.domain.limits import memory_limits
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.giving import orphans
+from casemate_agent.gpu.lifecycle import State
+from casemate_agent.gpu.planning import GpuLook, closes_host, plan_gpus, states
 from casemate_agent.pool import Pool, moves, pool_of
 from casemate_agent.realtime import host_lines, quiet_threads
 from casemate_agent.records import (
@@ -35,7 +37,9 @@ from casemate_agent.records import (
 from casemate_agent.tuning import short_pools, tune
 from casemate_core.claims import Claim
 from casemate_core.cpuset import EMPTY, CpuSet
+from casemate_core.gpu import hold
 from casemate_core.spec.instance import DesiredInstance, Run, bridged
+from casemate_core.topology import Topology
 from casemate_wire.stream import HostReport, VolumeFacts
 
 __all__ = ["InstancePlan", "Plan", "Settings", "plan"]
@@ -49,6 +53,8 @@ class Plan:
     instances: Mapping[str, InstancePlan]
     host: tuple[Action, ...] = ()
     cleaning: Mapping[str, tuple[Action, ...]] = field(default_factory=dict)
+    #: The next act of each GPU that has one, by the name of its job.
+    gpus: Mapping[str, act.GpuAction] = field(default_factory=dict)
     adopt: tuple[InstanceRecord, ...] = ()
     notes: tuple[Note, ...] = ()
     report: HostReport = field(default_factory=HostReport)
@@ -80,7 +86,11 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
     networks = {network.name: network for network in book.host.networks}
     topology = observed.machine.topology
     admissions = admit(
-        book.instances, _wanting(book, observed), topology, foreign, before.admissions if before is not None else None
+        book.instances,
+        _wanting(book, observed),
+        topology,
+        (*foreign, *_held_gpus(book, topology)),
+        before.admissions if before is not None else None,
     )
     audited = audit(book.instances, topology, foreign, before.audit if before is not None else None)
     pool = pool_of(book, observed, admissions, foreign)
@@ -93,13 +103,15 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
         drift.append(f"AgentOnQuiet: threads of this agent may run on {loud}")
     drift += short_pools(topology, held)
     plans = {
-        uid: converge(record, observed, networks, admissions.get(uid), settings, pool)
+        uid: converge(record, observed, networks, admissions.get(uid), settings, pool, book.gpus)
         for uid, record in sorted(book.instances.items())
         if uid not in observed.busy
     }
     for each in plans.values():
         drift += each.drift
     drift += _audit(book, observed, audited)
+    look = _gpu_look(book, observed)
+    closed = closes_host(observed.gpu_health, settings.gpu)
     cleaning = _leftovers(book, observed) if not adopted else {}
     if observed.functions is not None:
         drift += [f"VfLeak: {leak}" for leak in observed.functions.leaks()]
@@ -120,12 +132,14 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
         report=HostReport(
             foreign=len(observed.foreign),
             drift=tuple(drift),
-            conditions=host_conditions(book.host, book.damage, observed, settings.low_disk_fraction),
+            conditions=host_conditions(book.host, book.damage, observed, settings.low_disk_fraction, closed),
             foreign_claims=foreign,
             disk_free_mib=observed.files.free_mib if observed.files is not None else 0,
             profile=tuple(each.line for each in profile),
             volumes=_volumes(observed),
+            gpus=states(look),
         ),
+        gpus=plan_gpus(look, settings.gpu) if not adopted else {},
         wake_s=min((each.wake_s for each in plans.values()), default=inf),
         admissions=admissions,
         audit=audited,
@@ -143,6 +157,45 @@ def _volumes(observed: Observation) -> tuple[VolumeFacts, ...] | None:
     if observed.volumes is None:
         return None
     return tuple(VolumeFacts(uid, v.size_mib, v.allocated_mib) for uid, v in sorted(observed.volumes.items()))
+
+
+def _held_gpus(book: Book, topology: Topology) -> tuple[Claim, ...]:
+    """GPUs in quarantine: a placement that names one is refused. One that is only not clean yet is waited for."""
+    there = {gpu.uuid for gpu in topology.gpus}
+    return tuple(
+        hold(uuid, f"{entry.record.state}: {entry.record.reason}")
+        for uuid, entry in sorted(book.gpus.items())
+        if entry.record.state is State.QUARANTINED and uuid in there
+    )
+
+
+def _gpu_look(book: Book, observed: Observation) -> GpuLook:
+    """What the plan of GPUs stands on."""
+    wanted = {
+        uuid: (uid, record.desired.tenant)
+        for uid, record in book.instances.items()
+        if not record.removed and record.claim is not None
+        for uuid in record.claim.gpus
+    }
+    running: dict[str, tuple[str, str]] | None = None
+    if observed.domains is not None:
+        running = {}
+        for uid, domain in observed.domains.items():
+            # an instance with an action under way may start at any moment
+            if domain.phase not in ACTIVE and uid not in observed.busy:
+                continue
+            if (applied := from_metadata(domain.record)) is not None:
+                running |= dict.fromkeys(applied.placement.claim.gpus, (uid, applied.tenant))
+    return GpuLook(
+        there=tuple(gpu.uuid for gpu in observed.machine.topology.gpus),
+        entries=book.gpus,
+        cards=observed.cards or {},
+        wanted=wanted,
+        running=running,
+        health=observed.gpu_health,
+        orders={order.uuid: order for order in book.host.gpu_orders},
+        busy=observed.busy,
+    )
 
 
 def _wanting(book: Book, observed: Observation) -> list[str]:

@@ -13,17 +13,23 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, wraps
+from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
+from casemate_agent.desired import bare as bare
+from casemate_agent.desired import from_metadata as from_metadata
+from casemate_agent.desired import to_metadata as to_metadata
 from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, ProcessFacts, QemuThreads, StoredFiles
 from casemate_agent.drivers.volumeports import StoredVolume
 from casemate_agent.functions import FunctionFacts
+from casemate_agent.gpu.health import GpuHealth
+from casemate_agent.gpu.readings import CardFacts
+from casemate_agent.gpu.records import GpuEntry
 from casemate_core.claims import Claim
 from casemate_core.cpuset import EMPTY, CpuSet
-from casemate_core.errors import CallerError
-from casemate_core.plain import from_plain, to_plain
+from casemate_core.gpu import GpuOrder
+from casemate_core.plain import to_plain
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, PodState
 from casemate_core.spec.operation import OrderPhase, Verb
 from casemate_core.spec.realtime import Certificate
@@ -150,6 +156,8 @@ class HostRecord:
     complete: bool = False
     #: Uids of the volumes whose data is to be deleted, as the manager said it last.
     volumes_removed: tuple[str, ...] = ()
+    #: What operators asked of GPUs last.
+    gpu_orders: tuple[GpuOrder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +166,8 @@ class Book:
 
     host: HostRecord = field(default_factory=HostRecord)
     instances: Mapping[str, InstanceRecord] = field(default_factory=dict)
+    #: By UUID.
+    gpus: Mapping[str, GpuEntry] = field(default_factory=dict)
     #: What was wrong with the files, in words.
     damage: tuple[str, ...] = ()
 
@@ -189,6 +199,9 @@ class Observation:
     functions: FunctionFacts | None = None
     #: Volumes whose data is here, by uid.
     volumes: Mapping[str, StoredVolume] | None = None
+    #: GPUs that are there, by UUID, and the last judgement of each.
+    cards: Mapping[str, CardFacts] | None = None
+    gpu_health: Mapping[str, GpuHealth] = field(default_factory=dict)
     #: By process of a domain: where its threads may run, as the kernel says it. Only of those that were looked at.
     affinities: Mapping[int, QemuThreads] = field(default_factory=dict)
     #: By process: the vCPUs' sets and the others' that this agent has bound its threads to last.
@@ -287,23 +300,3 @@ def domain_digest(desired: DesiredInstance) -> str:
     }
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def bare(desired: DesiredInstance) -> DesiredInstance:
-    """The record without its order and secrets: what a domain is made from, and may be rebuilt from, without doing anything
-    again."""
-    return desired if desired.order is None and not desired.secrets else replace(desired, order=None, secrets={})
-
-
-def to_metadata(desired: DesiredInstance) -> str:
-    """The record as a domain's metadata carries it: JSON, whole, so that a lost ledger is rebuilt from the domain."""
-    return json.dumps(to_plain(bare(desired)), sort_keys=True, separators=(",", ":"))
-
-
-@lru_cache(maxsize=1024)
-def from_metadata(text: str) -> DesiredInstance | None:
-    """The record that a domain's metadata carries; None where it is not readable."""
-    try:
-        return from_plain(DesiredInstance, json.loads(text), ignore_unknown=True)
-    except (ValueError, TypeError, CallerError):
-        return None

@@ -41,6 +41,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
     },
     "Fleet": {
         "host": ("hosts", "host", "See the hosts, let machines join, and revoke them."),
+        "gpu": ("gpus", "gpu", "Hold GPUs back, let them out, have them sanitised."),
         "top": ("top", "top", "Show capacity: what is used, free, and stranded, and why."),
         "cordon": ("hosts", "cordon", "Place nothing new on hosts."),
         "fsck": ("fsck", "fsck", "Show what is left of somebody on a host, and repair it; exit 3 if anything is."),

@@ -34,6 +34,13 @@ WORD_COLOURS = {
     "NotReady": "red",
     "Failed": "red",
     "Fenced": "red",
+    "Quarantined": "red",
+    "broken": "red",
+    "suspect": "yellow",
+    "Sanitising": "yellow",
+    "Returned": "yellow",
+    "well": "green",
+    "Free": "green",
     "Stopped": "dim",
 }
 #: Text of a cell that has no value: unknown is said, not guessed.
@@ -102,6 +109,14 @@ def _environment_phase(o: Any) -> str:
     return "Deleting" if o.metadata.deleting.seconds else _text(o.status.phase)
 
 
+def _passport(o: Any) -> str:
+    """Whether its last hand-over left it clean, and how many steps that took."""
+    if not o.status.passports:
+        return NONE
+    last = o.status.passports[0]
+    return f"{'clean' if last.clean else 'held'} ({len(last.steps)} steps)"
+
+
 _AGE = Column("AGE", lambda o: age(o.metadata.created))
 _LABELS = Column("LABELS", _labels, wide=True)
 
@@ -162,6 +177,20 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("HEARD", lambda o: age(o.status.heard), wide=True),
         _LABELS,
         _AGE,
+    ),
+    "GPU": (
+        Column("HOST", lambda o: _text(o.status.host)),
+        Column("MODEL", lambda o: _text(o.status.model)),
+        Column("PHASE", lambda o: _text(o.status.phase) + (f",{o.status.order}" if o.status.order else "")),
+        Column("HEALTH", lambda o: _text(o.status.health)),
+        Column("INSTANCE", lambda o: _text(o.status.instance)),
+        Column("MEMORY", lambda o: _text(o.status.memory), wide=True),
+        Column("DRIVER", lambda o: _text(o.status.driver), wide=True),
+        Column("ADDRESS", lambda o: _text(o.status.pci_address), wide=True),
+        Column("PASSPORT", _passport, wide=True),
+        Column("LAST-TENANT", lambda o: _text(o.status.tenant), wide=True),
+        Column("WHY", lambda o: o.status.reason or "; ".join(o.status.health_reasons) or NONE, wide=True),
+        Column("SINCE", lambda o: age(o.status.since)),
     ),
     "Image": (
         Column("TYPE", lambda o: o.spec.type or "disk"),

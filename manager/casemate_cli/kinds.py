@@ -38,7 +38,7 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("Placement", "placement", "placements", ("plc",), True, writable=False),
     Kind("Event", "event", "events", ("ev",), True, writable=False),
     Kind("Operation", "operation", "operations", ("op", "ops"), True, writable=False),
-    Kind("GPU", "gpu", "gpus", (), False, served=False, writable=False),
+    Kind("GPU", "gpu", "gpus", (), False, writable=False),
     Kind("Class", "class", "classes", (), False, served=False),
     Kind("SecurityGroup", "securitygroup", "securitygroups", ("sg",), True, served=False),
     Kind("Volume", "volume", "volumes", ("vol", "vols", "pvc", "pvcs"), True),

@@ -144,6 +144,7 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.v1.Channels/Forward": Row(P.EXEC, Where.NAMED, "forward"),
     "/casemate.v1.Channels/Copy": Row(P.EXEC, Where.NAMED, "copy"),
     "/casemate.v1.Channels/Authorize": Row(P.EXEC, Where.NAMED, "authorize"),
+    "/casemate.v1.Gpus/Order": Row(P.OPERATE, Where.FLEET),
     "/casemate.v1.HostAccess/CreateHostToken": Row(P.OPERATE, Where.FLEET),
     "/casemate.v1.HostAccess/ListHostTokens": Row(P.OPERATE, Where.FLEET),
     "/casemate.v1.HostAccess/RevokeHostToken": Row(P.OPERATE, Where.FLEET),

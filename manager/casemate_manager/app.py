@@ -21,6 +21,7 @@ from casemate_manager.api.channels import ChannelsService
 from casemate_manager.api.enrolment import Joining
 from casemate_manager.api.feed import Feed
 from casemate_manager.api.gate import Authenticate, ByTokenOrCertificate, Gate, actor, ticket_id
+from casemate_manager.api.gpus import GpusService
 from casemate_manager.api.hostcare import HostCareService
 from casemate_manager.api.hostlink import Channels, HostLink
 from casemate_manager.api.identities import IdentityService
@@ -191,11 +192,23 @@ async def running(
             asyncio.create_task(sessions.end_what_has_expired(clock), name="host-expiry"),
         ]
         signing = asyncio.create_task(sign_on(writer, notary, sessions.witness, clock, sign_every_s), name="notary")
+        gpus = GpusService(core.submit, seed)
         support = SupportService(writer, channels, metrics, version)
         care = HostCareService(core, channels, core.scribe)
         gates = Timing(lambda: writer.meter, time.monotonic), gate
         grpc_server, port = await server.serve(
-            listen, service, sides, HostLink(sessions), support, care, gates, audit, identity, joining, listen_enrolment
+            listen,
+            service,
+            sides,
+            HostLink(sessions),
+            support,
+            care,
+            gates,
+            audit,
+            identity,
+            gpus,
+            joining,
+            listen_enrolment,
         )
         warming = asyncio.create_task(why.keep_warm(lambda: (core.state, core.observed)), name="why-warm")
         manager = Manager(writer, core, sessions, grpc_server, port, joining.enrolment_port if joining else 0, metrics)

@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol, TypeVar
 from casemate_core.checkpoint import Checkpoint
 from casemate_core.errors import CallerError, CasemateError, Unavailable, shown
 from casemate_core.spec.instance import DesiredInstance
-from casemate_manager.fleet import desired, volumes
+from casemate_manager.fleet import desired, gpus, volumes
 from casemate_manager.fleet.commands import (
     Answer,
     Command,
@@ -262,6 +262,7 @@ class Sessions:
                 removed,
                 desired.networks(published.state, host),
                 volumes_removed=volumes.removed(published.state, host),
+                gpu_orders=gpus.orders(published.state, host),
             )
             session_.woken.set()
 
@@ -381,10 +382,17 @@ class Sessions:
         session.end.welcome(resume=resume, send_inventory=answer.send_inventory)
         keep, removed = desired.since(state, hello.host, hello.revision) if resume else desired.whole(state, hello.host)
         keep = tuple(self._reveal(state, instance) for instance in keep)
-        ended = volumes.removed(state, hello.host)
-        if keep or removed or ended or not resume:
-            networks = desired.networks(state, hello.host)
-            session.end.desire(state.revision, keep, removed, networks, snapshot=not resume, volumes_removed=ended)
+        ended, orders = volumes.removed(state, hello.host), tuple(gpus.orders(state, hello.host))
+        if keep or removed or ended or orders or not resume:
+            session.end.desire(
+                state.revision,
+                keep,
+                removed,
+                desired.networks(state, hello.host),
+                snapshot=not resume,
+                volumes_removed=ended,
+                gpu_orders=orders,
+            )
         if self._checkpoint is not None:
             session.end.witness(self._checkpoint)
         self._sessions[hello.host] = session

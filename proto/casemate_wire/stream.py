@@ -11,6 +11,7 @@ from typing import Any
 
 from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import Claim
+from casemate_core.gpu import GpuOrder, GpuState
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, InstanceState
 from casemate_core.spec.realtime import ProfileLine
 from casemate_core.spec.views import Condition
@@ -81,6 +82,8 @@ class Desired:
     more: bool = False
     #: Uids of all volumes of the host whose data is to be deleted: whole in each message, never merged.
     volumes_removed: tuple[str, ...] = ()
+    #: The last that operators asked of each GPU of the host, whole; None: as it was.
+    gpu_orders: tuple[GpuOrder, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ class HostReport:
     profile: tuple[ProfileLine, ...] = ()
     #: All volumes whose data is here, by uid; None: not known at the moment.
     volumes: tuple[VolumeFacts, ...] | None = None
+    #: Every GPU that the host has a record of.
+    gpus: tuple[GpuState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

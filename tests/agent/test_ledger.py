@@ -212,6 +212,7 @@ def test_it_lives_in_a_real_folder_for_its_owner_only(tmp_path: Path) -> None:
         assert await again.next_session(5.0) == 1_800_000_001
         assert sorted(p.name for p in (tmp_path / "ledger").rglob("*")) == [
             f"{uid(2)}.json",
+            "gpus",
             "host.json",
             "instances",
             "private",

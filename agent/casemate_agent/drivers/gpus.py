@@ -12,18 +12,21 @@ held back until it comes home, which is the safe error.
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.files import write_private
 from casemate_agent.drivers.gpuports import GpuParts
+from casemate_agent.drivers.inventory import identity_of, matches
 from casemate_agent.drivers.nvml import NvmlGpus
 from casemate_agent.gpu.inventory import GpuSight, KnownGpu, sight
 from casemate_agent.gpu.link import FILES, LinkReading, link_of
 from casemate_agent.gpu.readings import GpuFault, GpuReading
+from casemate_agent.hardware import GpuRule
 from casemate_core.errors import CallerError, CasemateError, MachineError, Unavailable
 from casemate_core.plain import from_plain, to_plain
+from casemate_core.topology_loaders import GpuFacts
 
 log = logging.getLogger("casemate.agent.gpus")
 
@@ -36,7 +39,15 @@ _VERSION = 1
 class HostGpus:
     """The GPUs below ``root``. Use it from one event loop, and close it."""
 
-    def __init__(self, state_dir: Path, root: Path = Path("/"), library: NvmlGpus | None = None) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        root: Path = Path("/"),
+        library: NvmlGpus | None = None,
+        rules: Sequence[GpuRule] = (),
+    ) -> None:
+        self._rules = tuple(rules)
+        self._declared: frozenset[str] = frozenset()
         self._path = state_dir / "gpus.json"
         self._root = root
         self._library = library or NvmlGpus()
@@ -52,10 +63,13 @@ class HostGpus:
 
     async def look(self, deadline_s: float) -> GpuSight:
         """What GPUs there are now. A library that is not there is no error: then nothing is told. Raises OSError."""
+        declared, missing = await self._calls.run("look for declared GPUs", self._of_rules, deadline_s)
+        self._declared = frozenset(facts.uuid for facts in declared)
         drivers = await self._calls.run("look for GPUs", self._drivers, deadline_s)
         known = await self._calls.run("read gpus.json", self._remembered, deadline_s)
         if not drivers and not known:
-            self._sight = GpuSight(problems=self._damage)  # no card of the vendor: its library is not even loaded
+            # no card of the vendor: its library is not even loaded
+            self._sight = GpuSight(declared, problems=(*self._damage, *missing))
             return self._sight
         readings: tuple[GpuReading, ...] | None = None
         silent: tuple[str, ...] = ()
@@ -69,8 +83,19 @@ class HostGpus:
         seen = sight(readings, known, boot_id, drivers)
         if seen.known != known:
             await self._calls.run("write gpus.json", lambda: self._remember(seen.known), deadline_s)
-        self._sight = GpuSight(seen.gpus, seen.known, (*self._damage, *silent, *seen.problems))
+        there = {facts.address for facts in seen.gpus}
+        more = tuple(facts for facts in declared if facts.address not in there)
+        problems = (*self._damage, *silent, *seen.problems, *missing)
+        self._sight = GpuSight((*seen.gpus, *more), seen.known, problems)
         return self._sight
+
+    def places(self) -> dict[str, tuple[str, bool]]:
+        """Of the GPUs that ``look`` found last: where each is, and whether the library tells of it."""
+        return {facts.uuid: (facts.address, facts.uuid not in self._declared) for facts in self._sight.gpus}
+
+    async def let_go(self, deadline_s: float) -> None:
+        """Have nothing of this process hold a GPU: before one is taken from the host's driver."""
+        await self._library.let_go(deadline_s)
 
     async def read(self, deadline_s: float) -> tuple[GpuParts, ...]:
         """``Gpus.read``: of the GPUs that ``look`` found last."""
@@ -79,7 +104,8 @@ class HostGpus:
             return ()
         told: dict[str, GpuReading] = {}
         try:
-            told = {reading.uuid: reading for reading in await self._library.read(deadline_s)}
+            if any(gpu.uuid not in self._declared for gpu in gpus):
+                told = {reading.uuid: reading for reading in await self._library.read(deadline_s)}
         except MachineError as error:
             log.info("of GPUs only the links are seen: %s", error)
         links = {link.address: link for link in await self.links(tuple(gpu.address for gpu in gpus), deadline_s)}
@@ -87,7 +113,7 @@ class HostGpus:
 
     async def faults(self) -> AsyncIterator[GpuFault]:
         """``Gpus.faults``. A host without a card of the vendor has none."""
-        if not self._sight.gpus:
+        if all(gpu.uuid in self._declared for gpu in self._sight.gpus):
             raise Unavailable("no GPU of this host is told by its library")
         async for fault in self._library.faults():
             yield fault
@@ -112,6 +138,21 @@ class HostGpus:
             driver = place / "driver"
             found[place.name] = os.path.basename(os.readlink(driver)) if driver.is_symlink() else ""
         return found
+
+    def _of_rules(self) -> tuple[tuple[GpuFacts, ...], tuple[str, ...]]:
+        """GPUs that the administrator declares, which no library tells: each is its serial number, or its slot."""
+        found: dict[str, list[GpuFacts]] = {}
+        for place in sorted((self._root / PCI).glob("*")) if self._rules else ():
+            rule = next((r for r in self._rules if matches(place, r.vendor, r.device, r.pci_class)), None)
+            if rule is not None and not (place / "physfn").exists():
+                uuid = f"GPU-{identity_of(place)}"
+                found.setdefault(uuid, []).append(GpuFacts(place.name, uuid, rule.model, rule.memory_mib))
+        problems = tuple(
+            f"IdentityUncertain: {' and '.join(f.address for f in same)} both say that they are {uuid}; none is given away"
+            for uuid, same in found.items()
+            if len(same) > 1
+        )
+        return tuple(same[0] for same in found.values() if len(same) == 1), problems
 
     def _link(self, address: str) -> LinkReading:
         place = self._root / PCI / address

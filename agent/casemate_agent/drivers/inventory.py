@@ -99,7 +99,7 @@ def _devices(root: Path, rules: Sequence[DeviceRule]) -> tuple[list[DeviceFacts]
     found: dict[str, list[DeviceFacts]] = {}
     matched = dict.fromkeys(rules, 0)
     for folder in sorted((root / PCI).glob("*")):
-        rule = next((r for r in rules if _matches(folder, r)), None)
+        rule = next((r for r in rules if matches(folder, r.vendor, r.device, r.pci_class)), None)
         if rule is None or (folder / "physfn").exists():
             continue
         matched[rule] += 1
@@ -120,11 +120,12 @@ def _named(rule: DeviceRule) -> str:
     return f"{rule.vendor or '*'}:{rule.device or '*'}{kind}"
 
 
-def _matches(folder: Path, rule: DeviceRule) -> bool:
+def matches(folder: Path, vendor: str, device: str, pci_class: str) -> bool:
+    """Whether a function is what a rule says; an empty word of it matches all."""
     return (
-        (not rule.vendor or _hex(folder / "vendor") == rule.vendor)
-        and (not rule.device or _hex(folder / "device") == rule.device)
-        and (not rule.pci_class or _hex(folder / "class").startswith(rule.pci_class))
+        (not vendor or _hex(folder / "vendor") == vendor)
+        and (not device or _hex(folder / "device") == device)
+        and (not pci_class or _hex(folder / "class").startswith(pci_class))
     )
 
 

@@ -50,6 +50,9 @@ class NvmlGpus:
         self._calls = DeadlineExecutor("nvml", threads=1, max_stuck=1)
         self._waits = DeadlineExecutor("nvml-events", threads=1, max_stuck=1)
         self._ready = False
+        #: Counts how often the library was closed; event sets of a former turn are gone.
+        self._turn = 0
+        self._sets: list[Any] = []
 
     async def aclose(self) -> None:
         """Let the threads go; one that hangs ends with its call."""
@@ -63,6 +66,14 @@ class NvmlGpus:
         """
         return await self._calls.run("read GPUs", self._read, deadline_s)
 
+    async def let_go(self, deadline_s: float) -> None:
+        """Close the library, so that nothing of this process holds a device; the next question loads it anew. Who waits for
+        XIDs is told that it is over."""
+        self._turn += 1
+        # behind the wait that is under way, in the one thread that waits
+        await self._waits.run("end waiting", self._end_waits, deadline_s)
+        await self._calls.run("close NVML", self._close, deadline_s)
+
     async def driver(self, deadline_s: float) -> str:
         """Version of the driver. Raises as ``read`` does."""
         return await self._calls.run("ask the driver's version", self._version, deadline_s)
@@ -70,6 +81,7 @@ class NvmlGpus:
     async def faults(self) -> AsyncIterator[GpuFault]:
         """XIDs as they happen, for as long as the driver is there; raises as ``read`` does."""
         await self._calls.run("prepare for XIDs", self._prepare, 10.0)
+        turn = self._turn
         events, names = await self._waits.run("register for XIDs", self._register, 10.0)
 
         def wait() -> GpuFault | None:
@@ -78,6 +90,8 @@ class NvmlGpus:
         hangs = False
         try:
             while True:
+                if turn != self._turn:
+                    raise Unavailable("NVML: the library was closed; ask again")
                 try:
                     fault = await self._waits.run("wait for XIDs", wait, XID_WAIT_MS / 1000 + 10)
                 except DeadlineExceeded:
@@ -87,9 +101,26 @@ class NvmlGpus:
                     yield fault
         finally:
             if not hangs:
-                await self._waits.run("end waiting", lambda: pynvml.nvmlEventSetFree(events), 10.0)
+                await self._waits.run("end waiting", lambda: self._free(events), 10.0)
 
     # --- in threads ---
+
+    def _free(self, events: Any) -> None:
+        if events in self._sets:
+            self._sets.remove(events)
+            pynvml.nvmlEventSetFree(events)
+
+    def _end_waits(self) -> None:
+        for events in list(self._sets):
+            self._free(events)
+
+    def _close(self) -> None:
+        if self._ready:
+            self._ready = False
+            try:
+                pynvml.nvmlShutdown()
+            except pynvml.NVMLError as error:
+                raise NvmlFailed(f"NVML does not close: {error}") from error
 
     def _prepare(self) -> None:
         if self._ready:
@@ -143,6 +174,7 @@ class NvmlGpus:
             except BaseException:
                 pynvml.nvmlEventSetFree(events)
                 raise
+            self._sets.append(events)
             return events, names
 
         return self._asked("register for XIDs", ask)

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from casemate_agent.doctor.facts import HostSurvey
-from casemate_agent.drivers.gpuports import Gpus
+from casemate_agent.drivers.gpuports import GpuCards, Gpus
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_agent.drivers.volumeports import Volumes
 from casemate_agent.functions import FunctionFacts, Grant, Stamp
@@ -625,6 +625,7 @@ class Drivers:
     consoles: Consoles
     serials: SerialLogs
     gpus: Gpus
+    cards: GpuCards
     functions: Functions
     tuning: Tuning
     volumes: Volumes

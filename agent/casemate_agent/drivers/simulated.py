@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainPhase, Drivers, GuestEvent, GuestGone
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name, uuid_of
 from casemate_agent.drivers.simulated_functions import Cards
+from casemate_agent.drivers.simulated_gpus import DRIVER, VFIO, Board
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedGuest
 from casemate_agent.drivers.simulated_ports import Lease, drivers_of
 from casemate_agent.drivers.simulated_volumes import SimulatedVolume
@@ -49,7 +50,7 @@ class Faults:
     """What is wrong with the machine at the moment."""
 
     #: Ports whose calls do not return: ``hypervisor``, ``images``, ``networks``, ``machine``, ``guests``, ``functions``,
-    #: ``volumes``.
+    #: ``volumes``, ``cards``, ``gpus``.
     hung: set[str] = field(default_factory=set)
     #: Ports whose driver has a defect: its calls raise what no port may raise.
     defective: set[str] = field(default_factory=set)
@@ -101,6 +102,8 @@ class SimulatedHost:
         self.guest_programs = set(PROGRAMS)
         #: Files of its kernel by which it is tuned, by path.
         self.tuning: dict[str, str] = {}
+        #: Boards that anything was done to, by UUID.
+        self.boards: dict[str, Board] = {}
         self._pids = 1000
         self._guest_boots = 0
         self._lease: Lease | None = None
@@ -108,6 +111,10 @@ class SimulatedHost:
     @property
     def boot_id(self) -> str:
         return uuid_of(f"{self.name}/boot/{self.boots}")
+
+    def board(self, uuid: str) -> Board:
+        """A GPU's board."""
+        return self.boards.setdefault(uuid, Board())
 
     def drivers(self) -> Drivers:
         """What an agent's process holds of this machine. The one that held it before is dead."""
@@ -133,6 +140,8 @@ class SimulatedHost:
         self.guards.clear()
         self.plugs.clear()
         self.cards.reboot()
+        for board in self.boards.values():
+            board.driver = DRIVER  # what was bound by hand is bound no more; memory of a board may outlive a warm boot
 
     def crash_domain(self, uid: str) -> None:
         """Its QEMU is killed."""
@@ -182,6 +191,7 @@ class SimulatedHost:
             found += self._check_functions(uid, domain)
             found += self._check_threads(uid, domain)
             found += [f"{uid} runs without its volume {v.name}" for v in desired.volumes if v.uid not in self.volumes]
+            found += self._check_gpus(uid, domain)
         for volume in self.volumes:
             if len(users := self.volume_users(volume)) > 1:
                 found.append(f"volume {volume} is open in {' and '.join(users)}")
@@ -220,6 +230,19 @@ class SimulatedHost:
             if vf.key in domain.functions:
                 told = vf.state.differences(self.cards.states.get(vf.key, CLEAN))
                 found += [f"{uid} runs with VF {vf.key}: {line}" for line in told]
+        return found
+
+    def _check_gpus(self, uid: str, domain: SimulatedDomain) -> list[str]:
+        found = []
+        for uuid in domain.gpus:
+            board = self.board(uuid)
+            if strangers := board.registers - {uid}:
+                found.append(f"{uid} runs with GPU {uuid}, which was not reset after {', '.join(sorted(strangers))}")
+            if board.driver != VFIO:
+                found.append(f"{uid} runs with GPU {uuid}, which is on {board.driver or 'no driver'}")
+            for other, more in self.domains.items():
+                if other != uid and more.facts.phase in ACTIVE and uuid in more.gpus:
+                    found.append(f"{uid} and {other} both run with GPU {uuid}")
         return found
 
     # --- for its drivers ---

@@ -36,6 +36,8 @@ class SimulatedDomain:
     guest: SimulatedGuest | None = None
     #: Keys of the functions that it holds open while it runs.
     functions: tuple[str, ...] = ()
+    #: UUIDs of the GPUs that it holds open while it runs.
+    gpus: tuple[str, ...] = ()
     #: Where its threads may run, while it runs.
     threads: QemuThreads = field(default_factory=QemuThreads)
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from casemate_agent.desired import to_metadata
 from casemate_agent.domain.names import domain_name
 from casemate_agent.drivers.ports import (
     DomainEvent,
@@ -33,14 +34,13 @@ from casemate_agent.drivers.ports import (
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, simulated_stats, tap_name
 from casemate_agent.drivers.simulated_functions import SimulatedFunctions
-from casemate_agent.drivers.simulated_gpus import SimulatedGpus
+from casemate_agent.drivers.simulated_gpus import VFIO, SimulatedCards, SimulatedGpus
 from casemate_agent.drivers.simulated_guest import SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.drivers.simulated_tuning import SimulatedTuning
 from casemate_agent.drivers.simulated_volumes import SimulatedVolumes, volume_path
 from casemate_agent.functions import grant_of
-from casemate_agent.records import to_metadata
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, bridged
@@ -205,13 +205,21 @@ class _Hypervisor:
         places = {key: vf.address for key, vf in facts.vfs.items()}
         places |= {key: device.address for key, device in facts.devices.items()}
         wanted = grant_of(desired).keys
+        gpus = desired.placement.claim.gpus
+        places |= {gpu.uuid: gpu.place.address for gpu in host.topology.gpus}
+        for uuid in gpus:
+            if uuid not in places or host.board(uuid).driver != VFIO:
+                raise MachineError(f"GPU {uuid} is not bound for a guest")
         given = domain.files.functions if domain.files is not None else ()
-        if given != tuple(places[key] for key in wanted):
+        if given != tuple(places[key] for key in (*wanted, *gpus)):
             raise MachineError(f"{uid} was defined with functions at {given}, which is not where they are")
         held = [v.name for v in desired.volumes if host.volume_users(v.uid)]
         if held:
             raise MachineError(f"volume {held[0]} is open in another domain")
-        domain.functions = wanted
+        domain.functions, domain.gpus = wanted, gpus
+        for uuid in gpus:
+            host.board(uuid).registers.add(uid)
+            host.board(uuid).memory.add(uid)
         domain.threads = self._threads(domain.facts)
         domain.facts = replace(domain.facts, phase=DomainPhase.RUNNING, pid=host.new_pid(), frozen=False)
         domain.guest = host.boot_guest(uid)
@@ -651,6 +659,7 @@ def drivers_of(lease: Lease) -> Drivers:
     return Drivers(
         machine=_Machine(lease),
         gpus=SimulatedGpus(lease),
+        cards=SimulatedCards(lease),
         survey=SimulatedSurvey(lease),
         hypervisor=_Hypervisor(lease),
         images=_Images(lease),

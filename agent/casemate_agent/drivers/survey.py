@@ -33,6 +33,7 @@ from casemate_agent.doctor.facts import (
 from casemate_agent.drivers import kvm
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.network import HostNetworks
+from casemate_agent.drivers.nvml import NvmlGpus
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CasemateError, MachineError
 from casemate_core.quantity import MIB
@@ -85,7 +86,7 @@ class HostSurveyor:
             kernel=os.uname().release,
             virtualisation=await self._ask("virtualisation", self._virtualisation, deadline_s, problems),
             libvirt=await self._ask("libvirt", lambda: ask_libvirt(self._uri), deadline_s, problems),
-            nvml=await self._ask("nvml", ask_nvml, deadline_s, problems),
+            nvml=await ask_nvml(deadline_s, problems),
             clock=await self._ask("clock", ask_clock, deadline_s, problems),
             disk=await self._ask("disk", lambda: ask_disk(self._state_dir), deadline_s, problems),
             network_problem=network,
@@ -246,19 +247,16 @@ def _version(number: int) -> tuple[int, int, int]:
     return number // 1_000_000, number // 1000 % 1000, number % 1000
 
 
-def ask_nvml() -> Nvml:
-    """What NVIDIA's library says. Raises MachineError where it is not there or refuses."""
-    import pynvml
-
+async def ask_nvml(deadline_s: float, problems: dict[str, str]) -> Nvml | None:
+    """What NVIDIA's library says, by the driver that the agent uses; None, and why in ``problems``, where it does not."""
+    library = NvmlGpus()
     try:
-        pynvml.nvmlInit()
-        try:
-            driver = pynvml.nvmlSystemGetDriverVersion()
-            return Nvml(driver if isinstance(driver, str) else driver.decode(), pynvml.nvmlDeviceGetCount())
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        raise MachineError(str(error)) from error
+        return Nvml(await library.driver(deadline_s), len(await library.read(deadline_s)))
+    except CasemateError as error:
+        problems["nvml"] = str(error)
+        return None
+    finally:
+        await library.aclose()
 
 
 def ask_clock() -> Clock:

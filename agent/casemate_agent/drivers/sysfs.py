@@ -101,6 +101,9 @@ class HostMachine:
         ports, devices = self._rules
         # A host with neither is spared the questions.
         found = take(self._root, self._read_ports() if ports else (), ports, devices)
+        # What is a GPU is no other device, whatever else a rule says.
+        its = {gpu.address for gpu in gpus.gpus}
+        found = replace(found, devices=tuple(device for device in found.devices if device.address not in its))
         return MachineFacts(
             hostname=socket.gethostname(),
             boot_id=(self._root / "proc/sys/kernel/random/boot_id").read_text().strip(),

@@ -116,6 +116,12 @@ class Vfio:
             return ()
         files = {f"/dev/vfio/{self.group(address)}"}
         files |= {f"/dev/vfio/devices/{path.name}" for path in folder.glob("vfio-dev/*")}
+        return self.open_by(files)
+
+    def open_by(self, files: set[str]) -> tuple[str, ...]:
+        """Processes that have one of these files open, as ``name (pid)``."""
+        if not files:
+            return ()
         found = []
         for process in self._proc.iterdir():
             if process.name.isdecimal() and self._has_open(process, files):

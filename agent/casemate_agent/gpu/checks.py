@@ -8,10 +8,12 @@ passport; whether unknown is good enough is for a policy to say (``required``), 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import StrEnum
 
+from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.readings import GpuFault, GpuReading, growth
+from casemate_core.gpu import Check, Result
+
+__all__ = ["FATAL_XIDS", "HOT_C", "IDLE_MIB", "Check", "Result", "checks", "link_checks", "verdict"]
 
 HOT_C = 87
 """Slow-down begins at about 87 to 92 degrees on data-centre boards: an idle GPU that is so hot is not cooled."""
@@ -34,23 +36,6 @@ FATAL_XIDS = {
 """XIDs that speak of the board rather than of a program on it (NVIDIA, "XID Errors", table of XIDs)."""
 
 
-class Result(StrEnum):
-    """How a check ended."""
-
-    PASSED = "passed"
-    FAILED = "failed"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of a passport: what was looked at, how it ended, and the numbers that it followed from."""
-
-    name: str
-    result: Result
-    evidence: str
-
-
 def checks(now: GpuReading, before: GpuReading | None = None, faults: Iterable[GpuFault] = ()) -> tuple[Check, ...]:
     """All checks of one GPU, always the same ones in the same order. ``before``: the reading at the last hand-over;
     ``faults``: XIDs since then."""
@@ -63,11 +48,22 @@ def checks(now: GpuReading, before: GpuReading | None = None, faults: Iterable[G
         _xids(now, faults),
         _grown("ecc", now.ecc_uncorrected, before.ecc_uncorrected if before else None, "uncorrected ECC errors"),
         _rows(now),
-        _link(now),
+        _link(now.link_width, now.link_width_max),
         _grown("pcie-replays", now.pcie_replays, before.pcie_replays if before else None, "PCIe replays", most=1000),
         _below("temperature", now.temperature_c, HOT_C, "°C"),
         _idle(now),
     )
+
+
+def link_checks(now: LinkReading, before: LinkReading | None = None) -> tuple[Check, ...]:
+    """What the host sees of a card whatever driver holds it. ``before``: its link at the last hand-over."""
+    found = [_link(now.width, now.width_max)]
+    for name, counted, then in (
+        ("pcie-fatal", now.fatal, before.fatal if before else None),
+        ("pcie-nonfatal", now.nonfatal, before.nonfatal if before else None),
+    ):
+        found.append(_grown(name, counted, then, "uncorrected PCIe errors"))
+    return tuple(found)
 
 
 def verdict(found: Iterable[Check], required: Iterable[str] = ()) -> tuple[Check, ...]:
@@ -109,12 +105,11 @@ def _rows(now: GpuReading) -> Check:
     return Check("rows", Result.PASSED, remapped)
 
 
-def _link(now: GpuReading) -> Check:
+def _link(width: int | None, most: int | None) -> Check:
     """Only the width: the generation falls while a GPU idles, to save power."""
-    if now.link_width is None or now.link_width_max is None:
+    if width is None or most is None:
         return Check("link-width", Result.UNKNOWN, "width of its PCIe link: not told")
-    evidence = f"x{now.link_width} of x{now.link_width_max}"
-    return Check("link-width", Result.PASSED if now.link_width >= now.link_width_max else Result.FAILED, evidence)
+    return Check("link-width", Result.PASSED if width >= most else Result.FAILED, f"x{width} of x{most}")
 
 
 def _below(name: str, value: int | None, bound: int, unit: str) -> Check:

@@ -139,6 +139,16 @@ class GpuRecord:
         return self.state in (State.FREE, State.HOST_OWNED)
 
 
+def first_seen(uuid: str) -> GpuRecord:
+    """A GPU of which this host has no record: new, or the record was lost. Who had it is not known, so it is dirty."""
+    return GpuRecord(uuid, State.RETURNED, story=(State.RETURNED,))
+
+
+def held(uuid: str, owner: str, tenant: str) -> GpuRecord:
+    """A GPU without a record that a running domain of ours has."""
+    return GpuRecord(uuid, State.ATTACHED, owner, tenant, generation=1, story=(State.ATTACHED,))
+
+
 def move(
     record: GpuRecord,
     event: Event,
@@ -174,6 +184,6 @@ def move(
 
 def diagram() -> str:
     """The table as a Mermaid state diagram, for the docs."""
-    lines = ["stateDiagram-v2", "    [*] --> HostOwned"]
+    lines = ["stateDiagram-v2", "    [*] --> Returned"]
     lines += [f"    {state} --> {to}: {event}" for (state, event), to in TABLE.items() if state is not to]
     return "\n".join(lines)

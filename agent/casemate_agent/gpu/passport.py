@@ -19,44 +19,12 @@ proven as plainly as what is: a reset is no proof that memory was emptied, and n
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 
 from casemate_agent.gpu.checks import Check, Result, verdict
+from casemate_agent.gpu.readings import Card, Proof
+from casemate_core.gpu import Passport, Rung, Step
 
-
-class Rung(StrEnum):
-    """A step of the ladder."""
-
-    RELEASED = "released"
-    FUNCTION_RESET = "function-reset"
-    BUS_RESET = "bus-reset"
-    PROVED = "proved"
-    SCRUB = "scrub"
-    CHECKS = "checks"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step as it was made. ``at_s`` seconds since the epoch, ``took_s`` seconds."""
-
-    rung: Rung
-    result: Result
-    evidence: str
-    at_s: float = 0.0
-    took_s: float = 0.0
-    checks: tuple[Check, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What decides the way up, as the host sees the device now."""
-
-    #: Processes of the host that hold it, with their names: ``4711 (nvidia-smi)``.
-    holders: tuple[str, ...] = ()
-    #: Ways in which the kernel can reset it, as ``reset_method`` in sysfs lists them (Linux 5.15 and newer).
-    methods: tuple[str, ...] = ()
-    #: Functions on its bus that do not belong to this hand-over, by address.
-    strangers: tuple[str, ...] = ()
+__all__ = ["Card", "Climb", "Hygiene", "Passport", "Rung", "Step", "climb", "passport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,34 +44,6 @@ class Climb:
     next: Rung | None = None
     clean: bool = False
     reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Passport:
-    """The record of one hand-over, kept for good."""
-
-    uuid: str
-    generation: int
-    #: Who had it before; told to the platform team, not to the next tenant.
-    tenant: str
-    steps: tuple[Step, ...]
-    clean: bool
-    reason: str = ""
-
-    @property
-    def not_proven(self) -> tuple[str, ...]:
-        """What nobody may take this passport for."""
-        missing = ["that its firmware is what its maker shipped"]
-        scrubbed = any(s.rung is Rung.SCRUB and s.result is Result.PASSED for s in self.steps)
-        if not scrubbed:
-            missing.insert(0, "that its memory was emptied: nothing overwrote it")
-        missing += [
-            f"{check.name}: {check.evidence}"
-            for step in self.steps
-            for check in step.checks
-            if check.result is Result.UNKNOWN
-        ]
-        return tuple(missing)
 
 
 def climb(steps: Iterable[Step], card: Card, hygiene: Hygiene) -> Climb:
@@ -132,6 +72,22 @@ def climb(steps: Iterable[Step], card: Card, hygiene: Hygiene) -> Climb:
             return _after_scrub(made, hygiene)
         case Rung.CHECKS:
             return _end(made, hygiene)
+
+
+def proof_step(proof: Proof) -> tuple[Result, str, tuple[Check, ...]]:
+    """How the rung *proved* ended. A card without a register that only a reset clears has not been seen to forget: that is
+    unknown, it stands in the passport, and ``reset-seen`` may be required."""
+    if not proof.answers:
+        return Result.FAILED, "it does not answer", ()
+    if proof.found != proof.expected:
+        return Result.FAILED, f"it says that it is {proof.found}, and was {proof.expected}", ()
+    if proof.kept is None:
+        seen = Check("reset-seen", Result.UNKNOWN, "no register of it shows that it was reset")
+    elif proof.kept:
+        return Result.FAILED, f"it still has what was set before: {proof.mark}", ()
+    else:
+        seen = Check("reset-seen", Result.PASSED, f"{proof.mark} is not set any more")
+    return Result.PASSED, f"answers as {proof.found}; {seen.evidence}", (seen,)
 
 
 def _reset(card: Card, tried: set[Rung], evidence: str) -> Climb:
@@ -167,8 +123,8 @@ def _end(made: tuple[Step, ...], hygiene: Hygiene) -> Climb:
     return Climb(clean=True)
 
 
-def passport(uuid: str, generation: int, tenant: str, steps: Iterable[Step], end: Climb) -> Passport:
+def passport(uuid: str, generation: int, tenant: str, steps: Iterable[Step], end: Climb, number: int = 0) -> Passport:
     """The record of a climb that came to its end."""
     if end.next is not None:
         raise ValueError(f"the climb goes on with {end.next}")
-    return Passport(uuid, generation, tenant, tuple(steps), end.clean, end.reason)
+    return Passport(uuid, generation, tenant, tuple(steps), end.clean, end.reason, number)

@@ -66,3 +66,38 @@ class GpuFault:
 
     uuid: str
     xid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What decides the way up, as the host sees the device now."""
+
+    #: Processes of the host that hold it, with their names: ``4711 (nvidia-smi)``.
+    holders: tuple[str, ...] = ()
+    #: Ways in which the kernel can reset it, as ``reset_method`` in sysfs lists them (Linux 5.15 and newer).
+    methods: tuple[str, ...] = ()
+    #: Functions on its bus that do not belong to this hand-over, by address.
+    strangers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a device showed after a reset. ``found`` and ``expected``: what it says that it is, now and before. ``mark`` is what
+    was written before the reset, in words; ``kept``: it is still there; None: the device has no place for one."""
+
+    answers: bool
+    found: str = ""
+    expected: str = ""
+    mark: str = ""
+    kept: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """A GPU as the host sees it. ``address`` and ``driver`` (empty: none is bound) are true at the time of the reading."""
+
+    uuid: str
+    address: str
+    driver: str = ""
+    #: A library of the host tells its readings while the host's own driver holds it.
+    told: bool = False

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: The last events of an object are told; older ones are counted.
 MAX_EVENTS = 25
 #: Free objects of a status that would fill the screen; `get -o json` has them.
-_TOO_LONG = frozenset({"topology", "claim", "manifest"})
+_TOO_LONG = frozenset({"topology", "claim", "manifest", "passports"})
 
 
 @click.command()
@@ -77,6 +77,8 @@ def _describe(client: "Client", target: Target, tenant: str) -> None:
         term.out(term.paint("Parts:", "bold"))
         for line in parts.summary(topology):
             term.out(f"  {term.clean(line)}")
+    if target.kind.name == "GPU":
+        _passports(message)
     for kind in {"Environment": ("Instance", "Pod"), "Host": ("Instance",), "Instance": ("Pod",)}.get(
         target.kind.name, ()
     ):
@@ -118,6 +120,27 @@ def _realtime(message: Any) -> None:
         term.out(term.paint("Certificate:", "bold"))
         for line in profiles.certificate(status.certificate):
             term.out(f"  {term.clean(line)}")
+
+
+def _passports(message: Any) -> None:
+    """The hand-overs of a GPU, newest first: the last one step by step."""
+    for number, passport in enumerate(message.status.passports):
+        state = "clean" if passport.clean else f"held back: {passport.reason}"
+        whose = f", after tenant {passport.tenant}" if passport.tenant else ""
+        title = f"Passport {passport.generation}.{passport.climb}{whose}: {state}"
+        if number:
+            term.out(term.clean(title))
+            continue
+        term.out(term.paint(term.clean(title), "bold"))
+        for step in passport.steps:
+            head = f"{step.rung:<15} {step.result:<8} {step.took_s:6.1f}s  {age(step.started):<8}"
+            term.out(f"  {term.clean(f'{head} {step.evidence}')}")
+            for check in step.checks:
+                term.out(f"    {term.clean(f'{check.name:<13} {check.result:<8} {check.evidence}')}")
+        if passport.not_proven:
+            term.out("  Not proven:")
+            for line in passport.not_proven:
+                term.out(f"    {term.clean(line)}")
 
 
 def _parts(client: "Client", kind_name: str, tenant: str, owner: str) -> None:

@@ -187,6 +187,9 @@ class Feed:
                 case SeeHost(name, _, news, link):
                     if news:
                         yield "Host", name
+                        inventory = self._state.inventories.get(name)
+                        for gpu in inventory.topology.gpus if inventory is not None else ():
+                            yield "GPU", gpu.uuid
                     if not link:
                         continue
                     for placement in self._state.host_placements.get(name, {}).values():
@@ -220,6 +223,8 @@ class Feed:
                 yield "Host", key_of(record)
             case InventoryRecord():
                 yield "Host", record.host
+                for gpu in record.topology.gpus:
+                    yield "GPU", gpu.uuid
             case AuditHead() | AuditMark() | AuditCut():
                 pass  # nobody watches them
             case _:

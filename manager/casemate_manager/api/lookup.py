@@ -12,6 +12,7 @@ from casemate_core.errors import InvalidSpec, NotFound, Violation, shown
 from casemate_core.selector import Selector
 from casemate_core.spec.meta import TENANT_KINDS, Meta
 from casemate_manager import views
+from casemate_manager.fleet import gpus
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import InstanceRecord, instance_or_environment, tenant_key
 from casemate_manager.fleet.state import State
@@ -84,6 +85,7 @@ class Reader:
             "Placement": state.placements,
             "Event": state.events,
             "Operation": state.operations,
+            "GPU": state.gpu_hosts,
         }
         if kind not in tables:
             known = ", ".join(sorted([*tables, "Instance", "Pod"]))
@@ -134,6 +136,9 @@ class Reader:
             yield Found(binding.meta, frozenset({binding.role}), lambda: resources.to_message(binding))
         elif kind == "Event" and (event := state.events.get(key)):
             yield Found(event.meta, frozenset({event.regarding.name}), lambda: resources.to_message(event))
+        elif kind == "GPU" and (gpu := gpus.view(state, observed, key)) is not None:
+            owners = frozenset({gpu.host, gpu.instance.partition("/")[2], gpu.model})
+            yield Found(gpu.meta, owners, lambda: resources.to_message(gpu))
         elif kind == "Operation" and (operation := state.operations.get(key)):
             told = views.operation_view(state, operation)
             environment_name = operation.instance.rpartition("-")[0]
@@ -163,6 +168,8 @@ class Reader:
                         host = self._state.hosts[key]
                         status = views.host_status(self._state, self._observed, host, topology=True)
                         return resources.to_message(host.host, status)
+                    if kind == "GPU" and (gpu := gpus.view(self._state, self._observed, key, whole=True)) is not None:
+                        return resources.to_message(gpu)
                     return found.show()
         raise NotFound(kind, name)
 
@@ -176,7 +183,7 @@ class Reader:
         if kind == "Placement":
             uid = self._state.instance_names.get(tenant_key(tenant, name))
             return list(self._state.instance_placements.get(uid, {})) if uid else []
-        if kind not in ("Host", "Image", "Network", "Policy", "Tenant", "User", "RoleBinding", "Event"):
+        if kind not in ("Host", "Image", "Network", "Policy", "Tenant", "User", "RoleBinding", "Event", "GPU"):
             self.keys(kind)  # refuses a kind that is not served
         return [name]
 

@@ -21,6 +21,8 @@ from casemate_wire.v1 import (
     channels_pb2_grpc,
     enrolment_pb2,
     enrolment_pb2_grpc,
+    gpus_pb2,
+    gpus_pb2_grpc,
     hostcare_pb2,
     hostcare_pb2_grpc,
     hosts_pb2,
@@ -95,6 +97,7 @@ async def serve(
     gates: Sequence[grpc.aio.ServerInterceptor],
     audit: audit_pb2_grpc.AuditServicer,
     identity: identity_pb2_grpc.IdentityServicer,
+    gpus: gpus_pb2_grpc.GpusServicer,
     joining: Joining | None = None,
     enrolment_address: str = "",
 ) -> tuple[grpc.aio.Server, int]:
@@ -112,7 +115,9 @@ async def serve(
     identity_pb2_grpc.add_IdentityServicer_to_server(identity, server)
     support_pb2_grpc.add_SupportServicer_to_server(support, server)
     hostcare_pb2_grpc.add_HostCareServicer_to_server(care, server)
+    gpus_pb2_grpc.add_GpusServicer_to_server(gpus, server)
     names = [
+        gpus_pb2.DESCRIPTOR.services_by_name["Gpus"].full_name,
         identity_pb2.DESCRIPTOR.services_by_name["Identity"].full_name,
         audit_pb2.DESCRIPTOR.services_by_name["Audit"].full_name,
         operators_pb2.DESCRIPTOR.services_by_name["Fleet"].full_name,

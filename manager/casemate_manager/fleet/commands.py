@@ -151,6 +151,17 @@ class ChangeAccessKey:
 
 
 @dataclass(frozen=True, slots=True)
+class OrderGpu:
+    """Ask something of a GPU (`casemate_core.gpu.GpuVerb`)."""
+
+    request_key: str
+    gpu: str
+    verb: str
+    seed: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class CreateToken:
     """Let a machine become ``host``. ``digest`` is SHA-256 of the secret that its holder is given."""
 
@@ -223,6 +234,7 @@ Command = (
     | NoteAct
     | MakeAccessKey
     | ChangeAccessKey
+    | OrderGpu
     | HostHello
     | HostInventory
     | HostFacts
@@ -288,6 +300,14 @@ class KeyAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuAnswer:
+    """The order that was made; empty where nothing was to be done."""
+
+    order: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Welcomed:
     """The host's session is taken."""
 
@@ -337,6 +357,7 @@ Answer = (
     | DeleteAnswer
     | OperateAnswer
     | KeyAnswer
+    | GpuAnswer
     | Welcomed
     | Turned
     | TokenMade

@@ -24,6 +24,7 @@ from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.records import (
     Drop,
     EnvironmentRecord,
+    GpuRecord,
     InstanceRecord,
     OperationRecord,
     PlacementRecord,
@@ -183,6 +184,10 @@ def affected(state: State, batch: Batch) -> dict[str, set[str]]:
                     told.add(volume.host)
                 for uid in state.volume_users.get(key_of(volume), ()):
                     wake(uid)
+            case Put(GpuRecord() as gpu):
+                if (known := state.gpus.get(gpu.uuid)) is None or known.order != gpu.order:
+                    hosts.setdefault(gpu.host, set())
+                    told.add(gpu.host)
             case Put(Network() as network):
                 for uid in state.addresses.get(network.meta.name, {}).values():
                     wake(uid)

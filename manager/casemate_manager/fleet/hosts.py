@@ -12,7 +12,7 @@ from casemate_core.spec.fleet import Host, HostSpec
 from casemate_core.spec.instance import Phase
 from casemate_core.spec.meta import Meta, check_name
 from casemate_core.spec.views import ObjectRef
-from casemate_manager.fleet import operations, volumes
+from casemate_manager.fleet import gpus, operations, volumes
 from casemate_manager.fleet.commands import (
     Batch,
     EndSession,
@@ -159,6 +159,8 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
     after = HostSeen(True, seen.session, seen.whole or told.snapshot, now_s, report)
     foreign = seen.report.foreign_claims if seen.report else ()
     changed = report is not None and report.foreign_claims != foreign
+    if told.host is not None and told.host is not seen.report:
+        changed |= gpus.told(draft, name, seen.report, told.host)
     if (told.snapshot and not seen.whole) or changed or says_not_ready(seen) != says_not_ready(after):
         draft.sightings.append(CapacityChanged())
     draft.sightings.append(observed.see_host(name, after))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from casemate_manager.access import grants_of
-from casemate_manager.fleet import acts, advance, auditing, due, enrolment, hosts, keys, objects, operations
+from casemate_manager.fleet import acts, advance, auditing, due, enrolment, gpus, hosts, keys, objects, operations
 from casemate_manager.fleet.acts import By
 from casemate_manager.fleet.commands import (
     Advance,
@@ -29,6 +29,7 @@ from casemate_manager.fleet.commands import (
     MakeAccessKey,
     NoteAct,
     OperateInstances,
+    OrderGpu,
     RenewEnrolment,
     RevokeHost,
     RevokeToken,
@@ -93,6 +94,8 @@ def _apply(state: State, observed: Observed, command: Command, now_s: float, rul
             return keys.make(state, observed, command, now_s)
         case ChangeAccessKey():
             return keys.change(state, observed, command, now_s)
+        case OrderGpu():
+            return gpus.order(state, observed, command, now_s)
         case HostHello():
             return hosts.hello(state, observed, command, now_s)
         case HostInventory():

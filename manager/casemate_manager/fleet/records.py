@@ -12,6 +12,7 @@ from typing import Any, Final
 from casemate_core.audit import AuditRecord
 from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import Claim
+from casemate_core.gpu import GpuOrder, Passport
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Host, Image, Network, Policy, Taint
@@ -157,6 +158,17 @@ class InventoryRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuRecord:
+    """What is kept of a GPU: its last passports, newest last, and what an operator asked of it last."""
+
+    uuid: str
+    host: str
+    passports: tuple[Passport, ...] = ()
+    order: GpuOrder | None = None
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord:
     """An answered request: the same key again gets the same answer. ``digest`` tells another request with the key."""
 
@@ -263,6 +275,7 @@ Record = (
     | PlacementRecord
     | HostRecord
     | InventoryRecord
+    | GpuRecord
     | RequestRecord
     | OperationRecord
     | TokenRecord
@@ -292,6 +305,7 @@ KINDS: Final[dict[str, type[Any]]] = {
     "Placement": PlacementRecord,
     "Host": HostRecord,
     "Inventory": InventoryRecord,
+    "GPU": GpuRecord,
     "Request": RequestRecord,
     "Operation": OperationRecord,
     "Token": TokenRecord,
@@ -345,6 +359,8 @@ def key_of(record: Record) -> str:
             return record.host.meta.name
         case InventoryRecord() | EnrolmentRecord():
             return record.host
+        case GpuRecord():
+            return record.uuid
         case TokenRecord():
             return record.token
         case RequestRecord():

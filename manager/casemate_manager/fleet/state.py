@@ -9,7 +9,7 @@ Indexes are derived and never stored. ``work`` names environments that may have 
 """
 
 import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from casemate_core.audit import Link
 from casemate_core.checkpoint import Checkpoint
 from casemate_core.claims import HostClaims, volume_claim, volume_owner
 from casemate_core.errors import InternalError
+from casemate_core.gpu import GpuOrder
 from casemate_core.spec.access import RoleBinding, Tenant, User
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Image, Network, Policy
@@ -25,6 +26,7 @@ from casemate_core.spec.secret import Secret
 from casemate_core.spec.views import EventView
 from casemate_core.spec.volume import names
 from casemate_manager.fleet.commands import Batch
+from casemate_manager.fleet.holding import holds
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.records import (
     AccessKeyRecord,
@@ -34,6 +36,7 @@ from casemate_manager.fleet.records import (
     Drop,
     EnrolmentRecord,
     EnvironmentRecord,
+    GpuRecord,
     HostRecord,
     InstanceRecord,
     InventoryRecord,
@@ -70,6 +73,7 @@ class State:
     placements: dict[str, PlacementRecord] = field(default_factory=dict)
     hosts: dict[str, HostRecord] = field(default_factory=dict)
     inventories: dict[str, InventoryRecord] = field(default_factory=dict)
+    gpus: dict[str, GpuRecord] = field(default_factory=dict)
     requests: dict[str, RequestRecord] = field(default_factory=dict)
     tokens: dict[str, TokenRecord] = field(default_factory=dict)
     enrolments: dict[str, EnrolmentRecord] = field(default_factory=dict)
@@ -118,6 +122,9 @@ class State:
     #: Instance's uid -> key of its open operation, and revision at which an operation of it last changed.
     open_keys: dict[str, str] = field(default_factory=dict)
     operation_revisions: dict[str, int] = field(default_factory=dict)
+    #: Host of each GPU, by UUID; and by host the last orders, by UUID.
+    gpu_hosts: dict[str, str] = field(default_factory=dict)
+    gpu_orders: dict[str, Mapping[str, GpuOrder]] = field(default_factory=dict)
     #: Keys of environments with a lifetime, or with a notice of its end.
     lifetimes: dict[str, None] = field(default_factory=dict)
 
@@ -210,6 +217,7 @@ class State:
             update_strategy=now.update_strategy,
             devices=restart.devices,
             volumes=restart.volumes,
+            gpus=restart.gpus,
         )
 
     def _spec_at(self, record: EnvironmentRecord, generation: int, current: int) -> EnvironmentSpec:
@@ -218,12 +226,16 @@ class State:
         return self.specs[f"{record.environment.meta.uid}/{generation}"].spec
 
     def host_claims(self, host: str, observed: Observed) -> HostClaims:
-        """Who holds what on a host, foreign VMs included."""
+        """Who holds what on a host, foreign VMs and GPUs that are held back included."""
         claims = self.claims.get(host, HostClaims.empty())
         report = observed.host(host).report
-        if report is None or not report.foreign_claims:
-            return claims
-        return HostClaims.of([*claims, *report.foreign_claims], claims.epoch)
+        if report is not None and report.foreign_claims:
+            claims = HostClaims.of([*claims, *report.foreign_claims], claims.epoch)
+        inventory = self.inventories.get(host)
+        if report is not None and inventory is not None and inventory.topology.gpus:
+            for held in holds(inventory.topology, report, self.gpu_orders.get(host, {}), claims):
+                claims = claims.add(held)
+        return claims
 
     # --- folding ------------------------------------------------------------------------------------------------------
 
@@ -251,7 +263,9 @@ class State:
             case HostRecord():
                 self.hosts[key] = record
             case InventoryRecord():
-                self.inventories[key] = record
+                self._put_inventory(key, record)
+            case GpuRecord():
+                self._put_gpu(key, record)
             case RequestRecord():
                 self.requests[key] = record
             case TokenRecord():
@@ -290,6 +304,24 @@ class State:
             case EventView():
                 self.events[key] = record
                 self.event_names[event_identity(record)] = key
+
+    def _put_inventory(self, key: str, record: InventoryRecord) -> None:
+        if (old := self.inventories.get(key)) is not None:
+            for gpu in old.topology.gpus:
+                if self.gpu_hosts.get(gpu.uuid) == key:
+                    del self.gpu_hosts[gpu.uuid]
+        self.inventories[key] = record
+        self.gpu_hosts |= {gpu.uuid: key for gpu in record.topology.gpus}
+
+    def _put_gpu(self, key: str, record: GpuRecord) -> None:
+        old = self.gpus.get(key)
+        self.gpus[key] = record
+        if old is not None and old.host == record.host and old.order == record.order:
+            return
+        if old is not None:
+            self.gpu_orders[old.host] = {u: o for u, o in self.gpu_orders.get(old.host, {}).items() if u != key}
+        if record.order is not None:
+            self.gpu_orders[record.host] = {**self.gpu_orders.get(record.host, {}), key: record.order}
 
     def _unbind(self, key: str) -> None:
         known = self.role_bindings.pop(key, None)
@@ -457,6 +489,7 @@ class State:
             "Revision": self.specs,
             "Host": self.hosts,
             "Inventory": self.inventories,
+            "GPU": self.gpus,
             "Request": self.requests,
             "Token": self.tokens,
             "Enrolment": self.enrolments,

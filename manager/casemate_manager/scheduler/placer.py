@@ -17,6 +17,7 @@ import numpy as np
 
 from casemate_core.claims import HostClaims
 from casemate_core.fit import Fit, Request, VolumeRequest, fit
+from casemate_core.gpu import GpuOrder
 from casemate_core.spec.environment import Environment, EnvironmentSpec
 from casemate_core.spec.fleet import Policy
 from casemate_manager.columns import HostView
@@ -52,6 +53,7 @@ class FleetPlacer:
         self._records: dict[str, object] = {}
         self._inventories: dict[str, object] = {}
         self._claims: dict[str, HostClaims] = {}
+        self._gpu_orders: dict[str, Mapping[str, GpuOrder]] = {}
         self._seen: dict[str, HostSeen] = {}
         self._asked: tuple[int, int, int, int] = (0, -1, -1, -1)
         self._overlaid: set[str] = set()
@@ -172,11 +174,13 @@ class FleetPlacer:
             # Changes that were only tried, or seen in another state, are undone by the same comparison.
             changed = _differ(state.hosts, self._records) | _differ(state.inventories, self._inventories)
             changed |= _differ(state.claims, self._claims) | self._overlaid | self._left
+            changed |= _differ(state.gpu_orders, self._gpu_orders)
             if asked[2:] != self._asked[2:]:
                 changed |= _seen_otherwise(observed.hosts, self._seen)
                 self._seen = dict(observed.hosts)
             self._records, self._inventories = dict(state.hosts), dict(state.inventories)
             self._claims, self._asked = dict(state.claims), asked
+            self._gpu_orders = dict(state.gpu_orders)
             self._overlaid = set()
             # by name: rows are numbered as they come, and equal ones are chosen by their numbers
             order = sorted(changed)
@@ -318,8 +322,10 @@ def _seen_otherwise(now: Mapping[str, HostSeen], known: Mapping[str, HostSeen]) 
 
 
 def _told(seen: HostSeen) -> tuple[object, ...]:
-    foreign = seen.report.foreign_claims if seen.report is not None else ()
-    return (seen.connected, seen.whole, says_not_ready(seen), foreign)
+    if seen.report is None:
+        return (seen.connected, seen.whole, False, (), ())
+    held = tuple((gpu.uuid, gpu.held) for gpu in seen.report.gpus)
+    return (seen.connected, seen.whole, says_not_ready(seen), seen.report.foreign_claims, held)
 
 
 def _gone(known: Iterable[str], now: Mapping[str, Any]) -> set[str]:

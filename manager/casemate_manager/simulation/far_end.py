@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from casemate_core.claims import Claim, HostClaims, verify_claim
+from casemate_core.gpu import GpuPhase, GpuState
 from casemate_core.spec.instance import DesiredInstance, InstanceState, Phase, Run
 from casemate_core.spec.operation import OrderPhase, OrderState
 from casemate_core.topology import Topology
@@ -97,6 +98,8 @@ class PlayedHost:
 
     def __init__(self, name: str, topology: Topology, rng: random.Random, world: World) -> None:
         self.name, self.topology, self.rng, self._world = name, topology, rng, world
+        # its GPUs are clean at once
+        self._report = HostReport(gpus=tuple(GpuState(gpu.uuid, GpuPhase.FREE) for gpu in topology.gpus))
         # --- disk ---
         self.counter = 0
         self.epoch = self.revision = 0
@@ -219,7 +222,7 @@ class PlayedHost:
 
     def _tell_whole(self, end: HostEnd) -> None:
         uids = [*self.desired, *self.ending]
-        end.whole([self._state(uid, whole=True) for uid in uids], HostReport())
+        end.whole([self._state(uid, whole=True) for uid in uids], self._report)
 
     def _state(self, uid: str, *, whole: bool = False) -> InstanceState:
         claim = self.claims.get(uid) if whole else None

@@ -9,11 +9,13 @@ each part alone would fit, that is said (``NothingTogether``): a refusal always 
 
 from casemate_core.claims import HostClaims
 from casemate_core.claims.model import volume_owner
+from casemate_core.cpuset import bits
 from casemate_core.fit.cells import choose_cpu, must_be_one_cell, spread_room
 from casemate_core.fit.cores import Mode, capacity
 from casemate_core.fit.functions import FreeFunctions
 from casemate_core.fit.request import CellPolicy, GpuLink, GpuRequest, Near, Request, VolumeRequest
 from casemate_core.fit.view import Need, View
+from casemate_core.gpu import held_because
 from casemate_core.reasons import (
     CapabilityMissing,
     CellsShort,
@@ -215,7 +217,9 @@ def _gpu_reason(view: View, free: FreeFunctions, group: int, asked: GpuRequest) 
         what = asked.share_profile or str(asked.share_milli)
         return GpuShareShort(group, what, asked.count, eligible.bit_count(), largest)
     if eligible.bit_count() < asked.count:
-        return GpusShort(group, asked.count, eligible.bit_count(), asked.model, of_model.bit_count())
+        owners = (view.usage.gpus.get(topology.gpus[i].uuid, "") for i in bits(of_model))
+        held = tuple(why for owner in owners if (why := held_because(owner)))
+        return GpusShort(group, asked.count, eligible.bit_count(), asked.model, of_model.bit_count(), held)
     if asked.link is GpuLink.NVLINK and topology.functions.partitions:
         sized = [mask for _, mask in topology.functions.partitions if mask.bit_count() == asked.count]
         missing = min(((mask & ~eligible).bit_count() for mask in sized), default=0)

@@ -31,10 +31,14 @@ class GpusShort:
     model: str
     present: int
     """GPUs of that model on the host, free or not."""
+    held: tuple[str, ...] = ()
+    """Of those that nobody has and nobody is given: which, and why."""
 
     @property
     def sentence(self) -> str:
-        return f"{self.asked} GPUs {self.model} asked, {self.available} free of {self.present}"
+        words = f"{self.asked} GPUs {self.model} asked, {self.available} free of {self.present}"
+        more = f" and {len(self.held) - 2} more" if len(self.held) > 2 else ""
+        return f"{words} ({'; '.join(self.held[:2])}{more})" if self.held else words
 
     @property
     def remedies(self) -> tuple[Remedy, ...]:

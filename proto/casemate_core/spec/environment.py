@@ -89,7 +89,8 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class GpuSpec:
-    """GPUs as asked for: ``count`` of a model, whole or one slice of each (``share``: a profile, or thousandths of it)."""
+    """GPUs as asked for: ``count`` of a model, whole or one slice of each (``share``: a profile, or thousandths of it), ``near``:
+    in a cell of the instance's CPUs."""
 
     model: str = "*"
     count: int = 1
@@ -98,6 +99,7 @@ class GpuSpec:
     share: str = ""
     #: A slice of so many thousandths, by whatever profile has them; 0: not by size.
     share_milli: int = 0
+    near: bool = False
 
 
 @dataclass(frozen=True, slots=True)

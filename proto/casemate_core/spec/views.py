@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from casemate_core.gpu import GpuState, Passport
 from casemate_core.spec.instance import InstanceState, Nic, PodState
 from casemate_core.spec.meta import Meta
 from casemate_core.spec.realtime import Certificate, ProfileLine
@@ -187,6 +188,25 @@ class EventView:
     cause: str = ""
     count: int = 1
     last_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GpuView:
+    """A GPU of a host: what its host's inventory has of it, what the host says (None until it does), and its hand-overs,
+    oldest first."""
+
+    meta: Meta
+    host: str
+    model: str
+    memory_mib: int
+    address: str
+    phase: str
+    instance: str = ""
+    tenant: str = ""
+    reason: str = ""
+    order: str = ""
+    state: GpuState | None = None
+    passports: tuple[Passport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,12 +108,13 @@ def _gpu_from_message(message: pb.GpuRequest) -> GpuSpec:
         message.link or "any",
         "" if part else message.share,
         int(part[1]) if part else 0,
+        message.near,
     )
 
 
 def _gpu_to_message(gpu: GpuSpec) -> pb.GpuRequest:
     share = f"{gpu.share_milli}m" if gpu.share_milli else gpu.share
-    return pb.GpuRequest(model=gpu.model, count=gpu.count, link=gpu.link, share=share)
+    return pb.GpuRequest(model=gpu.model, count=gpu.count, link=gpu.link, share=share, near=gpu.near)
 
 
 def _mbps(text: str) -> int:

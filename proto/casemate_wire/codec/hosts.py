@@ -34,7 +34,7 @@ from casemate_core.spec.secret import SecretText
 from casemate_core.spec.views import Condition
 from casemate_core.topology import Topology
 from casemate_wire import stream
-from casemate_wire.codec import volume
+from casemate_wire.codec import gpus, volume
 from casemate_wire.codec.basics import UID, BadMessage, plain, seconds, struct, timestamp
 from casemate_wire.codec.checkpoints import checkpoint_from_message, checkpoint_to_message
 from casemate_wire.codec.realtime import (
@@ -160,6 +160,9 @@ def _desired_to_message(value: stream.Desired) -> pb.Desired:
         networks_removed=value.networks_removed,
         volumes_removed=value.volumes_removed,
         more=value.more,
+        gpu_orders=None
+        if value.gpu_orders is None
+        else pb.GpuOrders(orders=[gpus.order_to_message(o) for o in value.gpu_orders]),
     )
 
 
@@ -179,6 +182,9 @@ def _desired_from_message(message: pb.Desired) -> stream.Desired:
         networks_removed=tuple(_text(n, 63) for n in message.networks_removed),
         volumes_removed=tuple(_uid(u) for u in message.volumes_removed),
         more=message.more,
+        gpu_orders=tuple(gpus.order_from_message(o) for o in message.gpu_orders.orders)
+        if message.HasField("gpu_orders")
+        else None,
     )
 
 
@@ -552,6 +558,7 @@ def _report_to_message(report: stream.HostReport) -> pb.HostFacts:
         profile=[line_to_message(line) for line in report.profile],
         volumes=volume.facts_to_message(report.volumes),
         volumes_known=report.volumes is not None,
+        gpus=[gpus.state_to_message(g) for g in report.gpus],
     )
 
 
@@ -578,6 +585,7 @@ def _report_from_message(message: pb.HostFacts) -> stream.HostReport:
         disk_free_mib=message.disk_free_mib,
         profile=lines_from_messages(message.profile),
         volumes=volume.facts_from_message(message),
+        gpus=gpus.states_from_messages(message.gpus),
     )
 
 

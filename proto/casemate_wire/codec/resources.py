@@ -21,6 +21,7 @@ from casemate_core.spec.secret import Secret, check_secret
 from casemate_core.spec.views import (
     EnvironmentStatus,
     EventView,
+    GpuView,
     HostStatus,
     ImageStatus,
     InstanceView,
@@ -33,14 +34,14 @@ from casemate_core.spec.views import (
 )
 from casemate_core.spec.volume import Volume, check_volume
 from casemate_wire import schema
-from casemate_wire.codec import access, environment, fleet, views, volume
+from casemate_wire.codec import access, environment, fleet, gpus, views, volume
 from casemate_wire.codec.check import check_message
 from casemate_wire.v1 import operators_pb2 as pb
 
 #: What users may apply in this release.
 Object = Environment | Image | Network | Host | Policy | Tenant | User | RoleBinding | Secret | Volume
 Status = EnvironmentStatus | ImageStatus | NetworkStatus | HostStatus | TenantStatus | VolumeStatus
-View = InstanceView | PodView | PlacementView | OperationView | EventView
+View = InstanceView | PodView | PlacementView | OperationView | EventView | GpuView
 
 _DECODERS: dict[str, tuple[Callable[[Any], Object], Callable[[Any], Any]]] = {
     "Environment": (environment.from_message, check_environment),
@@ -115,6 +116,8 @@ def to_message(value: Object | View, status: Status | None = None) -> pb.Resourc
             return pb.Resource(placement=views.placement_to_message(value))
         case OperationView():
             return pb.Resource(operation=views.operation_to_message(value))
+        case GpuView():
+            return pb.Resource(gpu=gpus.view_to_message(value))
         case EventView():
             return pb.Resource(event=views.event_to_message(value))
         case _:

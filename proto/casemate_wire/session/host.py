@@ -193,6 +193,7 @@ class HostEnd:
             tuple(networks.values()),
             tuple(dict.fromkeys(n for p in parts for n in p.networks_removed)),
             volumes_removed=part.volumes_removed,
+            gpu_orders=part.gpu_orders,
         )
 
     def _facts_acked(self, sequence: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from casemate_core.checkpoint import Checkpoint
+from casemate_core.gpu import GpuOrder
 from casemate_core.spec.instance import DesiredInstance, HostNetwork
 from casemate_wire.session.common import ONCE_LIMIT, WINDOW, Busy, Credits, ProtocolError, cut_parts, weight
 from casemate_wire.stream import (
@@ -50,6 +51,7 @@ class ManagerEnd:
         self._networks: dict[str, HostNetwork] = {}
         self._networks_removed: dict[str, None] = {}
         self._volumes_removed: tuple[str, ...] = ()
+        self._gpu_orders: tuple[GpuOrder, ...] | None = None
         self._revision = 0
         self._sent = 0
         self._snapshot = False
@@ -155,9 +157,10 @@ class ManagerEnd:
         *,
         snapshot: bool = False,
         volumes_removed: Iterable[str] = (),
+        gpu_orders: Iterable[GpuOrder] | None = None,
     ) -> None:
         """The host's desired state as of ``revision``: whole, or what changed. Merged until it can be sent; of
-        ``volumes_removed``, which is always whole, the last one counts."""
+        ``volumes_removed``, which is always whole, the last one counts. ``gpu_orders`` are all of them, where they are told."""
         if revision < self._revision:
             raise ProtocolError(f"desired state goes back from revision {self._revision} to {revision}")
         if snapshot:
@@ -177,6 +180,8 @@ class ManagerEnd:
             self._networks.pop(name, None)
             self._networks_removed[name] = None
         self._volumes_removed = tuple(volumes_removed)
+        if gpu_orders is not None:
+            self._gpu_orders = tuple(gpu_orders)
         self._revision = revision
         self._dirty = True
 
@@ -262,7 +267,9 @@ class ManagerEnd:
                     tuple(self._networks_removed) if last else (),
                     more=not last,
                     volumes_removed=self._volumes_removed,
+                    gpu_orders=self._gpu_orders if last else None,
                 )
             )
+        self._gpu_orders = None
         self._instances, self._removed, self._networks, self._networks_removed = {}, {}, {}, {}
         self._snapshot = self._dirty = False

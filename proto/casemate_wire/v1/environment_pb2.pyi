@@ -315,6 +315,7 @@ class GpuRequest(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    NEAR_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model, with `*` for any characters; any model where it is not set."""
     count: _builtins.int
@@ -325,6 +326,8 @@ class GpuRequest(_message.Message):
     """A part of each GPU instead of the whole: the name of a MIG or vGPU profile (`1g.18gb`), or thousandths (`250m`), for
     which the smallest profile is taken that has as many.
     """
+    near: _builtins.bool
+    """`true` asks for GPUs of the cell that the instance's CPUs are of; else that is preferred."""
     def __init__(
         self,
         *,
@@ -332,10 +335,11 @@ class GpuRequest(_message.Message):
         count: _builtins.int = ...,
         link: _builtins.str = ...,
         share: _builtins.str = ...,
+        near: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "link", b"link", "model", b"model", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "link", b"link", "model", b"model", "near", b"near", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 isort:skip_file
 The kinds that the platform team keeps, and the read-only records of the manager."""
 
+from casemate_wire.v1 import gpus_pb2 as _gpus_pb2
 from casemate_wire.v1 import meta_pb2 as _meta_pb2
 from casemate_wire.v1 import realtime_pb2 as _realtime_pb2
 from collections import abc as _abc
@@ -1409,13 +1410,44 @@ class GPUStatus(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    DRIVER_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    HEALTH_REASONS_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    PASSPORTS_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     model: _builtins.str
     uuid: _builtins.str
     pci_address: _builtins.str
     phase: _builtins.str
     instance: _builtins.str
+    """The instance that it is given to."""
     memory: _builtins.str
+    reason: _builtins.str
+    """Why it is held back."""
+    tenant: _builtins.str
+    """Tenant who has it, or had it last."""
+    driver: _builtins.str
+    """The driver that has it on its host; empty: none."""
+    health: _builtins.str
+    """How its host judges it."""
+    order: _builtins.str
+    """What an operator asked last and its host has not done yet."""
+    @_builtins.property
+    def health_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why it is not well, worst first."""
+
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Since when it is in its phase."""
+
+    @_builtins.property
+    def passports(self) -> _containers.RepeatedCompositeFieldContainer[_gpus_pb2.GpuPassport]:
+        """Its last hand-overs, newest first; lists show one, `describe` all that are kept."""
+
     def __init__(
         self,
         *,
@@ -1426,10 +1458,18 @@ class GPUStatus(_message.Message):
         phase: _builtins.str = ...,
         instance: _builtins.str = ...,
         memory: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        driver: _builtins.str = ...,
+        health: _builtins.str = ...,
+        health_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        order: _builtins.str = ...,
+        passports: _abc.Iterable[_gpus_pb2.GpuPassport] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "instance", b"instance", "memory", b"memory", "model", b"model", "pci_address", b"pci_address", "phase", b"phase", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "health", b"health", "health_reasons", b"health_reasons", "host", b"host", "instance", b"instance", "memory", b"memory", "model", b"model", "order", b"order", "passports", b"passports", "pci_address", b"pci_address", "phase", b"phase", "reason", b"reason", "since", b"since", "tenant", b"tenant", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

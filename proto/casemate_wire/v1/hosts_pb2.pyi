@@ -4,6 +4,7 @@ isort:skip_file
 What a host's agent and the manager say to one another."""
 
 from casemate_wire.v1 import checkpoints_pb2 as _checkpoints_pb2
+from casemate_wire.v1 import gpus_pb2 as _gpus_pb2
 from casemate_wire.v1 import realtime_pb2 as _realtime_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -277,6 +278,7 @@ class Desired(_message.Message):
     MORE_FIELD_NUMBER: _builtins.int
     NETWORKS_REMOVED_FIELD_NUMBER: _builtins.int
     VOLUMES_REMOVED_FIELD_NUMBER: _builtins.int
+    GPU_ORDERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     revision: _builtins.int
     snapshot: _builtins.bool
@@ -299,6 +301,10 @@ class Desired(_message.Message):
     def volumes_removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Uids of all volumes of this host whose data is to be deleted, in each message; no other data of a volume ever is."""
 
+    @_builtins.property
+    def gpu_orders(self) -> Global___GpuOrders:
+        """The last that operators asked of each GPU of this host, whole, where it is set."""
+
     def __init__(
         self,
         *,
@@ -311,14 +317,65 @@ class Desired(_message.Message):
         more: _builtins.bool = ...,
         networks_removed: _abc.Iterable[_builtins.str] | None = ...,
         volumes_removed: _abc.Iterable[_builtins.str] | None = ...,
+        gpu_orders: Global___GpuOrders | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gpu_orders", b"gpu_orders"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instances", b"instances", "more", b"more", "networks", b"networks", "networks_removed", b"networks_removed", "removed", b"removed", "revision", b"revision", "snapshot", b"snapshot", "volumes_removed", b"volumes_removed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gpu_orders", b"gpu_orders", "instances", b"instances", "more", b"more", "networks", b"networks", "networks_removed", b"networks_removed", "removed", b"removed", "revision", b"revision", "snapshot", b"snapshot", "volumes_removed", b"volumes_removed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Desired: _TypeAlias = Desired  # noqa: Y015
+
+@_typing.final
+class GpuOrders(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORDERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def orders(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuOrder]: ...
+    def __init__(
+        self,
+        *,
+        orders: _abc.Iterable[Global___GpuOrder] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["orders", b"orders"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuOrders: _TypeAlias = GpuOrders  # noqa: Y015
+
+@_typing.final
+class GpuOrder(_message.Message):
+    """What an operator asked of a GPU; `uid` tells it from the one before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GPU_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
+    VERB_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    gpu: _builtins.str
+    uid: _builtins.str
+    verb: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        gpu: _builtins.str = ...,
+        uid: _builtins.str = ...,
+        verb: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu", "reason", b"reason", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuOrder: _TypeAlias = GpuOrder  # noqa: Y015
 
 @_typing.final
 class DesiredInstance(_message.Message):
@@ -880,6 +937,7 @@ class HostFacts(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     VOLUMES_FIELD_NUMBER: _builtins.int
     VOLUMES_KNOWN_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     foreign: _builtins.int
     disk_free_mib: _builtins.int
     volumes_known: _builtins.bool
@@ -897,6 +955,10 @@ class HostFacts(_message.Message):
     def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___VolumeFacts]:
         """All volumes whose data is on this host; nothing is known of them where `volumes_known` is false."""
 
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuFacts]:
+        """Every GPU that the host has a record of. One that is not told is given to nobody."""
+
     def __init__(
         self,
         *,
@@ -908,10 +970,11 @@ class HostFacts(_message.Message):
         profile: _abc.Iterable[_realtime_pb2.ProfileLine] | None = ...,
         volumes: _abc.Iterable[Global___VolumeFacts] | None = ...,
         volumes_known: _builtins.bool = ...,
+        gpus: _abc.Iterable[Global___GpuFacts] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims", "profile", b"profile", "volumes", b"volumes", "volumes_known", b"volumes_known"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims", "gpus", b"gpus", "profile", b"profile", "volumes", b"volumes", "volumes_known", b"volumes_known"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -941,6 +1004,70 @@ class VolumeFacts(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VolumeFacts: _TypeAlias = VolumeFacts  # noqa: Y015
+
+@_typing.final
+class GpuFacts(_message.Message):
+    """What a host knows of one of its GPUs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UUID_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    DRIVER_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    PASSPORT_FIELD_NUMBER: _builtins.int
+    uuid: _builtins.str
+    phase: _builtins.str
+    owner: _builtins.str
+    """Uid of the instance that it is given to."""
+    tenant: _builtins.str
+    """Tenant who has it, or had it last."""
+    reason: _builtins.str
+    generation: _builtins.int
+    address: _builtins.str
+    driver: _builtins.str
+    health: _builtins.str
+    """`well`, `suspect`, `broken` or `unknown`, with why."""
+    order: _builtins.str
+    """The order of an operator that was carried out last."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def passport(self) -> _gpus_pb2.GpuPassport: ...
+    def __init__(
+        self,
+        *,
+        uuid: _builtins.str = ...,
+        phase: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        address: _builtins.str = ...,
+        driver: _builtins.str = ...,
+        health: _builtins.str = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        order: _builtins.str = ...,
+        passport: _gpus_pb2.GpuPassport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["passport", b"passport", "since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "driver", b"driver", "generation", b"generation", "health", b"health", "order", b"order", "owner", b"owner", "passport", b"passport", "phase", b"phase", "reason", b"reason", "reasons", b"reasons", "since", b"since", "tenant", b"tenant", "uuid", b"uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuFacts: _TypeAlias = GpuFacts  # noqa: Y015
 
 @_typing.final
 class HostCondition(_message.Message):
