@@ -154,6 +154,7 @@ class SmallFleet:
             self.state.volumes,
             self.state.events,
             self.state.operations,
+            self.state.gpus,
         )
         records: list[Record] = [record for table in tables for record in table.values()]  # type: ignore[attr-defined]
         return State.of(self.state.epoch, self.state.revision, records)

@@ -23,6 +23,7 @@ from casemate_manager.fleet.commands import (
     Command,
     DeleteAnswer,
     Expire,
+    GpuAnswer,
     HostFacts,
     HostGone,
     HostHello,
@@ -31,6 +32,7 @@ from casemate_manager.fleet.commands import (
     KeepCheckpoint,
     KeyAnswer,
     NoteAct,
+    OrderGpu,
 )
 from casemate_manager.fleet.draft import MAX_RECORDS
 from casemate_manager.fleet.observed import Observed
@@ -124,6 +126,9 @@ def _of_change(state: State, command: Command, batch: Batch, now_s: float) -> Au
             act = "key"
             targets, tenants = [f"accesskey/{key.id} of user/{key.user}"], set()
             detail = command.change if isinstance(command, ChangeAccessKey) else "create"
+        case GpuAnswer() if isinstance(command, OrderGpu):
+            act, targets, tenants = "gpu", [f"gpu/{command.gpu}"], set()
+            detail = f"{command.verb}: {command.reason}" if command.reason else command.verb
         case _:
             found = list(_touched(state, batch))
             targets = [f"{kind.lower()}/{key} {what}" for kind, key, what, _ in found]

@@ -10,7 +10,7 @@ Indexes are derived and never stored. ``work`` names environments that may have 
 
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from casemate_core.audit import Link
@@ -234,7 +234,7 @@ class State:
         inventory = self.inventories.get(host)
         if report is not None and inventory is not None and inventory.topology.gpus:
             for held in holds(inventory.topology, report, self.gpu_orders.get(host, {}), claims):
-                claims = claims.add(held)
+                claims = claims.add(replace(held, epoch=claims.epoch))
         return claims
 
     # --- folding ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""GPUs from the spec to the instance, and between tenants: a manager, agents on simulated hosts, and the command line."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+
+from casemate_core.spec.environment import GpuSpec
+from casemate_manager.fleet.commands import DeleteResource
+from casemate_wire.v1 import audit_pb2
+from casemate_wire.v1.audit_pb2_grpc import AuditStub
+from support.whole_fleet import WholeFleet, environment, until, whole_fleet
+
+LINE = "1s 8k/c 1t 32G disk=1T gpu=2xH200 name=a"
+GPU = "GPU-a-0-00"
+
+
+async def soon(condition: Callable[[], bool]) -> None:
+    await until(condition, 60.0)
+
+
+async def casemate(fleet: WholeFleet, *arguments: str) -> str:
+    """Standard output of the program, which must end well."""
+    environ = os.environ | {"CASEMATE_MANAGER": fleet.address, "CASEMATE_INSECURE_LOOPBACK": "1", "NO_COLOR": "1"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "casemate_cli", *arguments,
+        env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    return out.decode()
+
+
+def phase(fleet: WholeFleet, uuid: str = GPU) -> str:
+    from casemate_manager.fleet import gpus
+
+    view = gpus.view(fleet.manager.writer.state, fleet.manager.writer.observed, uuid)
+    return view.phase if view is not None else ""
+
+
+async def test_from_one_tenant_to_the_next(tmp_path: Path) -> None:
+    async with whole_fleet(tmp_path, {"a": LINE}) as fleet:
+        host = fleet.hosts["a"].host
+        await fleet.apply(environment("train", gpus=(GpuSpec("*H200*", 2),)))
+        await asyncio.wait_for(fleet.until_ready(1), 60)
+        (domain,) = host.domains.values()
+        assert sorted(domain.gpus) == [GPU, "GPU-a-0-01"] and host.check() == []
+        await soon(lambda: phase(fleet) == "Attached")
+        wide = await casemate(fleet, "get", "gpus", "-o", "wide")
+        assert GPU in wide and "Attached" in wide and "default/train-0" in wide and "vfio-pci" in wide
+        await fleet.apply(environment("next", gpus=(GpuSpec(),)))
+        await soon(lambda: "train" in fleet_waits(fleet) or bool(fleet_waits(fleet)))
+        await fleet.manager.writer.submit(DeleteResource("delete-1", "Environment", "default", "train"))
+        await soon(lambda: any(d.facts.name.startswith("next") for d in host.domains.values()))
+        await asyncio.wait_for(fleet.until_ready(1), 60)
+        assert host.check() == []
+        await soon(lambda: phase(fleet, "GPU-a-0-01") in ("Free", "HostOwned"))
+        told = await casemate(fleet, "describe", "gpu", "GPU-a-0-01")
+        for words in (
+            "after tenant default: clean", "released        passed", "function-reset  passed", "proved          passed",
+            "reset-seen    passed", "checks          passed", "Not proven:",
+            "that its memory was emptied: nothing overwrote it", "that its firmware is what its maker shipped",
+        ):  # fmt: skip
+            assert words in told, (words, told)
+
+
+def fleet_waits(fleet: WholeFleet) -> str:
+    return " ".join(attempt.message for attempt in fleet.manager.writer.observed.attempts.values())
+
+
+async def test_what_operators_say(tmp_path: Path) -> None:
+    async with whole_fleet(tmp_path, {"a": LINE}) as fleet:
+        await soon(lambda: phase(fleet) == "HostOwned")
+        assert "is held back" in await casemate(fleet, "gpu", "quarantine", GPU, "--reason", "smells of smoke")
+        await soon(lambda: phase(fleet) == "Quarantined")
+        assert "is in quarantine already" in await casemate(
+            fleet, "gpu", "quarantine", GPU, "--reason", "smells of smoke"
+        )
+        await fleet.apply(environment("train", gpus=(GpuSpec(count=2),)))
+        await soon(lambda: f"{GPU} is Quarantined: smells of smoke" in fleet_waits(fleet))
+        assert "is let out" in await casemate(fleet, "gpu", "release", GPU)
+        await asyncio.wait_for(fleet.until_ready(1), 60)
+        async with grpc.aio.insecure_channel(fleet.address) as channel:
+            entries = [entry async for entry in AuditStub(channel).Records(audit_pb2.AuditRequest())]
+        acts = [(e.act, e.outcome, t, e.detail) for e in entries for t in e.targets if t.startswith("gpu/")]
+        assert ("gpu", "done", f"gpu/{GPU}", "quarantine: smells of smoke") in acts, acts
+        assert ("gpu", "done", f"gpu/{GPU}", "release") in acts, acts
