@@ -36,7 +36,7 @@ from casemate_agent.drafting import ACTIVE, Draft, InstancePlan, Settings
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.functions import Grant, grant_of
 from casemate_agent.giving import drifted, missing, to_give_back
-from casemate_agent.gpu.planning import not_clean
+from casemate_agent.gpu.planning import not_clean, unserved
 from casemate_agent.gpu.records import GpuEntry
 from casemate_agent.pool import Pool
 from casemate_agent.realtime import Seen, instance_lines
@@ -387,6 +387,9 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
         d.says(Phase.FAILED, "FunctionMissing", f"{', '.join(gone)}: not on this host now ({known})")
         return
     gpus = desired.placement.claim.gpus
+    if why := unserved(desired.placement.claim):
+        d.says(Phase.FAILED, "GpuUnserved", why)
+        return
     if waiting := not_clean(r.uid, gpus, d.gpus):
         d.says(Phase.PREPARING, "GpuNotClean", "; ".join(waiting[:4]))
         return

@@ -9,10 +9,12 @@ import pytest
 
 from casemate_agent.config import BadConfig, load
 from casemate_agent.gpu.passport import Hygiene, proof_step
+from casemate_agent.gpu.planning import unserved
 from casemate_agent.gpu.readings import GpuFault, Proof
 from casemate_agent.gpu.records import GpuPolicy, Response
 from casemate_agent.gpu.settings import gpu_policy
 from casemate_agent.hardware import GpuRule
+from casemate_core.claims import GpuShare
 from casemate_core.gpu import GpuOrder, GpuVerb, Result
 from casemate_core.spec.instance import Phase, Run
 from casemate_wire.stream import Desired
@@ -237,6 +239,22 @@ def test_a_lost_record_makes_a_gpu_dirty_and_a_running_one_its_domains() -> None
         await rig.kill()
 
     run_virtual(story)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"shares": (GpuShare(GPU, 250),)},
+            "this host gives whole GPUs only, and 250 thousandths of GPU-box-0-00 are asked",
+        ),
+        ({"gpus": (GPU,), "partition": 0}, "nobody on this host switches fabric partition 0"),
+    ],
+)
+def test_what_no_host_can_give_yet_is_said_and_nothing_is_started(more: dict[str, Any], said: str) -> None:
+    found = unserved(replace(with_gpus(1).placement.claim, **more))
+    assert found == said
+    assert unserved(with_gpus(1, GPU).placement.claim) == ""
 
 
 def test_the_policys_settings(tmp_path: Any) -> None:

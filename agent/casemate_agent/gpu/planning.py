@@ -19,6 +19,7 @@ from casemate_agent.gpu.health import GpuHealth, Health
 from casemate_agent.gpu.lifecycle import State
 from casemate_agent.gpu.readings import CardFacts
 from casemate_agent.gpu.records import GpuEntry, GpuPolicy, Response, state_of
+from casemate_core.claims import Claim
 from casemate_core.gpu import GpuOrder, GpuState, GpuVerb
 
 KEY = "gpu:"
@@ -148,6 +149,15 @@ def not_clean(uid: str, gpus: tuple[str, ...], entries: Mapping[str, GpuEntry]) 
         elif not entry.record.assignable and not (entry.record.owner == uid and entry.record.state in _IN_USE):
             found.append(f"GPU {uuid} is {entry.record.state}, and is given to nobody until it is clean")
     return tuple(found)
+
+
+def unserved(claim: Claim) -> str:
+    """What of a claim's GPUs this host cannot give yet; empty where it can give all of it."""
+    if claim.shares:
+        return f"this host gives whole GPUs only, and {claim.shares[0].milli} thousandths of {claim.shares[0].gpu} are asked"
+    if claim.partition is not None:
+        return f"nobody on this host switches fabric partition {claim.partition}"
+    return ""
 
 
 def states(look: GpuLook) -> tuple[GpuState, ...]:
