@@ -94,6 +94,7 @@ ROWS: Mapping[str, Row] = {
     "top host": row("{}"),
     "cordon": row("{}"),
     "uncordon": row("{}"),
+    "fsck host": row("{}"),
     "gpu quarantine": row("{}"),
     "gpu release": row("{}"),
     "gpu sanitise": row("{}"),

@@ -192,7 +192,7 @@ def test_it_is_unknown_while_its_host_is(house: House) -> None:
 
 
 def test_both_directions_of_the_codec() -> None:
-    asked = environment("train", gpus=(GpuSpec("*H200*", 2, "pcie", True), GpuSpec()))
+    asked = environment("train", gpus=(GpuSpec("*H200*", 2, "pcie", near=True), GpuSpec()))
     assert codec.from_message(codec.to_message(asked)).spec == asked.spec
     whole = state(
         A,
