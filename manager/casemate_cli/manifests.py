@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 #: Read at most this much of one file; what may be parsed is less (casemate_wire.yamldoc).
 MAX_READ_BYTES = 16 << 20
-_ORDER = {kind: i for i, kind in enumerate(("Network", "Image", "Policy", "Host", "Environment"))}
+_ORDER = {kind: i for i, kind in enumerate(("Network", "Image", "Policy", "Host", "Secret", "Volume", "Environment"))}
 
 
 def files(names: tuple[str, ...], *, recursive: bool) -> list[str]:

@@ -85,3 +85,14 @@ def test_an_endless_file_is_not_read_to_its_end() -> None:
     with pytest.raises(Failure) as raised:
         manifests.read("/dev/zero")
     assert "16 MiB" in raised.value.details[0].problem
+
+
+def test_volumes_and_secrets_come_before_those_who_use_them(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "{apiVersion: casemate/v1, kind: Environment, metadata: {name: a},"
+        " spec: {cpu: {count: 1}, memory: {size: 64Mi}, image: x, volumes: [{volume: v}]}}\n"
+        "---\n{apiVersion: casemate/v1, kind: Volume, metadata: {name: v}, spec: {size: 1Gi}}\n"
+        "---\n{apiVersion: casemate/v1, kind: Secret, metadata: {name: s}, spec: {data: {k: t}}}\n"
+    )
+    found = manifests.load((str(tmp_path / "a.yaml"),), recursive=False, tenant="")
+    assert names(list(found)) == ["Secret/s", "Volume/v", "Environment/a"]

@@ -57,20 +57,36 @@ def delete(
             else _from_words(client, arguments, settings.tenant, selector, everything)
         )
         pending: list[tuple[Target, str]] = []
-        for target, tenant in wanted:
-            try:
-                if _delete(client, target, tenant):
-                    pending.append((target, tenant))
-            except Failure as failure:
-                if failure.code is not Exit.NOT_FOUND or not ignore_not_found:
-                    raise
-        if pending and wait:
+
+        def settle() -> None:
+            """Wait until all that was asked to end is gone."""
+            if not pending:
+                return
             with term.Progress(f"waiting for hosts to let go of {pending[0][0]}") as progress:
                 for target, tenant in pending:
                     progress.update(f"waiting for hosts to let go of {target}")
                     until(client, [target], tenant, Gone(), timeout)
             for target, _ in pending:
                 term.out(f"{term.clean(str(target))} deleted")
+            pending.clear()
+
+        for target, tenant in wanted:
+            try:
+                try:
+                    more = _delete(client, target, tenant)
+                except Failure as failure:
+                    if failure.code is not Exit.CONFLICT or not pending or not wait:
+                        raise
+                    # What uses it, a volume say, may be among those that are on their way out.
+                    settle()
+                    more = _delete(client, target, tenant)
+                if more:
+                    pending.append((target, tenant))
+            except Failure as failure:
+                if failure.code is not Exit.NOT_FOUND or not ignore_not_found:
+                    raise
+        if wait:
+            settle()
 
 
 def _delete(client: "Client", target: Target, tenant: str) -> bool:
