@@ -186,6 +186,21 @@ async def test_xids_are_told_as_they_happen(gpus: NvmlGpus, boards: Boards) -> N
         await faults.aclose()
 
 
+async def test_it_lets_go_of_every_device_and_comes_back(gpus: NvmlGpus, boards: Boards) -> None:
+    assert await gpus.read(10)
+    faults = gpus.faults()
+    waiting = asyncio.ensure_future(anext(faults))
+    while not gpus._sets:
+        await asyncio.sleep(0.01)
+    await gpus.let_go(30)
+    assert gpus._sets == [] and not gpus._ready, "nothing of this process holds a device"
+    with pytest.raises(Unavailable, match="closed; ask again"):
+        async with asyncio.timeout(60):
+            await waiting
+    await gpus.let_go(30)  # again is no error
+    assert await gpus.read(10)
+
+
 ONCE = """
 import asyncio
 from casemate_agent.drivers.nvml import NvmlGpus
