@@ -144,6 +144,7 @@ def test_watches_and_operations_go_on_when_the_manager_is_killed(mortal: Mortal)
     mortal.run("apply", "-f", "-", stdin=MANIFEST).ok()
     mortal.run("wait", "env/cut", "--for", "ready", "--timeout", "60s").ok()
     watch = opened(mortal, "get", "env", "-w", "-o", "jsonpath={.metadata.labels.tier}")
+    events = opened(mortal, "events", "-f", "-o", "json")
     doing = {
         verb: opened(mortal, verb, "inst/cut-0", "--timeout", "200s", *more)
         for verb, more in (("rebuild", ("--yes",)),)
@@ -167,11 +168,20 @@ def test_watches_and_operations_go_on_when_the_manager_is_killed(mortal: Mortal)
         mortal.run("label", "env", "cut", "tier=web").ok()
         while watch.stdout.readline() != b"web\n":
             assert watch.poll() is None
-        watch.send_signal(signal.SIGINT)
-        code, told_of_it = closed(watch)
-        assert code == 0 and "Traceback" not in told_of_it, told_of_it
+        assert events.stdout
+        named: list[tuple[str, int]] = []
+        while True:
+            event = json.loads(events.stdout.readline())
+            named.append((event["metadata"]["name"], event.get("count", 1)))
+            if event["reason"] == "Changed" and "labels" in event["message"]:
+                break
+        assert len(set(named)) == len(named), "one was told twice"
+        for child in (watch, events):
+            child.send_signal(signal.SIGINT)
+            code, said = closed(child)
+            assert code == 0 and "Traceback" not in said, said
     finally:
-        for child in (watch, *doing.values()):
+        for child in (watch, events, *doing.values()):
             if child.poll() is None:
                 child.kill()
                 child.wait()

@@ -1,16 +1,25 @@
 """`casemate events`: what happened, oldest first."""
 
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
 from casemate_cli import completing, kinds, options, output, term
 from casemate_cli.columns import NONE, Table, age
-from casemate_cli.failure import Exit, Failure
+from casemate_cli.failure import Exit, Failure, unreachable
 
 if TYPE_CHECKING:
+    from casemate_cli.client import Client
+    from casemate_wire.v1 import operators_pb2 as pb
     from casemate_wire.v1.fleet_pb2 import Event
 
+#: A manager that went away is waited for so long, as with `logs -f`; and when that is told.
+PATIENCE_S = 600.0
+TELL_S = 1.0
+#: Events whose repetition is recognised: more than a manager keeps of most fleets.
+MOST_SEEN = 50_000
 _HEADINGS = ("AGE", "SEVERITY", "OBJECT", "REASON", "SOURCE", "MESSAGE")
 
 
@@ -61,7 +70,12 @@ def events(
     rows: list[tuple[str, ...]] = []
     with Client(settings) as client:
         try:
-            for event in client.stream(client.stub.Events, request, timeout_s=timeout_s):
+            told = (
+                _followed(client, request)
+                if follow
+                else client.stream(client.stub.Events, request, timeout_s=timeout_s)
+            )
+            for event in told:
                 if form == "json":
                     term.out(output.to_json(manifest.message_to_plain(event), indent=None))
                     term.flush()
@@ -78,6 +92,37 @@ def events(
     if not rows and form != "json" and not follow:
         term.say("nothing has happened")
     return Exit.OK
+
+
+def _followed(client: "Client", request: "pb.EventsRequest") -> "Iterator[Event]":
+    """Events, over restarts of the manager: one that is back tells all of them again, and what was seen is left out."""
+    seen: dict[str, int] = {}
+    broken_since_s: float | None = None
+    told = False
+    while True:
+        try:
+            for event in client.stream(client.stub.Events, request):
+                broken_since_s, told = None, False
+                if seen.get(event.metadata.name) == event.count:
+                    continue
+                seen.pop(event.metadata.name, None)
+                seen[event.metadata.name] = event.count
+                if len(seen) > MOST_SEEN:
+                    del seen[next(iter(seen))]
+                yield event
+            broken = unreachable(client.settings.manager, "the stream ended")
+        except Failure as failed:
+            if failed.code is not Exit.UNREACHABLE:
+                raise
+            broken = failed
+        now_s = time.monotonic()
+        broken_since_s = broken_since_s if broken_since_s is not None else now_s
+        if now_s - broken_since_s > (PATIENCE_S if seen else client.settings.retry_s):
+            raise broken
+        if not told and now_s - broken_since_s > TELL_S:
+            term.say(f"(the events are interrupted: {broken.what}; waiting for them to go on)", "yellow")
+            told = True
+        time.sleep(0.2)
 
 
 def _row(e: "Event") -> tuple[str, ...]:
