@@ -33,7 +33,9 @@ OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A refused connection is tried again at once, not after a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # By its name the least time between two attempts; in truth the most time for one: TCP and TLS over a slow line, or with a
+    # machine that is busy, take their time.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     # A follow that lasts for hours notices a peer that vanished.
     ("grpc.keepalive_time_ms", 30_000),
