@@ -152,6 +152,9 @@ def test_watches_and_operations_go_on_when_the_manager_is_killed(mortal: Mortal)
     try:
         assert watch.stdout and watch.stdin
         assert watch.stdout.readline() == b"\n", "it has no such label yet"
+        # Whoever has heard of the manager waits for it; whoever has not does not.
+        assert events.stdout
+        named = [_named(events.stdout.readline())]
         for verb, child in doing.items():
             assert child.stderr
             while verb not in (line := child.stderr.readline().decode()) or "cut-0:" not in line:
@@ -168,11 +171,11 @@ def test_watches_and_operations_go_on_when_the_manager_is_killed(mortal: Mortal)
         mortal.run("label", "env", "cut", "tier=web").ok()
         while watch.stdout.readline() != b"web\n":
             assert watch.poll() is None
-        assert events.stdout
-        named: list[tuple[str, int]] = []
         while True:
-            event = json.loads(events.stdout.readline())
-            named.append((event["metadata"]["name"], event.get("count", 1)))
+            heard = events.stdout.readline()
+            assert heard, events.stderr and events.stderr.read()
+            named.append(_named(heard))
+            event = json.loads(heard)
             if event["reason"] == "Changed" and "labels" in event["message"]:
                 break
         assert len(set(named)) == len(named), "one was told twice"
@@ -188,6 +191,11 @@ def test_watches_and_operations_go_on_when_the_manager_is_killed(mortal: Mortal)
             for stream in (child.stdin, child.stdout, child.stderr):
                 if stream and not stream.closed:
                     stream.close()
+
+
+def _named(line: bytes) -> tuple[str, int]:
+    event = json.loads(line)
+    return event["metadata"]["name"], event.get("count", 1)
 
 
 PINGS = MANIFEST.replace("name: cut}", "name: pings}").replace(
