@@ -96,7 +96,6 @@ ROWS: Mapping[str, Row] = {
     "top host": row("{}"),
     "cordon": row("{}"),
     "uncordon": row("{}"),
-    "fsck host": row("{}"),
     "gpu quarantine": row("{}"),
     "gpu release": row("{}"),
     "gpu sanitise": row("{}"),
