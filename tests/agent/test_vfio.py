@@ -1,6 +1,7 @@
 """Who keeps a PCI function from being given away: the others of its IOMMU group, and processes. On a folder with the kernel's layout."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,25 @@ def test_processes_that_have_a_function_open_are_named(root: Path, tmp_path: Pat
     (root / f"sys/bus/pci/devices/{CARD}/driver").symlink_to(root / "sys/bus/pci/drivers/vfio-pci")
     assert vfio.holders(CARD) == ("qemu-system-x86 (41)",)
     assert vfio.holders("0000:99:00.0") == ()
+
+
+def test_where_a_process_cannot_be_looked_into_nobody_says_that_a_function_is_free(root: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        proc = Path(name)
+        proc.chmod(0o755)
+        (proc / "41").mkdir(mode=0o755)
+        (proc / "41/fd").mkdir(mode=0o700)
+        (proc / "41/fd").chmod(0)
+        me = os.geteuid()
+        if me == 0:
+            os.seteuid(65534)  # for root there is no such folder
+        try:
+            with pytest.raises(
+                Unavailable, match=r"who has /dev/vfio/7 open is unknown.*let the agent have CAP_SYS_PTRACE"
+            ):
+                Vfio(root, proc).open_by({"/dev/vfio/7"})
+        finally:
+            os.seteuid(me)
+        (proc / "41/fd").chmod(0o700)
+        (proc / "41/fd").rmdir()
+        assert Vfio(root, proc).open_by({"/dev/vfio/7"}) == (), "it has ended"

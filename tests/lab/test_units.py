@@ -20,6 +20,7 @@ CAPABILITIES = {
     "DAC_OVERRIDE": 1,
     "FOWNER": 3,
     "NET_ADMIN": 12,
+    "SYS_PTRACE": 19,
     "SYS_ADMIN": 21,
     "SYS_NICE": 23,
     "SYS_RESOURCE": 24,

@@ -66,6 +66,12 @@ def test_who_is_root_has_no_network_and_sees_no_key() -> None:
     assert unit["DevicePolicy"] == ["closed"]
 
 
+def test_who_is_root_sees_who_has_a_device_open() -> None:
+    """Without this capability the descriptors of QEMU, another user, are not to be read, and a device in use looks free."""
+    assert "CAP_SYS_PTRACE" in settings(AGENT)["CapabilityBoundingSet"][0].split()
+    assert "/dev/cpu_dma_latency rw" in settings(AGENT)["DeviceAllow"]
+
+
 def test_the_relay_is_where_the_agent_looks_for_it() -> None:
     agent, relay = settings(AGENT), settings(RELAY)
     assert agent["ExecStart"][0].endswith(f"--relay {SOCKET}")

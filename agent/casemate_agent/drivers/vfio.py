@@ -119,7 +119,7 @@ class Vfio:
         return self.open_by(files)
 
     def open_by(self, files: set[str]) -> tuple[str, ...]:
-        """Processes that have one of these files open, as ``name (pid)``."""
+        """Processes that have one of these files open, as ``name (pid)``. Raises Unavailable where that cannot be seen."""
         if not files:
             return ()
         found = []
@@ -140,10 +140,16 @@ class Vfio:
                     try:
                         if os.readlink(entry.path) in files:
                             return True
-                    except OSError:
+                    except FileNotFoundError:
                         continue  # closed while we looked
+        except PermissionError as error:
+            # Not "nobody": to a device that a guest has in use that would be the end of it.
+            raise Unavailable(
+                f"who has {', '.join(sorted(files))} open is unknown, since {process}/fd cannot be read: {error.strerror}; "
+                "let the agent have CAP_SYS_PTRACE"
+            ) from error
         except OSError:
-            return False
+            return False  # it ended while we looked
         return False
 
     def _unbind(self, address: str) -> None:
