@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from casemate_agent.execute import Step
+from casemate_core.claims import SharedCpu
 from casemate_core.spec.instance import InstanceState, Phase, Run
 from casemate_core.spec.operation import ENDED, Order, OrderPhase, OrderState, Verb
 from support.agents import Rig, instance, uid
@@ -408,6 +409,25 @@ def test_an_agent_that_dies_in_a_measurement_begins_it_anew() -> None:
         done = await ended(rig)
         assert done.phase is OrderPhase.DONE and done.certificate is not None
         assert done.certificate.order == done.uid
+        await rig.kill()
+
+    run_virtual(story)
+
+
+def test_measurements_keep_nobody_from_his_turn() -> None:
+    async def story(loop: VirtualLoop) -> None:
+        rig = Rig(loop)
+        await rig.start()
+        claims = [replace(instance(n).placement.claim, shared=(SharedCpu(0, 100),)) for n in range(1, 19)]
+        many = [instance(n, claim=claim) for n, claim in enumerate(claims, start=1)]
+        await rig.want(*many)
+        await rig.settle()
+        await rig.want(*(replace(d, order=order(Verb.CERTIFY, n % 10, duration_s=600.0)) for n, d in enumerate(many)))
+        await asyncio.sleep(5)
+        assert rig.agent is not None and len(rig.agent._executor.measuring()) == 18
+        await rig.want(instance(30, claim=replace(instance(30).placement.claim, shared=(SharedCpu(0, 100),))))
+        await rig.settle(within_s=60)
+        assert len(rig.agent._executor.measuring()) == 18, "it came up beside them"
         await rig.kill()
 
     run_virtual(story)
