@@ -57,7 +57,7 @@ def test_crashes_protection_and_the_end_of_a_lifetime(real_fleet: RealFleet) -> 
     refused = fleet.run("delete", "env", "again")
     assert refused.code == 7 and refused.out == "", refused
     assert "environment again is protected" in refused.err and "spec.protected" in refused.err
-    assert "deletionTimestamp" not in fleet.get("environment", "again")["metadata"]
+    assert "deleting" not in fleet.get("environment", "again")["metadata"]
 
     # Left: nothing follows, whatever else happens on this host meanwhile.
     crash(fleet, "brief")
@@ -86,7 +86,7 @@ def test_crashes_protection_and_the_end_of_a_lifetime(real_fleet: RealFleet) -> 
     fleet.until("it is started again", lambda: _started(fleet, "again", 4))
 
     # Its end is told ahead, and is not sooner than that.
-    fleet.until("brief has ended", lambda: not fleet.get("environment", "brief"))
+    fleet.until("brief has ended", lambda: not fleet.get("environment", "brief"), 300)
     events = told(fleet, "brief")
     notice = next(e for e in events if e["reason"] == "LifetimeEnding")
     ending = next(e for e in events if e["reason"] == "Deleting")
