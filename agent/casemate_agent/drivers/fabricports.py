@@ -1,0 +1,21 @@
+"""The door to a host's NVSwitch fabric. See :mod:`casemate_agent.drivers.ports` for the rules that hold for every port."""
+
+from typing import Protocol
+
+from casemate_agent.fabric import FabricFacts
+
+
+class Fabric(Protocol):
+    """A fabric manager. Types and decisions: :mod:`casemate_agent.fabric`."""
+
+    async def observe(self, deadline_s: float) -> FabricFacts:
+        """All partitions as they are. Raises Unavailable where the manager does not answer."""
+        ...
+
+    async def activate(self, partition: int, deadline_s: float) -> None:
+        """Have it active; no change where it is. Raises NotFound; FabricBusy where one that overlaps it is active."""
+        ...
+
+    async def deactivate(self, partition: int, deadline_s: float) -> None:
+        """Have it not active; no change where it is not. Raises NotFound."""
+        ...
