@@ -24,6 +24,7 @@ from casemate_agent.changes import changes
 from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
 from casemate_agent.execute import MEASURE, Executor, Trace, log_steps
+from casemate_agent.fabrickeeper import withheld
 from casemate_agent.gpu.checks import FATAL_XIDS
 from casemate_agent.gpu.health import GpuHealth, Health, judge
 from casemate_agent.gpu.link import LinkReading
@@ -297,6 +298,9 @@ class Agent:
             await self._adopt(decided)
             return 0.0
         self._report(decided, observed)
+        if self.drivers.fabric is not None and observed.domains is not None:
+            records = self.ledger.book.instances.values()
+            self._executor.withheld = await withheld(self.drivers.fabric, records, observed.domains)
         for each in decided.instances.values():
             self._executor.start(group, each, self._boot_id)
         now_s = self.now()

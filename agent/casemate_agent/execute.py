@@ -25,6 +25,7 @@ from casemate_agent import actions as act
 from casemate_agent.actions import Action
 from casemate_agent.converge import ActionOutcome, InstancePlan, remember
 from casemate_agent.drivers.ports import Drivers
+from casemate_agent.fabrickeeper import FabricNotReady
 from casemate_agent.functions import grant_of
 from casemate_agent.gpu.planning import KEY
 from casemate_agent.gpu.readings import GpuFault
@@ -154,6 +155,8 @@ class Executor:
         self.pinned: dict[str, act.Pin] = {}
         #: Files that the kernel refused to have written.
         self.refused: set[str] = set()
+        #: By uid: why it is not started now, by those who prepare what it was promised.
+        self.withheld: dict[str, str] = {}
 
     @property
     def busy(self) -> frozenset[str]:
@@ -350,6 +353,8 @@ class Executor:
             case act.AttachGpus():
                 await self._gpus.attach(action)
             case act.Start(uid=uid):
+                if reason := self.withheld.get(uid):
+                    raise FabricNotReady(reason)
                 await hypervisor.start(uid, deadline_s)
             case act.AttachGuest(uid=uid, channel_path=path):
                 await guests.attach(uid, path)

@@ -1,6 +1,8 @@
 """Fabric partitions: module ids are no PCI order, versions must match, and an agent killed at any step comes to the same end."""
 
+import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,8 +12,11 @@ from casemate_agent.fabric import FabricFacts, PartitionState, plan, sight
 from casemate_agent.fabrickeeper import keep
 from casemate_core.claims import HostClaims
 from casemate_core.errors import NotFound, Unavailable
-from casemate_core.fit import Fit, GpuLink, GpuRequest, Refusal, Request, fit
+from casemate_core.fit import CpuRequest, Fit, GpuLink, GpuRequest, MemoryRequest, Refusal, Request, fit
+from casemate_core.spec.instance import DesiredInstance
+from support.agents import Rig, instance, uid
 from support.hosts import host
+from support.virtual import VirtualLoop, run_virtual
 
 HGX = host("hgx-h200")
 
@@ -140,3 +145,76 @@ async def test_an_agent_killed_at_any_act_leaves_what_the_next_one_mends(seed: i
         assert len(modules) == len(set(modules))
         kept = await keep(fabric, wanted, (), 1)
         assert kept.active == set(wanted) and kept.problems == {}
+
+
+# --- an agent's own ---------------------------------------------------------------------------------------------------
+
+
+async def until(rig: Rig, met: Callable[[], object]) -> None:
+    """Wait in virtual time; fails with what the instances say."""
+    for _ in range(1200):
+        if met():
+            return
+        await asyncio.sleep(0.5)
+    told = {name: (s.phase.value, s.reason, s.message) for name, s in rig.states().items()}
+    raise AssertionError(f"in vain: {told}; active {rig.active()}; fabric {rig.host.fabric}")
+
+
+def linked(number: int, count: int, claims: HostClaims) -> DesiredInstance:
+    request = Request(CpuRequest(1), MemoryRequest(1024), 4096, gpus=(GpuRequest(count, link=GpuLink.NVLINK),))
+    found = fit(HGX, claims, request, owner=uid(number), epoch=1, generation=1)
+    assert isinstance(found, Fit) and found.claim.partition is not None
+    return instance(number, claim=found.claim)
+
+
+def test_an_agent_has_partitions_active_while_their_instances_are_wanted() -> None:
+    async def story(loop: VirtualLoop) -> None:
+        rig = Rig(loop, HGX)
+        fabric = rig.host.fabric
+        assert fabric is not None
+        one = linked(1, 4, HostClaims.empty())
+        two = linked(2, 4, HostClaims.empty().add(one.placement.claim))
+        ids = [d.placement.claim.partition for d in (one, two)]
+        fabric.active.add(0)  # all eight: left by whoever was here before
+        await rig.start()
+        await rig.want(one, two)
+        await rig.settle()
+        assert fabric.active == set(ids)
+        assert fabric.calls[0] == ("deactivate", 0), "what is nobody's is ended first"
+        await rig.kill()
+        await rig.start()
+        await rig.settle()
+        assert len(fabric.calls) == 3, "an agent that is started anew changes nothing"
+        rig.host.reboot()
+        await rig.kill()
+        assert fabric.active == set()
+        await rig.start()
+        await rig.settle()
+        assert fabric.active == set(ids), "they are made again before their VMs are started"
+        await rig.unwant(two.uid)
+        await rig.settle()
+        await until(rig, lambda: fabric.active == {ids[0]})
+        await rig.kill()
+
+    run_virtual(story)
+
+
+@pytest.mark.parametrize("trouble", ["silent", "version"])
+def test_without_its_links_an_instance_is_not_started_and_says_why(trouble: str) -> None:
+    async def story(loop: VirtualLoop) -> None:
+        rig = Rig(loop, HGX)
+        fabric = rig.host.fabric
+        assert fabric is not None
+        fabric.answers, fabric.version = trouble != "silent", "1" if trouble == "version" else fabric.driver
+        await rig.start()
+        await rig.want(linked(1, 2, HostClaims.empty()), instance(2))
+        told = "does not answer" if trouble == "silent" else "fabric manager 1, driver 570.86.15"
+        await until(rig, lambda: (state := rig.states().get(uid(1))) and told in state.message)
+        assert rig.states()[uid(1)].reason == "FabricNotReady"
+        await until(rig, lambda: uid(2) in rig.active())
+        assert uid(1) not in rig.active(), "others go on"
+        fabric.answers, fabric.version = True, fabric.driver
+        await rig.settle()
+        await rig.kill()
+
+    run_virtual(story)

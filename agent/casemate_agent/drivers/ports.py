@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from casemate_agent.doctor.facts import HostSurvey
+from casemate_agent.drivers.fabricports import Fabric
 from casemate_agent.drivers.gpuports import GpuCards, Gpus
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_agent.drivers.volumeports import Volumes
@@ -629,3 +630,5 @@ class Drivers:
     functions: Functions
     tuning: Tuning
     volumes: Volumes
+    #: Of boards with NVSwitches; None where there is none.
+    fabric: Fabric | None = None

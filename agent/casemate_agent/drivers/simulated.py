@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainPhase, Drivers, GuestEvent, GuestGone
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name, uuid_of
+from casemate_agent.drivers.simulated_fabric import SimulatedFabric
 from casemate_agent.drivers.simulated_functions import Cards
 from casemate_agent.drivers.simulated_gpus import DRIVER, VFIO, Board
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedGuest
@@ -104,6 +105,8 @@ class SimulatedHost:
         self.tuning: dict[str, str] = {}
         #: Boards that anything was done to, by UUID.
         self.boards: dict[str, Board] = {}
+        #: Its board's fabric manager, where there is one. A service of the host: it outlives agents, and not the host.
+        self.fabric = SimulatedFabric.of(topology) if topology.partitions else None
         self._pids = 1000
         self._guest_boots = 0
         self._lease: Lease | None = None
@@ -142,6 +145,8 @@ class SimulatedHost:
         self.cards.reboot()
         for board in self.boards.values():
             board.driver = DRIVER  # what was bound by hand is bound no more; memory of a board may outlive a warm boot
+        if self.fabric is not None:
+            self.fabric.active.clear()
 
     def crash_domain(self, uid: str) -> None:
         """Its QEMU is killed."""

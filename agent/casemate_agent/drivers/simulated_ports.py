@@ -670,4 +670,5 @@ def drivers_of(lease: Lease) -> Drivers:
         functions=SimulatedFunctions(lease),
         tuning=SimulatedTuning(lease),
         volumes=SimulatedVolumes(lease),
+        fabric=lease.host.fabric,
     )
