@@ -34,6 +34,10 @@ test: venv ## every test, with the time of each group
 test-fast: venv ## pure and simulated tests only
 	@$(BIN)/pytest -q -m "not libvirt and not lab and not browser and not etcd"
 
+.PHONY: test-gpu
+test-gpu: venv ## the suite of NVML on this machine's own GPU and driver
+	@$(BIN)/pytest -q --real-gpu tests/contract/test_nvml.py $(ARGS)
+
 .PHONY: lab
 lab: venv ## tests on an emulated server with SR-IOV, an IOMMU and two NUMA nodes; builds it first
 	@.ci/lab $(ARGS)

@@ -7,6 +7,7 @@ import os
 import signal
 
 import hypothesis
+import pytest
 
 from casemate_wire.tls import only_tls13
 
@@ -14,6 +15,12 @@ only_tls13()  # a test may import gRPC before the packages that hold it to TLS 1
 # Started in the background by a shell, we ignore the interrupt, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 pytest_plugins = ["support.guards", "support.golden", "support.groups", "support.libvirtd"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Which library of GPUs ``tests/contract/test_nvml.py`` runs on."""
+    parser.addoption("--real-gpu", action="store_true", help="run the suite of NVML on this machine's own library")
+
 
 # A property test that fails says how to replay itself. In CI the examples are the same on each run, so that a change is
 # never blamed for what another seed would have found yesterday; by hand, each run looks at new ones.
