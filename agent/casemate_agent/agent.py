@@ -286,7 +286,13 @@ class Agent:
             for uid, domain in (observed.domains or {}).items()
             if (pin := self._executor.pinned.get(uid)) is not None
         }
-        observed = replace(observed, unsure=unsure, pinned=pinned, refused=frozenset(self._executor.refused))
+        observed = replace(
+            observed,
+            switches=self.drivers.fabric is not None,
+            unsure=unsure,
+            pinned=pinned,
+            refused=frozenset(self._executor.refused),
+        )
         decided = plan(self.ledger.book, observed, self._settings, self._plan)
         self._plan = decided
         if decided.pool is not None:

@@ -387,7 +387,7 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
         d.says(Phase.FAILED, "FunctionMissing", f"{', '.join(gone)}: not on this host now ({known})")
         return
     gpus = desired.placement.claim.gpus
-    if why := unserved(desired.placement.claim):
+    if why := unserved(desired.placement.claim, seen.switches):
         d.says(Phase.FAILED, "GpuUnserved", why)
         return
     if waiting := not_clean(r.uid, gpus, d.gpus):

@@ -214,6 +214,8 @@ class Observation:
     #: Where this agent's own threads may run; files that the kernel refused to have written.
     agent_threads: CpuSet = EMPTY
     refused: frozenset[str] = frozenset()
+    #: This host has a fabric manager, by which partitions of its GPUs are made active.
+    switches: bool = False
     #: Instances that may have been started since the observation began.
     unsure: frozenset[str] = frozenset()
     #: Guarded taps of ours by the uid of the instance, in the order of its interfaces.

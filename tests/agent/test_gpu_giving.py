@@ -252,9 +252,10 @@ def test_a_lost_record_makes_a_gpu_dirty_and_a_running_one_its_domains() -> None
     ],
 )
 def test_what_no_host_can_give_yet_is_said_and_nothing_is_started(more: dict[str, Any], said: str) -> None:
-    found = unserved(replace(with_gpus(1).placement.claim, **more))
+    found = unserved(replace(with_gpus(1).placement.claim, **more), switches=False)
     assert found == said
-    assert unserved(with_gpus(1, GPU).placement.claim) == ""
+    assert unserved(with_gpus(1, GPU).placement.claim, switches=False) == ""
+    assert (unserved(replace(with_gpus(1).placement.claim, **more), switches=True) == "") is ("partition" in more)
 
 
 def test_the_policys_settings(tmp_path: Any) -> None:

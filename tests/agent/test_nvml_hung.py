@@ -65,7 +65,7 @@ async def test_an_agent_whose_library_hangs_starts_vms_says_so_and_reads_again(
     drivers = host.drivers()
     drivers = replace(drivers, gpus=gpus, machine=WithGpus(drivers.machine, gpus))
     ledger = await Ledger.load(SimulatedDisk(), inline)
-    pace = Pace(machine_s=0.2, gpus_s=3600)  # faults are not listened for: this is about questions
+    pace = Pace(machine_s=0.2, gpus_s=0.2)
     agent = Agent("box", drivers, ledger, time.time, SETTINGS, pace, lambda step: None)
     running = asyncio.ensure_future(agent.run())
     try:

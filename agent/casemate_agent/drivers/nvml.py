@@ -11,6 +11,7 @@ questions are refused; the agent goes on.
 Only GPUs that the host's own driver holds are seen here. One that is on vfio-pci is not told, which says nothing of it.
 """
 
+import asyncio
 import ctypes
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -87,20 +88,25 @@ class NvmlGpus:
         def wait() -> GpuFault | None:
             return self._wait(events, names)
 
-        hangs = False
+        def late(_: GpuFault | None) -> None:
+            self._free(events)
+
+        inside = False
         try:
             while True:
                 if turn != self._turn:
                     raise Unavailable("NVML: the library was closed; ask again")
                 try:
-                    fault = await self._waits.run("wait for XIDs", wait, XID_WAIT_MS / 1000 + 10)
-                except DeadlineExceeded:
-                    hangs = True  # a thread is inside a call with the set: it must not be freed under it
+                    fault = await self._waits.run("wait for XIDs", wait, XID_WAIT_MS / 1000 + 10, discard=late)
+                except (DeadlineExceeded, asyncio.CancelledError):
+                    # A thread is inside a call with the set, and frees it afterwards: not under it, and not by a call that
+                    # would have to wait for it and fail, for then a cancellation would be lost.
+                    inside = True
                     raise
                 if fault is not None:
                     yield fault
         finally:
-            if not hangs:
+            if not inside:
                 await self._waits.run("end waiting", lambda: self._free(events), 10.0)
 
     # --- in threads ---

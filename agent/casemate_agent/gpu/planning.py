@@ -151,11 +151,12 @@ def not_clean(uid: str, gpus: tuple[str, ...], entries: Mapping[str, GpuEntry]) 
     return tuple(found)
 
 
-def unserved(claim: Claim) -> str:
-    """What of a claim's GPUs this host cannot give yet; empty where it can give all of it."""
+def unserved(claim: Claim, switches: bool) -> str:
+    """What of a claim's GPUs this host cannot give yet; empty where it can give all of it. ``switches``: it has a fabric
+    manager."""
     if claim.shares:
         return f"this host gives whole GPUs only, and {claim.shares[0].milli} thousandths of {claim.shares[0].gpu} are asked"
-    if claim.partition is not None:
+    if claim.partition is not None and not switches:
         return f"nobody on this host switches fabric partition {claim.partition}"
     return ""
 
