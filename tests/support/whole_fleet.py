@@ -21,6 +21,7 @@ from casemate_agent.transport import GrpcTransport
 from casemate_core.topology_loaders import from_line
 from casemate_manager.app import Manager, running
 from casemate_manager.fleet.commands import ApplyAnswer, ApplyResources, Object
+from casemate_manager.fleet.placing import says_not_ready
 from casemate_manager.store.sqlite import SqliteStore
 from support.small_fleet import environment, image, network
 
@@ -99,7 +100,9 @@ async def whole_fleet(folder: Path, lines: dict[str, str], *, metrics_listen: st
             metrics = AgentMetrics(agent, link, "test")
             link.support = HostSupport(agent.drivers, ledger, metrics.rows, "test")
             fleet.hosts[name] = WholeHost(host, agent, link, metrics)
-        await until(lambda: all(manager.writer.observed.host(name).whole for name in lines))
+        # A host that has not had its first snapshot yet says that it is not ready, and is given nothing.
+        seen = manager.writer.observed.host
+        await until(lambda: all(seen(name).whole and not says_not_ready(seen(name)) for name in lines), 60.0)
         yield fleet
 
 
