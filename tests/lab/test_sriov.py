@@ -117,6 +117,21 @@ def test_what_a_port_cannot_do_is_said_before_anything_is_started(server: Server
         server.deleted("du")
 
 
+def test_a_killed_agent_leaves_nothing_and_doubles_nothing(server: Server) -> None:
+    """SIGKILL at moments spread over preparing, starting and ending."""
+    for moment_s in (0.2, 0.6, 1.2, 2.0):
+        server.apply("du", NIC)
+        server.machine.run(f"sleep {moment_s}; systemctl kill -s SIGKILL casemate-agent")
+        uid = server.started("du", 180)["metadata"]["uid"]
+        vf = vf_of(server, uid)
+        assert vf["state"]["vlan"] == 100  # type: ignore[index]
+        server.casemate("delete", "env", "du", "--no-wait").ok()
+        server.machine.run(f"sleep {moment_s}; systemctl kill -s SIGKILL casemate-agent")
+        server.until("it is gone", lambda: not server.get("env", "du"), 180)
+        found = server.functions()["vfs"].values()
+        assert all(vf["state"] == CLEAN and not vf["stamp"] and not vf["driver"] for vf in found)
+
+
 def test_a_device_is_given_by_label_with_its_whole_group_or_not_at_all(server: Server) -> None:
     server.apply("card", "  nics: [{network: fronthaul, type: sriov}]\n  devices: [{labels: {type: card}}]")
     try:

@@ -6,7 +6,7 @@ import pytest
 from support.hostlab.machine import PORTS, Shape
 from support.hostlab.server import HOST, Server
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.lab, pytest.mark.lab_faults, pytest.mark.timeout(1800)]
 NIC = "  nics: [{network: fronthaul, type: sriov, vlan: 100}]"
 #: Root ports of the two NICs, at first and later.
 SLOTS = (("rp00", "rp03"), ("rp10", "rp13"))
