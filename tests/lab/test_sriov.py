@@ -45,7 +45,7 @@ from pathlib import Path
 from casemate_agent.config import load
 from casemate_agent.drivers.sriov import HostFunctions
 async def main():
-    config = load("/etc/casemate/agent.toml", {})
+    config = load("/etc/casemate/agent.toml", {}, needs_name=False)
     functions = HostFunctions(Path(config.run_dir), config.ports, config.devices)
     try:
         await story(functions)
