@@ -2306,7 +2306,10 @@ class Needs:
         folder = f"{self.paths.run}/hugepages/{pod.name}"
         if os.path.isdir(folder):
             for name in os.listdir(folder):
-                await run(self.loop, ["umount", f"{folder}/{name}"])
+                for _ in range(5):  # what podman leaves of a container may hold it for a moment yet
+                    if (await run(self.loop, ["umount", f"{folder}/{name}"])).code == 0:
+                        break
+                    await self.loop.sleep(1.0)
                 with contextlib.suppress(OSError):
                     os.rmdir(f"{folder}/{name}")
             with contextlib.suppress(OSError):
