@@ -7,7 +7,7 @@ Theory of operation. A GPU that is not clean, or of which nothing was told, is h
 that is no instance (:func:`hold`), so that nothing that finds places needs to know of states, and a refusal can name it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -107,22 +107,6 @@ class Passport:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuFigures:
-    """What was read of a GPU last, by whoever could: None where it is not told. ``guest``: a guest told it, not the host."""
-
-    guest: bool = False
-    temperature_c: int | None = None
-    power_mw: int | None = None
-    busy_percent: int | None = None
-    memory_used_mib: int | None = None
-    ecc_corrected: int | None = None
-    ecc_uncorrected: int | None = None
-    rows_remapped: int | None = None
-    link_width: int | None = None
-    link_width_max: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class GpuState:
     """What a host says of one of its GPUs. ``owner``: uid of the instance that it is given to; ``since_s``: in this state."""
 
@@ -182,8 +166,3 @@ def held_because(owner: str) -> str:
         return ""
     uuid, _, why = owner.removeprefix(_HELD).partition(":")
     return f"{uuid} is {why}"
-
-
-def settled(state: GpuState) -> GpuState:
-    """What of a state an event is worth: without its figures."""
-    return replace(state, passport=None, health="", reasons=())
