@@ -59,8 +59,8 @@ async def verified(found: House, *more: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def head_is_kept(found: House, folder: Path) -> bool:
-    said = kept(folder).kept
+def head_is_kept(found: House, folder: Path, host: str = "h1") -> bool:
+    said = kept(folder, host).kept
     return bool(said) and said[-1].link == found.manager.writer.state.audit
 
 
@@ -155,7 +155,7 @@ async def test_a_chain_that_went_back_is_an_event_and_a_condition_of_the_host(tm
 
 async def test_a_whole_chain_is_signed_and_witnessed_and_its_key_can_be_demanded(tmp_path: Path) -> None:
     async with signing(tmp_path / "f.db") as found, hosted(found, tmp_path, "h1", "h2"):
-        await until(lambda: head_is_kept(found, tmp_path))
+        await until(lambda: all(head_is_kept(found, tmp_path, host) for host in ("h1", "h2")))
         code, told = await verified(found)
         key = Notary(KEYS.key("audit-checkpoints")).public
         assert code == 0 and f"by key {key}" in told and "witnessed: by 2 of 2 hosts" in told, told

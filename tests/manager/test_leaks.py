@@ -67,7 +67,8 @@ async def furnish(found: House) -> None:
         await writer.submit(By(by, NoteAct("denied", "denied", (f"environment/{tenant}/x",), (tenant,), tenant)))
     state = found.manager.writer.state
     async with asyncio.timeout(90):
-        while sum(e.reason == "Started" for e in state.events.values()) < 2:
+        started = {"hello-0", f"{THERE}-0"}
+        while not started <= {e.regarding.name for e in state.events.values() if e.reason == "Started"}:
             await asyncio.sleep(0.02)
     instance = next(i for i in state.instances.values() if i.meta.tenant == THERE and i.environment == THERE)
     order = OperateInstances("op", THERE, THERE, "restart", "s", by=f"{THERE}-someone")
