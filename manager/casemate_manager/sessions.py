@@ -105,6 +105,8 @@ class Session:
     identity: Identity | None = None
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     measurement: Measurement | None = None
+    #: Whether the fleet was asked to take it, and has not turned it away.
+    asked: bool = False
     #: When facts were last acknowledged, by the loop's clock, and what wakes the session to acknowledge those since.
     acked_s: float = -inf
     ack_timer: asyncio.TimerHandle | None = None
@@ -225,6 +227,7 @@ class Sessions:
         self._admission = asyncio.Semaphore(ADMITTED)
         self._queued = 0
         self._tickets: dict[str, Channel] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._checkpoint: Checkpoint | None = None
         #: Channels that hosts have dialled with a certificate, and what is set when that has expired.
         self._dialled: dict[tuple[Identity, Channel], asyncio.Event] = {}
@@ -299,11 +302,21 @@ class Sessions:
             session.over.set()
             session.stop_timer()
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
             self._streams.pop(session, None)
-            if self._sessions.get(session.host) is session:
-                del self._sessions[session.host]
-                await self._gone(session, reason)
+            # Asked to be taken and not in the table: cut between the two, and perhaps known as connected already.
+            last = self._sessions.get(session.host, session) is session and session.asked
+            if last:
+                self._sessions.pop(session.host, None)
+            # gRPC cancels this call where the host hangs up, also while it is here: a host that has gone is told as gone.
+            leaving = asyncio.create_task(self._leave(session, reader, reason, last=last), name="host-session-end")
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            await asyncio.shield(leaving)
+
+    async def _leave(self, session: Session, reader: "asyncio.Task[None]", reason: str, *, last: bool) -> None:
+        await asyncio.gather(reader, return_exceptions=True)
+        if last:
+            await self._gone(session, reason)
 
     async def _gone(self, session: Session, reason: str) -> None:
         try:
@@ -364,12 +377,14 @@ class Sessions:
         self._queued += 1
         try:
             async with self._admission:
+                session.asked = True
                 answer = await self._writer.submit(HostHello(hello, self._seed(), identity.key if identity else None))
         finally:
             self._queued -= 1
         if session.end.closed:
             return  # superseded while it waited
         if isinstance(answer, Turned):
+            session.asked = False
             log.warning("host %s is turned away: %s", hello.host, answer.message)
             session.end.reject(answer.reason, answer.message, answer.retry_after_s)
             return

@@ -191,6 +191,23 @@ async def test_a_cut_makes_the_host_unknown_and_a_redial_resumes(tmp_path: Path)
         await host.cut()
 
 
+@pytest.mark.parametrize("steps", range(4))
+async def test_a_host_that_hangs_up_while_its_session_ends_is_told_as_gone(tmp_path: Path, steps: int) -> None:
+    """gRPC cancels the call where the host hangs up, wherever the call is."""
+    async with manager(tmp_path) as (writer, sessions):
+        await start(writer)
+        host = Host(sessions, "h1")
+        host.dial()
+        await until(lambda: writer.observed.host("h1").connected)
+        assert host._serve is not None
+        host._serve.cancel()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await host.cut()
+        await until(lambda: not writer.observed.host("h1").connected)
+        assert len(sessions) == 0
+
+
 async def test_a_new_manager_tells_the_whole_state(tmp_path: Path) -> None:
     async with manager(tmp_path) as (writer, sessions):
         await start(writer)
