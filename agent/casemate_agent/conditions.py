@@ -23,7 +23,7 @@ def host_conditions(
 ) -> tuple[Condition, ...]:
     """All conditions of a host, in the order in which they are shown. ``damage`` is what was wrong with the ledger, ``closed``
     the GPUs for which it takes nothing new."""
-    parts = (
+    return (
         *((Condition("Gpus", "False", "GpuNotWell", "; ".join(closed)[:1000]),) if closed else ()),
         _virtualisation(observed),
         _hypervisor(observed),
@@ -33,21 +33,6 @@ def host_conditions(
         _hardware(observed),
         _ledger(host, damage),
     )
-    return (_ready(parts), *parts)
-
-
-#: Without them no instance can be started. Emulation, a port that is held back, or a disk that fills up stop none by itself.
-_NEEDED = ("Gpus", "Hypervisor", "Network", "Images", "LedgerComplete")
-
-
-def _ready(parts: tuple[Condition, ...]) -> Condition:
-    """Whether instances can be started here, in one word: what stands against it first, then what is not known."""
-    needed = [c for c in parts if c.type in _NEEDED or (c.type == "DiskSpace" and c.reason == "Full")]
-    for status in ("False", "Unknown"):
-        if found := [c for c in needed if c.status == status]:
-            kinds = ", ".join(c.type for c in found)
-            return Condition("Ready", status, found[0].type, f"{kinds}: see there", found[0].since_s)
-    return Condition("Ready", "True", "AllParts", "instances can be started")
 
 
 def _virtualisation(observed: Observation) -> Condition:

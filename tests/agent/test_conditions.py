@@ -22,7 +22,7 @@ WELL = Observation(
     virtualisation="kvm",
     network_problem="",
 )
-TYPES = ["Ready", "Virtualisation", "Hypervisor", "Network", "Images", "DiskSpace", "Hardware", "LedgerComplete"]
+TYPES = ["Virtualisation", "Hypervisor", "Network", "Images", "DiskSpace", "Hardware", "LedgerComplete"]
 
 
 def say(observed: Observation, host: HostRecord | None = None, *damage: str) -> dict[str, Condition]:
@@ -134,21 +134,6 @@ def test_held_back_hardware_is_named_with_its_reason() -> None:
     assert (found.status, found.reason, found.message) == ("False", "PortMissing", problem)
 
 
-def test_whether_instances_can_be_started_is_one_word() -> None:
-    assert say(WELL)["Ready"] == Condition("Ready", "True", "AllParts", "instances can be started")
-    away = replace(WELL, domains=None, networks=None, silent_since_s={"hypervisor": 5.0})
-    assert say(away)["Ready"] == Condition(
-        "Ready", "False", "Hypervisor", "Hypervisor, Network: see there", since_s=5.0
-    )
-    assert say(replace(WELL, network_problem=None))["Ready"].status == "Unknown"
-    assert say(WELL, HostRecord())["Ready"].reason == "LedgerComplete"
-    for free_mib, status in ((1, "True"), (0, "False")):
-        full = replace(WELL, files=StoredFiles({}, {}, {}, free_mib=free_mib, total_mib=1_000_000))
-        assert say(full)["Ready"].status == status
-    slow = replace(WELL, virtualisation="tcg", machine=replace(WELL.machine, problems=("PortMissing: a port",)))
-    assert say(slow)["Ready"].status == "True"
-
-
 @pytest.mark.parametrize(
     ("port", "kind"),
     [("hypervisor", "Hypervisor"), ("networks", "Network"), ("images", "Images"), ("functions", "Hardware")],
@@ -169,11 +154,10 @@ def test_a_defect_of_a_driver_is_a_condition_of_its_part_and_ends_no_agent(port:
 
         assert (told(kind).status, told(kind).reason) == ("False", "NoAnswer")
         assert told(kind).message.startswith("a defect of the agent: KeyError")
-        assert told("Ready").status == ("False" if kind != "Hardware" else "True")
         assert set(rig.active()) == {uid(1)}
         rig.host.faults.defective.clear()
         await asyncio.sleep(100)
-        assert (told(kind).status, told("Ready").status) == ("True", "True")
+        assert told(kind).status == "True"
         await rig.kill()
 
     run_virtual(story)
