@@ -27,7 +27,7 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     add(domain, "title", text=plain_words(title, 120))
     add_metadata(domain, desired)
     add_memory(domain, desired)
-    add_vcpus(domain, desired, files.rest)
+    add_vcpus(domain, desired, files.rest or desired.placement.claim.emulator)
     claim = desired.placement.claim
     limits = memory_limits(max(desired.memory_mib, claim.memory_max_mib), len(files.functions), locked=claim.realtime)
     add_memory_backing(domain, desired, shape, limits)
