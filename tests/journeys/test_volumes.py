@@ -65,7 +65,7 @@ def test_data_outlives_a_rebuild_and_the_environment(tmp_path_factory: pytest.Te
         assert mounted == ["ext4", "/volumes/notes"]
         # What udev makes its link from; the link itself comes later in the boot.
         serial = status["device"].removeprefix("/dev/disk/by-id/virtio-")
-        assert serial in in_guest(dev, "sh", "-c", "cat /sys/block/vd*/serial").split()
+        assert serial in in_guest(dev, "sh", "-c", "cat /sys/block/vd*/serial")
 
         refused = dev.run("delete", "volume", "notes")
         assert refused.code != 0 and "is used by instance notes-0 of environment notes" in refused.err
