@@ -24,7 +24,7 @@ def host_conditions(
     """All conditions of a host, in the order in which they are shown. ``damage`` is what was wrong with the ledger, ``closed``
     the GPUs for which it takes nothing new."""
     return (
-        *((Condition("Gpus", "False", "GpuNotWell", "; ".join(closed)[:1000]),) if closed else ()),
+        *_gpus(closed),
         _virtualisation(observed),
         _hypervisor(observed),
         _network(observed),
@@ -33,6 +33,14 @@ def host_conditions(
         _hardware(observed),
         _ledger(host, damage),
     )
+
+
+def _gpus(closed: tuple[str, ...]) -> tuple[Condition, ...]:
+    """A board for whose sake the host is to be cordoned. The scheduler places nothing where ``Ready`` is False."""
+    if not closed:
+        return ()
+    why = "; ".join(closed)[:1000]
+    return (Condition("Ready", "False", "GpuNotWell", why), Condition("Gpus", "False", "GpuNotWell", why))
 
 
 def _virtualisation(observed: Observation) -> Condition:
