@@ -327,7 +327,7 @@ def test_completion_is_silent_without_a_manager(fleet: Fleet) -> None:
         COMP_CWORD="3",
     )
     assert (done.out.strip(), done.err) == ("", "")
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 60
 
 
 def test_dev_status_and_a_second_up(fleet: Fleet) -> None:
@@ -337,7 +337,7 @@ def test_dev_status_and_a_second_up(fleet: Fleet) -> None:
     started_s = time.monotonic()
     again = fleet.run("dev", "up", "--no-example", *where)
     again.ok()
-    assert time.monotonic() - started_s < 20
+    assert time.monotonic() - started_s < 120
     for name, measured in (("manager", "casemate_hosts"), ("agent", "libvirt_up")):
         url = told[f"{name}Metrics"]
         assert f"metrics of the {name}: {url}" in again.err

@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 
 from casemate_core.claims import Claim
 from casemate_core.errors import CallerError, Conflict, InvalidSpec
+from casemate_core.gpu import GpuPhase, GpuState
 from casemate_core.spec.access import Tenant, check_tenant
 from casemate_core.spec.environment import Cpu, Environment
 from casemate_core.spec.meta import Meta
 from casemate_core.topology import Topology
 from casemate_manager.fleet import quotas
-from casemate_manager.fleet.commands import HostInventory
+from casemate_manager.fleet.commands import HostFacts, HostInventory
 from casemate_manager.fleet.machine import Rules
 from casemate_manager.fleet.placing import Placed, Unplaced
 from casemate_manager.fleet.quotas import QuotaExceeded
 from casemate_wire.codec import resources
-from casemate_wire.stream import Inventory
+from casemate_wire.stream import Facts, HostReport, Inventory
 from support.hosts import host
 from support.small_fleet import SmallFleet, environment, image, network
 
@@ -117,6 +118,8 @@ def test_gpus_by_model_are_judged_in_the_batch_that_places(gang: bool) -> None:
     made = fleet()
     made.join("h1")
     made.do(HostInventory("h1", 1, Inventory("gpus", topology)))
+    free = tuple(GpuState(gpu.uuid, GpuPhase.FREE) for gpu in topology.gpus)
+    made.do(HostFacts("h1", 1, Facts(100, host=HostReport(gpus=free))))
     made.rules = Rules(made.rules.objects, Giving(topology, 2))
     made.apply(Tenant(Meta("default"), {f"gpus/{model}": 5}))
     made.apply(environment("train", replicas=3, gang=gang))
