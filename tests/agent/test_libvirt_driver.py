@@ -13,6 +13,7 @@ from pathlib import Path
 from xml.etree.ElementTree import fromstring
 
 import libvirt
+import psutil
 import pytest
 
 from casemate_agent import sandbox as sandboxes
@@ -246,7 +247,10 @@ async def test_guests_outlive_libvirtd_and_are_found_again(
             await host.prepared(host.small(uid))
             await host.hypervisor.start(uid, 60)
             pid = (await facts_of(host, uid)).pid
+            libvirtd = psutil.Process(own.pid)
             os.kill(own.pid, signal.SIGKILL)
+            # Its sockets close before it is gone, and until then it would be taken for one that runs.
+            await asyncio.to_thread(psutil.wait_procs, [libvirtd], 60)
             async with asyncio.timeout(60):
                 while True:
                     try:
