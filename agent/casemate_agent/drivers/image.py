@@ -23,7 +23,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from casemate_agent.drivers.http import Download, http_download
 from casemate_agent.drivers.imageformat import HEAD_BYTES, ImageInfo, ImageRefused, read_header, read_qcow2
 from casemate_agent.drivers.ports import DomainFiles, StoredFiles
 from casemate_agent.drivers.seed import HELPER, build_seed, seed_files
+from casemate_agent.drivers.tool import run_tool
 from casemate_core.errors import DeadlineExceeded, InternalError, MachineError, NotFound, shown
 from casemate_core.quantity import MIB, format_mib
 from casemate_core.spec.instance import DIGEST, DesiredInstance, File, ImageRef
@@ -350,19 +350,4 @@ def _check_overlay(path: Path, backing: Path, backing_format: str) -> None:
 
 def _qemu_img_create(path: str, backing: Path, backing_format: str, size: int, deadline_s: float) -> None:
     argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", backing_format, "-b", str(backing)]
-    try:
-        done = subprocess.run(
-            [*argv, "--", path, str(size)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=deadline_s,
-            check=False,
-        )
-    except FileNotFoundError:
-        raise OverlayFailed("qemu-img is not installed (package qemu-utils)") from None
-    except subprocess.TimeoutExpired:
-        raise DeadlineExceeded(f"qemu-img did not end within {deadline_s:g} s") from None
-    if done.returncode != 0:
-        raise OverlayFailed(f"qemu-img: {shown(' '.join(done.stderr.split()))}")
+    run_tool([*argv, "--", path, str(size)], "qemu-utils", OverlayFailed, deadline_s)

@@ -9,10 +9,10 @@ and restores most of configuration space, so that a value set there says nothing
 message-signalled interrupts while these are off: a mark written there is gone if, and only if, the function was reset.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from casemate_agent.drivers.attributes import write_attribute
 from casemate_agent.gpu.readings import Proof
 from casemate_core.errors import MachineError, Unavailable
 from casemate_core.gpu import Rung
@@ -57,11 +57,11 @@ def reset(folder: Path, rung: Rung) -> str:
     known, method = methods(folder), METHODS[rung]
     if method not in known:
         raise ResetFailed(f"{folder.name}: the kernel knows no reset by {method} ({', '.join(known) or 'none'})")
-    _write(folder / "reset_method", method)
+    write_attribute(folder / "reset_method", method, ResetFailed)
     try:
-        _write(folder / "reset", "1")
+        write_attribute(folder / "reset", "1", ResetFailed)
     finally:
-        _write(folder / "reset_method", " ".join(known))
+        write_attribute(folder / "reset_method", " ".join(known), ResetFailed)
     return f"{method} of {folder.name}"
 
 
@@ -132,16 +132,3 @@ def _put(folder: Path, wanted: Mark) -> None:
             file.write(wanted.value)
     except OSError as error:
         raise ResetFailed(f"{folder.name}: configuration space cannot be written: {error.strerror}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        descriptor = os.open(path, os.O_WRONLY)
-    except OSError as error:
-        raise ResetFailed(f"{path}: {error.strerror}") from error
-    try:
-        os.write(descriptor, text.encode())
-    except OSError as error:
-        raise ResetFailed(f"writing {text!r} to {path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from casemate_agent.drivers.attributes import write_attribute
 from casemate_core.errors import MachineError, Unavailable
 
 PCI = "sys/bus/pci"
@@ -92,9 +93,9 @@ class Vfio:
             if done.returncode != 0:
                 raise BindFailed(f"vfio-pci cannot be loaded: {done.stderr.strip()[:300]}")
         folder = self.function(address)
-        self._write(folder / "driver_override", DRIVER)
+        write_attribute(folder / "driver_override", DRIVER, BindFailed)
         self._unbind(address)
-        self._write(self._root / PCI / "drivers_probe", address)
+        write_attribute(self._root / PCI / "drivers_probe", address, BindFailed)
         if (driver := self.driver(address)) != DRIVER:
             raise BindFailed(f"{address} is bound to {driver or 'nothing'} after it was given to {DRIVER}")
 
@@ -105,9 +106,9 @@ class Vfio:
             return
         if self.driver(address) == DRIVER:
             self._unbind(address)
-        self._write(folder / "driver_override", "\n")
+        write_attribute(folder / "driver_override", "\n", BindFailed)
         if back and not self.driver(address):
-            self._write(self._root / PCI / "drivers_probe", address)
+            write_attribute(self._root / PCI / "drivers_probe", address, BindFailed)
 
     def holders(self, address: str) -> tuple[str, ...]:
         """Processes that have the function open, as ``name (pid)``: those with its group's file among their descriptors."""
@@ -156,23 +157,9 @@ class Vfio:
         driver = self.driver(address)
         if not driver:
             return
-        self._write(self._root / PCI / "drivers" / driver / "unbind", address)
+        write_attribute(self._root / PCI / "drivers" / driver / "unbind", address, BindFailed)
         give_up_s = time.monotonic() + 5
         while self.driver(address):  # some drivers are done a moment after the write returned
             if time.monotonic() > give_up_s:
                 raise BindFailed(f"{address} is still bound to {driver}")
             time.sleep(0.02)
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        try:
-            # Not opened for creation: what is not there must not become a file.
-            descriptor = os.open(path, os.O_WRONLY)
-        except OSError as error:
-            raise BindFailed(f"{path}: {error.strerror}") from error
-        try:
-            os.write(descriptor, text.encode())
-        except OSError as error:
-            raise BindFailed(f"writing {text.strip()!r} to {path}: {error.strerror}") from error
-        finally:
-            os.close(descriptor)

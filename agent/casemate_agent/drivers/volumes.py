@@ -17,7 +17,6 @@ first sectors of its disk stays what it is, bytes of that disk. Nothing here rea
 import asyncio
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,8 +26,9 @@ from casemate_agent.domain.names import check_uid
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.fetch import storage_error
 from casemate_agent.drivers.files import UNFINISHED, sync_folder
+from casemate_agent.drivers.tool import run_tool
 from casemate_agent.drivers.volumeports import StoredVolume
-from casemate_core.errors import DeadlineExceeded, InternalError, MachineError, NotFound, shown
+from casemate_core.errors import InternalError, MachineError, NotFound
 from casemate_core.quantity import MIB
 from casemate_core.spec.instance import VolumeRef
 
@@ -142,21 +142,6 @@ def _make_file_system(path: str, volume: VolumeRef, deadline_s: float) -> None:
     # Inode tables and journal are holes of a new file, which read as zeros: nothing has to be written.
     argv += ["-U", volume.uid, "-L", volume.name[:LABEL_CHARS]]
     argv += ["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", "--", path]
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=deadline_s,
-            check=False,
-            # Not by the settings of this host: a volume is the same wherever it is made.
-            env={"PATH": TOOLS, "LANG": "C.UTF-8", "MKE2FS_CONFIG": os.devnull},
-        )
-    except FileNotFoundError:
-        raise VolumeFailed("mkfs.ext4 is not installed (package e2fsprogs)") from None
-    except subprocess.TimeoutExpired:
-        raise DeadlineExceeded(f"mkfs.ext4 did not end within {deadline_s:g} s") from None
-    if done.returncode != 0:
-        raise VolumeFailed(f"mkfs.ext4: {shown(' '.join(done.stderr.split()))}")
+    # Not by the settings of this host: a volume is the same wherever it is made.
+    env = {"PATH": TOOLS, "LANG": "C.UTF-8", "MKE2FS_CONFIG": os.devnull}
+    run_tool(argv, "e2fsprogs", VolumeFailed, deadline_s, env)

@@ -18,6 +18,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from casemate_core.errors import CallerError
+from casemate_core.gpu import ASSIGNABLE, GpuPhase
 
 
 class State(StrEnum):
@@ -136,7 +137,7 @@ class GpuRecord:
     @property
     def assignable(self) -> bool:
         """It may be promised to an instance."""
-        return self.state in (State.FREE, State.HOST_OWNED)
+        return GpuPhase(self.state) in ASSIGNABLE
 
 
 def first_seen(uuid: str) -> GpuRecord:
