@@ -18,24 +18,26 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from random import Random
 
-from casemate_agent import enrol, fsck, witness
-from casemate_agent import identity as identities
 from casemate_agent.agent import Agent
 from casemate_agent.config import BadConfig, Config, load
-from casemate_agent.converge import Settings
 from casemate_agent.doctor import command as doctor
 from casemate_agent.drivers.ports import Drivers
-from casemate_agent.files import Files, MeasuredFiles
-from casemate_agent.ledger import Ledger, Offload, Threaded
-from casemate_agent.link import Link
+from casemate_agent.enrolment import enrol
+from casemate_agent.enrolment import identity as identities
+from casemate_agent.enrolment.renewal import Renewal
+from casemate_agent.fsck import command as fsck
+from casemate_agent.ledger import witness
+from casemate_agent.ledger.files import Files, MeasuredFiles
+from casemate_agent.ledger.store import Ledger, Offload, Threaded
+from casemate_agent.ledger.witness import Witness, chain_broken
 from casemate_agent.logs import set_up
-from casemate_agent.metrics import FAMILIES, LEDGER_FAILED, LEDGER_S
-from casemate_agent.relay import SOCKET, USER, Relay, uid_of
-from casemate_agent.renewal import Renewal
-from casemate_agent.scrape import AgentMetrics
-from casemate_agent.support import HostSupport
-from casemate_agent.transport import GrpcTransport, Transport, checked_address
-from casemate_agent.witness import Witness, chain_broken
+from casemate_agent.metrics.families import FAMILIES, LEDGER_FAILED, LEDGER_S
+from casemate_agent.metrics.scrape import AgentMetrics
+from casemate_agent.plan.converge import Settings
+from casemate_agent.relay.pipe import SOCKET, USER, Relay, uid_of
+from casemate_agent.uplink.link import Link
+from casemate_agent.uplink.support import HostSupport
+from casemate_agent.uplink.transport import GrpcTransport, Transport, checked_address
 from casemate_core.errors import CallerError, CasemateError, MachineError, Unavailable, shown
 from casemate_core.metrics import Meter, Rows, with_label
 from casemate_core.spec.meta import NAME
@@ -383,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load(flags.pop("config"), flags, needs_name=False)
         set_up(config.log_format, config.log_level)
         if verb == "relay":
-            from casemate_agent.relayserver import serve  # gRPC and HTTP, only where they are spoken
+            from casemate_agent.relay.server import serve  # gRPC and HTTP, only where they are spoken
 
             asyncio.run(serve(config))
         else:

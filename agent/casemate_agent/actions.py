@@ -1,14 +1,14 @@
 """The closed set of what an agent can do.
 
 What may live here: one frozen dataclass for each kind of action, and nothing that carries one out
-(:mod:`casemate_agent.execute` does). Every action but Reboot and Reset is idempotent: done twice, or done after it was
+(:mod:`casemate_agent.execute.executor` does). Every action but Reboot and Reset is idempotent: done twice, or done after it was
 half done, it leaves the same machine. Each carries its reason, which is what the log says.
 """
 
 from dataclasses import dataclass
 
-from casemate_agent.certificate import Under
-from casemate_agent.functions import Stamp
+from casemate_agent.hardware.functions import Stamp
+from casemate_agent.realtime.certificate import Under
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, VolumeRef
 
@@ -104,7 +104,7 @@ class Define:
 @dataclass(frozen=True, slots=True)
 class Start:
     """Start the defined domain. ``floats``: what of the pool it will run on; it is not started where somebody else has one of
-    these threads by then (:mod:`casemate_agent.pool`)."""
+    these threads by then (:mod:`casemate_agent.plan.pool`)."""
 
     uid: str
     reason: str

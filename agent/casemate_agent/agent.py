@@ -18,22 +18,22 @@ from math import inf
 from typing import Any, TypeVar
 
 from casemate_agent import actions as act
-from casemate_agent import metrics
 from casemate_agent.causes import Causes, step_told
-from casemate_agent.changes import changes
-from casemate_agent.converge import ActionOutcome, Settings
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
-from casemate_agent.execute import MEASURE, Executor, Trace, log_steps
-from casemate_agent.fabrickeeper import withheld
+from casemate_agent.execute.executor import MEASURE, Executor, Trace, log_steps
+from casemate_agent.execute.fabrickeeper import withheld
 from casemate_agent.gpu.checks import FATAL_XIDS
 from casemate_agent.gpu.health import GpuHealth, Health, judge
 from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.readings import GpuFault
-from casemate_agent.ledger import Ledger
+from casemate_agent.ledger.records import HOST, GuestView, Note, Observation
+from casemate_agent.ledger.store import Ledger
+from casemate_agent.metrics import families as metrics
 from casemate_agent.observe import Observer
-from casemate_agent.realtime import patterns
-from casemate_agent.reconcile import Plan, plan
-from casemate_agent.records import HOST, GuestView, Note, Observation
+from casemate_agent.plan.changes import changes
+from casemate_agent.plan.converge import ActionOutcome, Settings
+from casemate_agent.plan.reconcile import Plan, plan
+from casemate_agent.realtime.profile import patterns
 from casemate_core.cpuset import EMPTY
 from casemate_core.errors import CasemateError
 from casemate_core.metrics import Meter

@@ -11,7 +11,7 @@ itself and carries no cause; the next wish with another cause begins the next ch
 from collections.abc import Callable, Iterable
 
 from casemate_agent import actions as act
-from casemate_agent.converge import ActionOutcome
+from casemate_agent.plan.converge import ActionOutcome
 from casemate_core.spec.instance import DesiredInstance, InstanceState, Phase, Run
 
 MOST_SETTLED = 16

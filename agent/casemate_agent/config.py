@@ -11,7 +11,7 @@ from typing import Any
 
 from casemate_agent.gpu.records import DEFAULT_POLICY, GpuPolicy
 from casemate_agent.gpu.settings import gpu_policy
-from casemate_agent.hardware import DeviceRule, GpuRule, PortRule, device_rules, gpu_rules, port_rules
+from casemate_agent.hardware.rules import DeviceRule, GpuRule, PortRule, device_rules, gpu_rules, port_rules
 from casemate_core.errors import CallerError
 
 #: What may be done about drift.

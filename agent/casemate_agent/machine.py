@@ -26,8 +26,8 @@ from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
 from casemate_agent.drivers.tuning import HostTuning
 from casemate_agent.drivers.volumes import VolumeFiles
-from casemate_agent.metrics import LIBVIRT_FAILED, LIBVIRT_S
-from casemate_agent.relay import Relay, uid_of
+from casemate_agent.metrics.families import LIBVIRT_FAILED, LIBVIRT_S
+from casemate_agent.relay.pipe import Relay, uid_of
 from casemate_core.metrics import Meter
 
 #: Where the answer about KVM is kept, in the state folder.

@@ -13,12 +13,12 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from casemate_agent.domain.devices import SEED_TARGET
-from casemate_agent.drafting import ACTIVE
 from casemate_agent.drivers.ports import DomainFacts, DomainStats, Drivers, MachineFacts, ProcessFacts, QemuThreads
-from casemate_agent.functions import FunctionFacts
 from casemate_agent.gpu.health import GpuHealth
 from casemate_agent.gpu.readings import CardFacts
-from casemate_agent.records import GuestView, InstanceRecord, Observation
+from casemate_agent.hardware.functions import FunctionFacts
+from casemate_agent.ledger.records import GuestView, InstanceRecord, Observation
+from casemate_agent.plan.drafting import ACTIVE
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CasemateError
 

@@ -11,7 +11,7 @@ from casemate_agent.domain import HostShape, domain_xml
 from casemate_agent.domain.functions import add_buses, add_functions
 from casemate_agent.drivers.pciplaces import read_places
 from casemate_agent.drivers.ports import DomainFiles
-from casemate_agent.pciplace import (
+from casemate_agent.hardware.pciplace import (
     DEFAULT_HOLE,
     GIB,
     FunctionPlace,

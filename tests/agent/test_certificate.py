@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from casemate_agent.certificate import (
+from casemate_agent.realtime.certificate import (
     HISTOGRAM_US,
     BadMeasurement,
     Told,

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from casemate_agent.conditions import host_conditions
 from casemate_agent.drivers.ports import MachineFacts, NetworkFacts, StoredFiles
-from casemate_agent.records import HostRecord, Observation
+from casemate_agent.ledger.records import HostRecord, Observation
+from casemate_agent.plan.conditions import host_conditions
 from casemate_core.spec.views import Condition
 from casemate_core.topology_loaders import from_line
 from support.agents import Rig, instance, uid

@@ -15,7 +15,7 @@ from casemate_agent.domain import HostShape, domain_xml, parse_domain
 from casemate_agent.domain.elements import plain_words, xml_text
 from casemate_agent.domain.metadata import full_record, record_digest
 from casemate_agent.drivers.ports import DomainFiles, DomainPhase
-from casemate_agent.records import from_metadata
+from casemate_agent.ledger.records import from_metadata
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import InternalError
 from casemate_core.spec.instance import DesiredInstance, File, ImageRef, Placement

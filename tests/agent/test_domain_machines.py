@@ -13,7 +13,7 @@ from lxml import etree
 
 from casemate_agent.domain import HostShape, domain_xml, parse_domain
 from casemate_agent.drivers.ports import DomainFiles, DomainPhase
-from casemate_agent.pool import Pool
+from casemate_agent.plan.pool import Pool
 from casemate_core.claims import Claim, HostClaims, verify_claim
 from casemate_core.cpuset import CpuSet
 from casemate_core.fit import (

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from casemate_agent.drivers.simulated_fabric import FabricBusy, FabricVersionMismatch, SimulatedFabric
-from casemate_agent.fabric import FabricFacts, PartitionState, plan, sight
-from casemate_agent.fabrickeeper import keep
+from casemate_agent.execute.fabrickeeper import keep
+from casemate_agent.hardware.fabric import FabricFacts, PartitionState, plan, sight
 from casemate_core.claims import HostClaims
 from casemate_core.errors import NotFound, Unavailable
 from casemate_core.fit import CpuRequest, Fit, GpuLink, GpuRequest, MemoryRequest, Refusal, Request, fit

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from casemate_agent.functions import CLEAN, FunctionFacts, Grant, GrantedVf, Stamp, VfFacts, VfState, grant_of
-from casemate_agent.giving import drifted, to_give_back
-from casemate_agent.records import Note
+from casemate_agent.hardware.functions import CLEAN, FunctionFacts, Grant, GrantedVf, Stamp, VfFacts, VfState, grant_of
+from casemate_agent.ledger.records import Note
+from casemate_agent.plan.giving import drifted, to_give_back
 from casemate_core.claims import VfClaim
 from casemate_core.errors import InternalError
 from casemate_core.spec.instance import Run

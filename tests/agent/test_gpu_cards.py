@@ -10,7 +10,7 @@ from casemate_agent.drivers.gpucards import HostCards, ScrubFailed
 from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.pcireset import ResetFailed
 from casemate_agent.drivers.vfio import HeldByOther
-from casemate_agent.hardware import GpuRule
+from casemate_agent.hardware.rules import GpuRule
 from casemate_core.errors import DeadlineExceeded, Unavailable
 from casemate_core.gpu import Rung
 

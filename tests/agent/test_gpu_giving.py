@@ -13,7 +13,7 @@ from casemate_agent.gpu.planning import unserved
 from casemate_agent.gpu.readings import GpuFault, Proof
 from casemate_agent.gpu.records import GpuPolicy, Response
 from casemate_agent.gpu.settings import gpu_policy
-from casemate_agent.hardware import GpuRule
+from casemate_agent.hardware.rules import GpuRule
 from casemate_core.claims import GpuShare
 from casemate_core.gpu import GpuOrder, GpuVerb, Result
 from casemate_core.spec.instance import Phase, Run

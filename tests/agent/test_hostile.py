@@ -17,7 +17,7 @@ from casemate_agent.drivers.fetch import SourceRules
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.imageformat import HEAD_BYTES, ImageRefused, read_qcow2
 from casemate_agent.drivers.ports import DomainFiles, DomainPhase
-from casemate_agent.records import from_metadata
+from casemate_agent.ledger.records import from_metadata
 from casemate_core.errors import CasemateError
 from casemate_core.spec.instance import DesiredInstance, File, ImageRef
 from casemate_core.topology.rules import check

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from casemate_agent.changes import changes
 from casemate_agent.config import BadConfig, load
 from casemate_agent.drivers.inventory import Port, identity_of, take
 from casemate_agent.drivers.portreader import read_ports
-from casemate_agent.hardware import DeviceRule, PortRule, device_rules, port_rules
+from casemate_agent.hardware.rules import DeviceRule, PortRule, device_rules, port_rules
+from casemate_agent.plan.changes import changes
 from casemate_core.topology_loaders import from_line
 
 MAC = "52:54:00:10:01:00"

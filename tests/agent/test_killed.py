@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from casemate_agent.drivers.simulated_disk import SimulatedDisk
-from casemate_agent.execute import Step
+from casemate_agent.execute.executor import Step
 from casemate_core.spec.instance import Phase, Run
 from support.agents import Killed, Rig, instance, uid
 from support.virtual import VirtualLoop, run_virtual

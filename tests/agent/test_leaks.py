@@ -3,8 +3,8 @@
 import time
 
 from casemate_agent.drivers.simulated import SimulatedHost
-from casemate_agent.functions import Stamp, VfState
-from casemate_agent.leaks import Finding, look
+from casemate_agent.fsck.leaks import Finding, look
+from casemate_agent.hardware.functions import Stamp, VfState
 from support.agents import uid
 from support.functions import DEVICES, HOST, PORTS
 

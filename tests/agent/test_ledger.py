@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casemate_agent.drivers.simulated_disk import SimulatedDisk
-from casemate_agent.files import Files, OsFiles
-from casemate_agent.ledger import (
+from casemate_agent.ledger.files import Files, OsFiles
+from casemate_agent.ledger.records import Failure, HostRecord, InstanceRecord, Intent, Refusal, Started
+from casemate_agent.ledger.store import (
     Damaged,
     Ledger,
     LedgerFailed,
@@ -23,7 +24,6 @@ from casemate_agent.ledger import (
     encode,
     inline,
 )
-from casemate_agent.records import Failure, HostRecord, InstanceRecord, Intent, Refusal, Started
 from casemate_core.spec.instance import DesiredInstance, Run
 from casemate_core.spec.secret import SecretText
 from casemate_wire.stream import Desired

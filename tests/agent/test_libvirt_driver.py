@@ -18,7 +18,7 @@ import pytest
 
 from casemate_agent import sandbox as sandboxes
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainPhase
-from casemate_agent.records import from_metadata
+from casemate_agent.ledger.records import from_metadata
 from casemate_core.claims import Claim, PlainMemory
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CasemateError, DeadlineExceeded, NotFound, Unavailable

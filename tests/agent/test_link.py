@@ -9,9 +9,9 @@ import pytest
 from casemate_agent.agent import Agent
 from casemate_agent.drivers.simulated import SimulatedHost
 from casemate_agent.drivers.simulated_disk import SimulatedDisk
-from casemate_agent.ledger import Ledger, inline
-from casemate_agent.link import GATHER_S, Link
-from casemate_agent.transport import NotLoopback, checked_address
+from casemate_agent.ledger.store import Ledger, inline
+from casemate_agent.uplink.link import GATHER_S, Link
+from casemate_agent.uplink.transport import NotLoopback, checked_address
 from casemate_core.spec.instance import Phase
 from casemate_core.topology_loaders import from_line
 from casemate_wire.channel import Eof, ExitCode, Failed, LogLine, Output, Stdin

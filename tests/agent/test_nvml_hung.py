@@ -13,7 +13,7 @@ from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.ports import Machine, MachineFacts
 from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
 from casemate_agent.drivers.simulated_disk import SimulatedDisk
-from casemate_agent.ledger import Ledger, inline
+from casemate_agent.ledger.store import Ledger, inline
 from casemate_core.spec.instance import Phase
 from casemate_core.topology_loaders import from_line
 from casemate_wire.stream import Desired

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from casemate_agent.execute import Step
+from casemate_agent.execute.executor import Step
 from casemate_core.claims import SharedCpu
 from casemate_core.spec.instance import InstanceState, Phase, Run
 from casemate_core.spec.operation import ENDED, Order, OrderPhase, OrderState, Verb

@@ -9,7 +9,7 @@ from pathlib import Path
 from casemate_agent.drivers.ports import QemuThreads
 from casemate_agent.drivers.simulated_domain import tap_name
 from casemate_agent.drivers.threads import ThreadReader
-from casemate_agent.records import Note
+from casemate_agent.ledger.records import Note
 from casemate_core.claims import Claim, PlainMemory
 from casemate_core.cpuset import CpuSet
 from casemate_core.spec.instance import DesiredInstance

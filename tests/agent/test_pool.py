@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from casemate_agent import actions as act
-from casemate_agent.drafting import Settings
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase, MachineFacts, NetworkFacts, QemuThreads, StoredFiles
-from casemate_agent.execute import Point, Step
-from casemate_agent.functions import FunctionFacts
-from casemate_agent.pool import Pool, moves, pool_of
-from casemate_agent.reconcile import plan
-from casemate_agent.records import Book, HostRecord, InstanceRecord, Observation, to_metadata
+from casemate_agent.execute.executor import Point, Step
+from casemate_agent.hardware.functions import FunctionFacts
+from casemate_agent.ledger.records import Book, HostRecord, InstanceRecord, Observation, to_metadata
+from casemate_agent.plan.drafting import Settings
+from casemate_agent.plan.pool import Pool, moves, pool_of
+from casemate_agent.plan.reconcile import plan
 from casemate_core.claims import Claim, PlainMemory
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import DesiredInstance, Phase, Run

@@ -8,11 +8,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from casemate_agent.drafting import Settings
 from casemate_agent.drivers.ports import DMA_LATENCY, ProcessFacts, QemuThreads
 from casemate_agent.drivers.tuning import HostTuning, confine
-from casemate_agent.realtime import Seen, from_hex, host_lines, instance_lines, patterns, to_hex
-from casemate_agent.tuning import short_pools, tune
+from casemate_agent.plan.drafting import Settings
+from casemate_agent.plan.tuning import short_pools, tune
+from casemate_agent.realtime.profile import Seen, from_hex, host_lines, instance_lines, patterns, to_hex
 from casemate_core.claims import Claim, Pages, PlainMemory
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import MachineError

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 
 from casemate_agent import actions as act
-from casemate_agent.converge import ActionOutcome, InstancePlan, Settings, remember
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase, MachineFacts, NetworkFacts, StoredFiles
-from casemate_agent.functions import FunctionFacts
-from casemate_agent.reconcile import plan
-from casemate_agent.records import (
+from casemate_agent.hardware.functions import FunctionFacts
+from casemate_agent.ledger.records import (
     Book,
     Failure,
     GuestView,
@@ -22,6 +20,8 @@ from casemate_agent.records import (
     pods_revision,
     to_metadata,
 )
+from casemate_agent.plan.converge import ActionOutcome, InstancePlan, Settings, remember
+from casemate_agent.plan.reconcile import plan
 from casemate_core.claims import Claim, HostClaims, PlainMemory, SharedCpu
 from casemate_core.fit import CpuPolicy, CpuRequest, Fit, MemoryRequest, Request, ThreadPolicy, fit
 from casemate_core.spec.instance import Phase, Placement, PodState, Run, Virtualisation

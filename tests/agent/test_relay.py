@@ -24,9 +24,9 @@ from casemate_agent.drivers.fetch import SourceRules
 from casemate_agent.drivers.http import SourceFailed
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.imageformat import ImageRefused
-from casemate_agent.relay import MAX_PAYLOAD, Kind, Relay, WrongPeer
-from casemate_agent.relayserver import RelayServer
-from casemate_agent.transport import BrokenOff, GrpcTransport
+from casemate_agent.relay.pipe import MAX_PAYLOAD, Kind, Relay, WrongPeer
+from casemate_agent.relay.server import RelayServer
+from casemate_agent.uplink.transport import BrokenOff, GrpcTransport
 from casemate_core.errors import Unavailable
 from casemate_core.spec.instance import File, ImageRef
 from casemate_manager.app import running

@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
-from casemate_agent import identity as identities
-from casemate_agent.enrol import JoinRefused, OtherAuthority, pinned
-from casemate_agent.identity import Identity, IdentityDamaged
-from casemate_agent.renewal import Renewal
+from casemate_agent.enrolment import identity as identities
+from casemate_agent.enrolment.enrol import JoinRefused, OtherAuthority, pinned
+from casemate_agent.enrolment.identity import Identity, IdentityDamaged
+from casemate_agent.enrolment.renewal import Renewal
 from casemate_core.errors import CasemateError, Unavailable
 from support.virtual import EPOCH_S, VirtualLoop, run_virtual
 

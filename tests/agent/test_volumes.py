@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from casemate_agent.drivers.simulated_volumes import SimulatedVolume
-from casemate_agent.execute import Step
+from casemate_agent.execute.executor import Step
 from casemate_core.spec.instance import Phase, Run, VolumeRef
 from support.agents import Rig, instance, pod, uid
 from support.virtual import VirtualLoop, run_virtual

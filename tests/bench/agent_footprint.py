@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from casemate_agent.files import OsFiles
-from casemate_agent.ledger import Ledger, inline
+from casemate_agent.ledger.files import OsFiles
+from casemate_agent.ledger.store import Ledger, inline
 from casemate_core.claims import Claim, PlainMemory, SharedCpu
 from casemate_wire.stream import Desired
 from support.agents import NETWORK, instance, uid

@@ -39,10 +39,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from casemate_agent.enrol import new_key, request_for
-from casemate_agent.identity import Identity
-from casemate_agent.link import LONGEST_WINDOW_S, WINDOW_S, inventory_digest
-from casemate_agent.transport import GrpcTransport, Stream
+from casemate_agent.enrolment.enrol import new_key, request_for
+from casemate_agent.enrolment.identity import Identity
+from casemate_agent.uplink.link import LONGEST_WINDOW_S, WINDOW_S, inventory_digest
+from casemate_agent.uplink.transport import GrpcTransport, Stream
 from casemate_core.errors import CasemateError
 from casemate_core.spec.instance import DesiredInstance, InstanceState, Phase
 from casemate_core.topology_loaders import from_line
@@ -145,7 +145,7 @@ class Manager:
 
 
 class Agent:
-    """The protocol of one host, and when it dials: as casemate_agent.link does."""
+    """The protocol of one host, and when it dials: as casemate_agent.uplink.link does."""
 
     def __init__(self, identity: Identity, random: Random) -> None:
         self.identity = identity

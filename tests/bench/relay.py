@@ -28,9 +28,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.joins import AHEAD, Agent, flood, free_port, running, until
-from casemate_agent.identity import Identity
-from casemate_agent.relay import Relay
-from casemate_agent.transport import GrpcTransport
+from casemate_agent.enrolment.identity import Identity
+from casemate_agent.relay.pipe import Relay
+from casemate_agent.uplink.transport import GrpcTransport
 
 LINE = "2s 32k/c 2t 256G disk=4T"
 

@@ -8,7 +8,7 @@ import pytest
 
 from casemate_agent.domain.devices import SEED_TARGET
 from casemate_agent.drivers.ports import DomainPhase
-from casemate_agent.records import from_metadata
+from casemate_agent.ledger.records import from_metadata
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import NotFound
 from support.contract import UIDS, Bench

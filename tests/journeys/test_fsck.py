@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from casemate_agent.functions import VfState
+from casemate_agent.hardware.functions import VfState
 from casemate_core.errors import CasemateError
 from casemate_manager.api.hostcare import answer
 from casemate_wire.v1 import audit_pb2

@@ -14,7 +14,7 @@ from random import Random
 import pytest
 
 from casemate_agent.drivers.simulated_domain import ACTIVE
-from casemate_agent.functions import grant_of
+from casemate_agent.hardware.functions import grant_of
 from casemate_core.spec.instance import Run
 from casemate_core.topology import Topology
 from support.agents import Rig, uid

@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from casemate_agent.execute import Point, Step
+from casemate_agent.execute.executor import Point, Step
 from casemate_core.gpu import GpuOrder, GpuVerb
 from casemate_core.spec.instance import Run
 from casemate_wire.stream import Desired

@@ -14,19 +14,19 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from casemate_agent import metrics as of_agents
 from casemate_agent.actions import Start
-from casemate_agent.converge import ActionOutcome
 from casemate_agent.domain.stats import parse_stats
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.drivers.simulated import SimulatedHost
-from casemate_agent.files import MeasuredFiles
 from casemate_agent.gpu.health import judge
 from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.metrics import gpu_values
 from casemate_agent.gpu.readings import GpuReading
-from casemate_agent.scrape import domain_values
+from casemate_agent.ledger.files import MeasuredFiles
+from casemate_agent.metrics import families as of_agents
+from casemate_agent.metrics.scrape import domain_values
+from casemate_agent.plan.converge import ActionOutcome
 from casemate_core.errors import MachineError, Unavailable
 from casemate_core.metrics import (
     Distribution,
@@ -375,7 +375,7 @@ def _fail() -> None:
 async def test_an_agent_whose_libvirt_hangs_still_tells_of_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("casemate_agent.scrape.LIBVIRT_DEADLINE_S", 0.05)
+    monkeypatch.setattr("casemate_agent.metrics.scrape.LIBVIRT_DEADLINE_S", 0.05)
     async with whole_fleet(tmp_path, {"a": LINE}) as fleet:
         await fleet.apply(environment("web"))
         await fleet.until_ready(1)

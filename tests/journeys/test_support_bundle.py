@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from casemate_agent.logs import Console
-from casemate_agent.support import bounded, redacted_xml, safe
+from casemate_agent.uplink.support import bounded, redacted_xml, safe
 from casemate_cli.failure import Failure
 from casemate_cli.verbs.support import files, write
 from casemate_core.errors import CasemateError

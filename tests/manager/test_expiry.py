@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from casemate_agent import enrol
+from casemate_agent.enrolment import enrol
 from casemate_core.spec.access import FLEET, Scope, User
 from casemate_core.spec.meta import Meta
 from casemate_manager import sessions

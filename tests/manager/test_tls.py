@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
-from casemate_agent import enrol
-from casemate_agent.identity import Identity
-from casemate_agent.relay import Relay
-from casemate_agent.relayserver import RelayServer
-from casemate_agent.transport import BrokenOff, GrpcTransport
+from casemate_agent.enrolment import enrol
+from casemate_agent.enrolment.identity import Identity
+from casemate_agent.relay.pipe import Relay
+from casemate_agent.relay.server import RelayServer
+from casemate_agent.uplink.transport import BrokenOff, GrpcTransport
 from casemate_core.errors import InvalidSpec
 from casemate_manager import pki
 from casemate_manager.api.tls import ServerTls

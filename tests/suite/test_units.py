@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from casemate_agent.relay import SOCKET, USER
+from casemate_agent.relay.pipe import SOCKET, USER
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT, RELAY, MANAGER = UNITS = (

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from casemate_agent.agent import Agent, Pace
-from casemate_agent.converge import Settings
 from casemate_agent.drivers.simulated import ACTIVE, SimulatedHost, SimulatedPace
 from casemate_agent.drivers.simulated_disk import SimulatedDisk
-from casemate_agent.execute import Step
-from casemate_agent.ledger import Ledger, inline
+from casemate_agent.execute.executor import Step
+from casemate_agent.ledger.store import Ledger, inline
+from casemate_agent.plan.converge import Settings
 from casemate_core.claims import Claim, PlainMemory, SharedCpu
 from casemate_core.spec.instance import (
     DesiredInstance,

@@ -3,7 +3,7 @@ real one. It imports nothing of the tests, because it runs there too.
 """
 
 from casemate_agent.drivers.ports import Functions
-from casemate_agent.functions import CLEAN, Grant, GrantedVf, Stamp, VfState
+from casemate_agent.hardware.functions import CLEAN, Grant, GrantedVf, Stamp, VfState
 from casemate_core.errors import CasemateError
 
 ME, YOU = "11111111-1111-4111-8111-111111111111", "22222222-2222-4222-8222-222222222222"

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from casemate_agent.converge import Settings
 from casemate_agent.gpu.passport import Hygiene
 from casemate_agent.gpu.records import GpuPolicy
+from casemate_agent.plan.converge import Settings
 from casemate_core.claims import Claim, PlainMemory, SharedCpu
 from casemate_core.spec.instance import DesiredInstance, Placement
 from casemate_core.topology_loaders import from_line

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from casemate_agent.transport import BrokenOff
+from casemate_agent.uplink.transport import BrokenOff
 from casemate_core.errors import CasemateError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, InstanceState
 from casemate_wire.channel import Frame, Ticket

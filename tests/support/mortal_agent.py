@@ -4,7 +4,7 @@ Run as a program: ``python mortal_agent.py run FLAGS`` with the flags of ``casem
 ``CASEMATE_TEST_DIE_AT`` = ``POINT [ACTION] [COUNT]``. Once it is armed, by
 SIGUSR1 or from the start by ``CASEMATE_TEST_ARMED``, it SIGKILLs itself when a job passes that
 point for the COUNT-th time (1) in an instance that is not the one of ``CASEMATE_TEST_SPARED``. Points are those of
-``casemate_agent.execute.Point``, and ``during-action``: a moment after the action has begun.
+``casemate_agent.execute.executor.Point``, and ``during-action``: a moment after the action has begun.
 """
 
 import os
@@ -16,7 +16,7 @@ from types import FrameType
 from casemate_agent import __main__ as program
 from casemate_agent import actions as act
 from casemate_agent.agent import Agent
-from casemate_agent.execute import Point, Step, log_steps
+from casemate_agent.execute.executor import Point, Step, log_steps
 
 #: Long enough that the driver is at work, short enough that it has not ended.
 MOMENT_S = 0.004

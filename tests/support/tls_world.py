@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 
-from casemate_agent import enrol
-from casemate_agent.identity import Identity
-from casemate_agent.transport import GrpcTransport
+from casemate_agent.enrolment import enrol
+from casemate_agent.enrolment.identity import Identity
+from casemate_agent.uplink.transport import GrpcTransport
 from casemate_manager import pki
 from casemate_manager.api.tls import ServerTls
 from casemate_manager.app import Manager

@@ -10,14 +10,14 @@ from pathlib import Path
 from random import Random
 
 from casemate_agent.agent import Agent
-from casemate_agent.converge import Settings
 from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
-from casemate_agent.files import OsFiles
-from casemate_agent.ledger import Ledger, inline
-from casemate_agent.link import Link
-from casemate_agent.scrape import AgentMetrics
-from casemate_agent.support import HostSupport
-from casemate_agent.transport import GrpcTransport
+from casemate_agent.ledger.files import OsFiles
+from casemate_agent.ledger.store import Ledger, inline
+from casemate_agent.metrics.scrape import AgentMetrics
+from casemate_agent.plan.converge import Settings
+from casemate_agent.uplink.link import Link
+from casemate_agent.uplink.support import HostSupport
+from casemate_agent.uplink.transport import GrpcTransport
 from casemate_core.topology_loaders import from_line
 from casemate_manager.app import Manager, running
 from casemate_manager.fleet.commands import ApplyAnswer, ApplyResources, Object

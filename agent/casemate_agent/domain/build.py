@@ -12,7 +12,7 @@ from casemate_agent.domain.metadata import NAMESPACE, add_metadata
 from casemate_agent.domain.names import check_uid, domain_name
 from casemate_agent.domain.shape import HostShape
 from casemate_agent.drivers.ports import DomainFiles
-from casemate_agent.pciplace import hole_bytes
+from casemate_agent.hardware.pciplace import hole_bytes
 from casemate_core.spec.instance import DesiredInstance, bridged
 
 register_namespace("casemate", NAMESPACE)

@@ -5,7 +5,7 @@ from xml.etree.ElementTree import Element
 from casemate_agent.domain.elements import add
 from casemate_agent.domain.memory import binds_memory
 from casemate_agent.domain.shape import HostShape
-from casemate_agent.pciplace import needs_host_addresses
+from casemate_agent.hardware.pciplace import needs_host_addresses
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import InternalError
 from casemate_core.spec.instance import DesiredInstance

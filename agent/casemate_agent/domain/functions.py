@@ -10,7 +10,7 @@ import re
 from xml.etree.ElementTree import Element
 
 from casemate_agent.domain.elements import add
-from casemate_agent.pciplace import FunctionPlace, hole_bytes, mirrored
+from casemate_agent.hardware.pciplace import FunctionPlace, hole_bytes, mirrored
 from casemate_core.errors import InternalError
 
 BUS_NUMBERS = 256

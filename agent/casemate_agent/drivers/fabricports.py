@@ -2,11 +2,11 @@
 
 from typing import Protocol
 
-from casemate_agent.fabric import FabricFacts
+from casemate_agent.hardware.fabric import FabricFacts
 
 
 class Fabric(Protocol):
-    """A fabric manager. Types and decisions: :mod:`casemate_agent.fabric`."""
+    """A fabric manager. Types and decisions: :mod:`casemate_agent.hardware.fabric`."""
 
     async def observe(self, deadline_s: float) -> FabricFacts:
         """All partitions as they are. Raises Unavailable where the manager does not answer."""

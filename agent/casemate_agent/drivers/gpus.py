@@ -23,7 +23,7 @@ from casemate_agent.drivers.nvml import NvmlGpus
 from casemate_agent.gpu.inventory import GpuSight, KnownGpu, sight
 from casemate_agent.gpu.link import FILES, LinkReading, link_of
 from casemate_agent.gpu.readings import GpuFault, GpuReading
-from casemate_agent.hardware import GpuRule
+from casemate_agent.hardware.rules import GpuRule
 from casemate_core.errors import CallerError, CasemateError, MachineError, Unavailable
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.topology_loaders import GpuFacts

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from casemate_agent.hardware import DeviceRule, PortRule
+from casemate_agent.hardware.rules import DeviceRule, PortRule
 from casemate_core.topology_loaders import DeviceFacts, PortFacts
 
 PCI = "sys/bus/pci/devices"

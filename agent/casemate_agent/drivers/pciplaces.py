@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from casemate_agent.pciplace import FunctionPlace, bar_bytes
+from casemate_agent.hardware.pciplace import FunctionPlace, bar_bytes
 
 
 def read_places(addresses: tuple[str, ...], sys_root: Path = Path("/sys")) -> tuple[FunctionPlace, ...]:

@@ -19,8 +19,8 @@ from casemate_agent.drivers.fabricports import Fabric
 from casemate_agent.drivers.gpuports import GpuCards, Gpus
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_agent.drivers.volumeports import Volumes
-from casemate_agent.functions import FunctionFacts, Grant, Stamp
-from casemate_agent.pciplace import FunctionPlace
+from casemate_agent.hardware.functions import FunctionFacts, Grant, Stamp
+from casemate_agent.hardware.pciplace import FunctionPlace
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CallerError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
@@ -524,7 +524,7 @@ class Guests(GuestSides, Protocol):
 
 
 class Functions(Protocol):
-    """Virtual functions and other PCI functions. Types and contract: :mod:`casemate_agent.functions`."""
+    """Virtual functions and other PCI functions. Types and contract: :mod:`casemate_agent.hardware.functions`."""
 
     async def observe(self, deadline_s: float) -> FunctionFacts:
         """All of them as they are. Changes nothing."""

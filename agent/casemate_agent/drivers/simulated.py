@@ -23,8 +23,8 @@ from casemate_agent.drivers.simulated_gpus import DRIVER, VFIO, Board
 from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedGuest
 from casemate_agent.drivers.simulated_ports import Lease, drivers_of
 from casemate_agent.drivers.simulated_volumes import SimulatedVolume
-from casemate_agent.functions import CLEAN, grant_of
 from casemate_agent.gpu.readings import GpuFault
+from casemate_agent.hardware.functions import CLEAN, grant_of
 from casemate_core.spec.instance import HostNetwork, bridged
 from casemate_core.topology import Topology
 

@@ -1,6 +1,6 @@
 """A folder in memory that loses what was not synced.
 
-What may live here: the simulated form of :class:`casemate_agent.files.Files`. Like a disk, it keeps apart what a program
+What may live here: the simulated form of :class:`casemate_agent.ledger.files.Files`. Like a disk, it keeps apart what a program
 sees and what survives a power cut: data of a file that was not synced is torn, entries of a folder that was not synced are
 as they were. A disk may be full, or fail a number of operations.
 """

@@ -6,7 +6,7 @@ is not, anything at all while its version is not the driver's. Its state outlive
 
 from dataclasses import dataclass, field
 
-from casemate_agent.fabric import FabricFacts, PartitionState
+from casemate_agent.hardware.fabric import FabricFacts, PartitionState
 from casemate_core.errors import MachineError, NotFound, Unavailable
 from casemate_core.topology import Topology
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from casemate_agent.drivers.simulated_domain import ACTIVE
-from casemate_agent.functions import (
+from casemate_agent.hardware.functions import (
     CLEAN,
     DeviceState,
     FunctionFacts,

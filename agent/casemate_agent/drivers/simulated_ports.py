@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from casemate_agent.desired import to_metadata
 from casemate_agent.domain.names import domain_name
 from casemate_agent.drivers.ports import (
     DomainEvent,
@@ -40,7 +39,8 @@ from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.drivers.simulated_tuning import SimulatedTuning
 from casemate_agent.drivers.simulated_volumes import SimulatedVolumes, volume_path
-from casemate_agent.functions import grant_of
+from casemate_agent.hardware.functions import grant_of
+from casemate_agent.ledger.desired import to_metadata
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, bridged

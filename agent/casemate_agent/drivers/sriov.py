@@ -1,7 +1,7 @@
 """Virtual functions and devices: pools, state, binding, stamps.
 
 For: ``ports.Functions``. What may live here: the order of the steps on one host. Netlink is ``vflink``, sysfs is ``vfio``, what
-exists is ``inventory``; the contract is ``casemate_agent.functions``.
+exists is ``inventory``; the contract is ``casemate_agent.hardware.functions``.
 
 Theory of operation. Everything happens in one thread, one call at a time, so that no two calls meet at a function. A function
 is given in this order: its stamp on disk, its state written and read back, then bound to vfio-pci. It comes back in the
@@ -31,7 +31,7 @@ from casemate_agent.drivers.inventory import Port, take
 from casemate_agent.drivers.portreader import PortReader, read_ports
 from casemate_agent.drivers.vfio import DRIVER, PCI, HeldByOther, Vfio
 from casemate_agent.drivers.vflink import VfMismatch
-from casemate_agent.functions import (
+from casemate_agent.hardware.functions import (
     CLEAN,
     DeviceState,
     FunctionFacts,
@@ -42,7 +42,7 @@ from casemate_agent.functions import (
     VfState,
     vf_key,
 )
-from casemate_agent.hardware import DeviceRule, PortRule
+from casemate_agent.hardware.rules import DeviceRule, PortRule
 from casemate_core.errors import MachineError, NotFound
 
 T = TypeVar("T")

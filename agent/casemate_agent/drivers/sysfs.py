@@ -25,7 +25,7 @@ from casemate_agent.drivers.inventory import Inventory, take
 from casemate_agent.drivers.portreader import PortReader, read_ports
 from casemate_agent.drivers.ports import MachineFacts
 from casemate_agent.gpu.inventory import GpuSight
-from casemate_agent.hardware import DeviceRule, PortRule
+from casemate_agent.hardware.rules import DeviceRule, PortRule
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import MachineError, Unavailable
 from casemate_core.quantity import MIB

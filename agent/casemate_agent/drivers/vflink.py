@@ -11,7 +11,7 @@ from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
 
-from casemate_agent.functions import VfState
+from casemate_agent.hardware.functions import VfState
 from casemate_core.errors import MachineError
 
 #: Ask for the VFs too (RTEXT_FILTER_VF, linux/rtnetlink.h).

@@ -1,12 +1,13 @@
 """What is to be done about each GPU of a host, from what is wanted, seen and remembered. PURE.
 
 What may live here: when a GPU moves; that it may is :mod:`casemate_agent.gpu.lifecycle`, what happens then
-:mod:`casemate_agent.gpuwork`.
+:mod:`casemate_agent.execute.gpuwork`.
 
 Theory of operation. A GPU belongs to an instance for as long as the host holds a claim on it for that instance, through stops
 and starts of its domain. It comes back when no claim names it for its owner and no domain runs with it. Giving is part of an
-instance's way (:mod:`casemate_agent.converge`); everything else is the GPU's own, and goes on without the instance: each call
-looks anew and answers with the next act, so that an agent that dies at any step begins where it was, and a climb from its foot.
+instance's way (:mod:`casemate_agent.plan.converge`); everything else is the GPU's own, and goes on without the instance: each
+call looks anew and answers with the next act, so that an agent that dies at any step begins where it was,
+and a climb from its foot.
 
 Where the hypervisor does not answer nothing comes back, for who runs with what is not known.
 """

@@ -1,0 +1,1 @@
+"""What an agent measures: the families of its metrics, and their values when somebody scrapes."""

@@ -1,0 +1,1 @@
+"""The real-time profile of a host and its instances, and the certificate of a measured latency. PURE."""
