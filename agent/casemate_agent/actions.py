@@ -104,11 +104,30 @@ class Define:
 @dataclass(frozen=True, slots=True)
 class Start:
     """Start the defined domain. ``floats``: what of the pool it will run on; it is not started where somebody else has one of
-    these threads by then (:mod:`casemate_agent.plan.pool`)."""
+    these threads by then (:mod:`casemate_agent.plan.pool`). ``frozen``: its guest does not run until it is resumed."""
 
     uid: str
     reason: str
     floats: CpuSet = EMPTY
+    frozen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Isolate:
+    """Have the cpuset of each vCPU of an active domain be a partition ``isolated`` with these threads, where its set is not
+    empty."""
+
+    uid: str
+    sets: tuple[CpuSet, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaim:
+    """Take back threads that a slice may take for itself, though no VM of it has them."""
+
+    cpus: CpuSet
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +413,8 @@ Action = (
     | TakeBack
     | Define
     | Start
+    | Isolate
+    | Reclaim
     | AttachGuest
     | ApplyPods
     | Shutdown

@@ -317,6 +317,8 @@ class Agent:
         self._failed_s = {uid: at_s for uid, at_s in self._failed_s.items() if uid in decided.cleaning}
         for uid, pin in decided.pins.items():
             self._executor.start_bare(group, uid, (pin,), "pin")
+        for uid, isolate in decided.isolations.items():
+            self._executor.start_bare(group, uid, (isolate,), "isolate")
         for tune in decided.tune:
             self._executor.start_bare(group, HOST, (tune,), tune.path)
         self._measure(group, decided)

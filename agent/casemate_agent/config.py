@@ -12,6 +12,7 @@ from typing import Any
 from casemate_agent.gpu.records import DEFAULT_POLICY, GpuPolicy
 from casemate_agent.gpu.settings import gpu_policy
 from casemate_agent.hardware.rules import DeviceRule, GpuRule, PortRule, device_rules, gpu_rules, port_rules
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CallerError
 
 #: What may be done about drift.
@@ -60,6 +61,8 @@ class Config:
     page_drift: str = "hold"
     #: The real-time profile: ``off``, ``report`` it, or ``apply`` what can be set at run time (docs/realtime.md).
     realtime: str = "report"
+    #: Threads that a cpuset partition isolates while a dedicated VM has them, in the kernel's list syntax (docs/realtime.md).
+    isolate: CpuSet = EMPTY
     concurrency: int = 16
     #: One line that describes the hosts to simulate (casemate_core.topology_loaders.line); empty: this machine.
     simulated: str = ""
@@ -74,11 +77,20 @@ class Config:
     boot_s: float = 0.5
 
 
+def _threads(given: Any) -> CpuSet:
+    """A list of threads. Raises ValueError."""
+    try:
+        return CpuSet.parse(given)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f'isolate: {given!r} is no list of threads ({error}); write isolate = "4-7,12"') from error
+
+
 _TABLES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     ("ports", port_rules),
     ("devices", device_rules),
     ("gpus", gpu_rules),
     ("gpu", gpu_policy),
+    ("isolate", _threads),
 )
 
 

@@ -19,6 +19,7 @@ from casemate_agent.drivers.http import http_download
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
+from casemate_agent.drivers.partitions import CgroupPartitions
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.drivers.seriallog import SerialLogFiles
 from casemate_agent.drivers.sriov import HostFunctions
@@ -50,7 +51,7 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
     async with AsyncExitStack() as stack:
         gpus = HostGpus(state_dir, rules=config.gpus)
         stack.push_async_callback(gpus.aclose)
-        machine = HostMachine(state_dir, ports=config.ports, devices=config.devices, gpus=gpus)
+        machine = HostMachine(state_dir, ports=config.ports, devices=config.devices, gpus=gpus, isolate=config.isolate)
         stack.push_async_callback(machine.aclose)
         cards = HostCards(gpus, scrubber=config.gpu.scrubber)
         stack.push_async_callback(cards.aclose)
@@ -77,6 +78,8 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
         stack.push_async_callback(functions.aclose)
         tuning = HostTuning()
         stack.push_async_callback(tuning.aclose)
+        partitions = CgroupPartitions()
+        stack.push_async_callback(partitions.aclose)
         guests = GuestChannels()
         stack.push_async_callback(guests.close)
         survey = HostSurveyor(state_dir, config.libvirt_uri, config.scope, state_dir / PROBE_CACHE)
@@ -98,5 +101,6 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             cards=cards,
             functions=functions,
             tuning=tuning,
+            partitions=partitions,
             volumes=volumes,
         )

@@ -13,7 +13,15 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from casemate_agent.domain.devices import SEED_TARGET
-from casemate_agent.drivers.ports import DomainFacts, DomainStats, Drivers, MachineFacts, ProcessFacts, QemuThreads
+from casemate_agent.drivers.ports import (
+    DomainFacts,
+    DomainStats,
+    Drivers,
+    MachineFacts,
+    PartitionFacts,
+    ProcessFacts,
+    QemuThreads,
+)
 from casemate_agent.gpu.health import GpuHealth
 from casemate_agent.gpu.readings import CardFacts
 from casemate_agent.hardware.functions import FunctionFacts
@@ -52,6 +60,7 @@ class Observer:
     #: Look also at VMs whose threads float: they must be off those of others.
     floating: bool = True
     _affinities: dict[int, QemuThreads] = field(default_factory=dict)
+    _partitions: PartitionFacts = field(default_factory=PartitionFacts)
     _kernels: frozenset[int] = frozenset()
     #: By file and by process, as they were read last.
     tuning: Mapping[str, str] | None = None
@@ -71,17 +80,18 @@ class Observer:
     async def changed(self) -> bool:
         """Read the machine's facts and its functions again; whether they are others than before. What gives no answer
         holds as it was."""
-        machine, functions, affinities = await asyncio.gather(
+        machine, functions, affinities, partitions = await asyncio.gather(
             self._ask("machine", self.drivers.machine.observe, self.deadline_s, {}),
             self._ask("functions", self.drivers.functions.observe, self.deadline_s, {}),
             self._look_at_pins(tuple(self._affinities)),
+            self._look_at_partitions(tuple(self._affinities)),
         )
-        before = self._machine, self._functions, self._affinities
-        self._affinities = affinities
+        before = self._machine, self._functions, self._affinities, self._partitions
+        self._affinities, self._partitions = affinities, partitions
         # The object of equal facts is kept: what is derived from it once is derived once.
         self._machine = machine if machine is not None and machine != self._machine else self._machine
         self._functions = functions if functions is not None else self._functions
-        return before != (self._machine, self._functions, self._affinities)
+        return before != (self._machine, self._functions, self._affinities, self._partitions)
 
     async def tuned(self, quiet: CpuSet, patterns: tuple[str, ...], pids: tuple[int, ...]) -> bool:
         """Read what the real-time profile is judged from, and keep this agent off the quiet threads; whether it is other than
@@ -114,6 +124,16 @@ class Observer:
             return await self.drivers.hypervisor.affinities(pids, deadline_s)
 
         return dict(await self._ask("hypervisor", ask, self.deadline_s, {}) or {})
+
+    async def _look_at_partitions(self, pids: tuple[int, ...]) -> PartitionFacts:
+        """The cpusets of these processes' vCPUs, on a host that isolates threads so; empty where there is no answer."""
+        if self._machine is None or not self._machine.partitionable:
+            return PartitionFacts()
+
+        async def ask(deadline_s: float) -> PartitionFacts:
+            return await self.drivers.partitions.look(pids, deadline_s)
+
+        return await self._ask("partitions", ask, self.deadline_s, {}) or PartitionFacts()
 
     def _watched(self, domain: DomainFacts) -> bool:
         """Whether it matters where the threads of this domain run."""
@@ -151,9 +171,9 @@ class Observer:
             looks, self._look_at_cards(machine, silent)
         )
         self._functions = functions if functions is not None else self._functions
-        self._affinities = await self._look_at_pins(
-            tuple(filter(None, (d.pid for d in domains or () if self._watched(d))))
-        )
+        watched = tuple(filter(None, (d.pid for d in domains or () if self._watched(d))))
+        self._affinities = await self._look_at_pins(watched)
+        self._partitions = await self._look_at_partitions(watched)
         await self._look_for_kernels(domains or (), guests)
         self._silent_since_s = {port: self._silent_since_s.get(port, now_s) for port in silent}
         guarded: dict[str, tuple[str, ...]] = {}
@@ -172,6 +192,8 @@ class Observer:
             cards=cards,
             gpu_health=dict(gpu_health),
             affinities=self._affinities,
+            partitions=self._partitions.domains,
+            set_aside=self._partitions.set_aside,
             kernels=self._kernels,
             tuning=self.tuning,
             processes=self.processes,

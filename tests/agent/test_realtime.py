@@ -114,6 +114,24 @@ def test_threads_that_are_not_isolated_are_named_with_the_kernel_line_that_isola
     assert found["whole-cores"].state is LineState.BROKEN, "its sibling is not quiet"
 
 
+def test_threads_that_partitions_isolate_are_held_while_a_vm_has_them_and_nothing_is_said_of_the_rest() -> None:
+    boot, parts = "sys/devices/system/cpu/isolated", "sys/fs/cgroup/cpuset.cpus.isolated"
+
+    def line(files: dict[str, str], due: CpuSet) -> ProfileLine:
+        found = host_lines({**GOOD, boot: "", **files}, HOST, QUIET, 0, partitionable=QUIET, in_partitions=due)
+        return next(each.line for each in found if each.line.name == "isolated")
+
+    free = line({parts: ""}, EMPTY)
+    assert (free.state, free.found) == (
+        LineState.HELD,
+        f"none since boot, none by partitions, {QUIET} once a VM has them",
+    )
+    core = CpuSet.of(FIRST)
+    assert line({parts: str(core)}, core).state is LineState.HELD
+    gone = line({parts: ""}, core)
+    assert gone.state is LineState.BROKEN and gone.source == f"/{parts}" and "isolate in" in gone.remedy
+
+
 def test_what_may_be_set_at_run_time_makes_the_line_hold_and_nothing_else_is_written() -> None:
     bad = {
         **GOOD,

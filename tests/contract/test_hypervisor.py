@@ -97,6 +97,16 @@ async def test_a_guest_is_frozen_and_goes_on_in_the_same_process(bench: Bench) -
     assert (await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING)).pid == pid
 
 
+async def test_a_domain_that_is_started_frozen_runs_once_it_is_resumed(bench: Bench) -> None:
+    desired = await bench.prepared(bench.wanted())
+    await bench.hypervisor.start(desired.uid, 60, frozen=True)
+    frozen = await bench.until(desired.uid, lambda d: d.phase is DomainPhase.PAUSED)
+    assert frozen.frozen and frozen.pid
+    await bench.hypervisor.resume(desired.uid, 20)
+    running = await bench.until(desired.uid, lambda d: d.phase is DomainPhase.RUNNING)
+    assert (running.frozen, running.pid) == (False, frozen.pid)
+
+
 async def test_changes_are_told(bench: Bench) -> None:
     heard: asyncio.Queue[str] = asyncio.Queue()
 

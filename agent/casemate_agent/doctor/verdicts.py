@@ -259,7 +259,8 @@ def _kernel_line(host: HostSurvey) -> Finding | None:
     isolated = _threads_of(host.cmdline, "isolcpus", host.threads)
     if not isolated:
         return _not_applicable(
-            "no threads are isolated; real-time guests want isolcpus, nohz_full and rcu_nocbs of theirs"
+            "no threads are isolated since boot; real-time guests want isolcpus, nohz_full and rcu_nocbs of theirs, or isolate in"
+            " the agent's settings"
         )
     lines = {word: isolated - _threads_of(host.cmdline, word, host.threads) for word in ("nohz_full", "rcu_nocbs")}
     missing = {word: threads for word, threads in lines.items() if threads}

@@ -12,7 +12,7 @@ from casemate_core.errors import MachineError
 def write_attribute(path: Path, text: str, failed: type[MachineError]) -> None:
     """Write in one call. What is not there does not become a file. Raises ``failed``, with the file and what the kernel said."""
     try:
-        descriptor = os.open(path, os.O_WRONLY)
+        descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)  # as a shell does it
     except OSError as error:
         raise failed(f"{path}: {error.strerror}") from error
     try:

@@ -161,7 +161,7 @@ class LibvirtHypervisor:
 
         await self._lines.call("pin threads", pin, deadline_s)
 
-    async def start(self, uid: str, deadline_s: float) -> None:
+    async def start(self, uid: str, deadline_s: float, *, frozen: bool = False) -> None:
         def start(connection: Any) -> None:
             domain = _lookup(connection, uid)
             if domain is None:
@@ -169,7 +169,7 @@ class LibvirtHypervisor:
             if not domain.isActive():
                 Path(self._settings.run_dir).mkdir(mode=0o711, parents=True, exist_ok=True)
                 try:
-                    domain.create()
+                    domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED if frozen else 0)
                 except libvirt.libvirtError:
                     # Two starts may meet; what counts is that it runs.
                     if not domain.isActive():

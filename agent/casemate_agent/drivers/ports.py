@@ -22,7 +22,7 @@ from casemate_agent.drivers.volumeports import Volumes
 from casemate_agent.hardware.functions import FunctionFacts, Grant, Stamp
 from casemate_agent.hardware.pciplace import FunctionPlace
 from casemate_core.cpuset import EMPTY, CpuSet
-from casemate_core.errors import CallerError
+from casemate_core.errors import CallerError, MachineError
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, PodState
 from casemate_core.topology import Topology
 
@@ -88,6 +88,56 @@ class QemuThreads:
         for each in self.vcpus:
             found |= each
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The cpuset of one vCPU. ``state``: the kernel's word in cpuset.cpus.partition, such as ``member``, ``isolated`` or
+    ``isolated invalid (why)``. ``cpus``: what its threads may run on."""
+
+    state: str
+    cpus: CpuSet = EMPTY
+
+    @property
+    def isolated(self) -> CpuSet:
+        """What it has for itself."""
+        return self.cpus if self.state == "isolated" else EMPTY
+
+    @property
+    def words(self) -> str:
+        return f"{self.state} on {self.cpus}" if self.cpus else self.state
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionFacts:
+    """By process of a domain: the cpuset of each of its vCPUs; one that is gone, or has no cgroup of libvirt's, is left out.
+    ``set_aside``: threads that a cgroup may take for itself (cpuset.cpus.exclusive) of which no cgroup below it has them."""
+
+    domains: Mapping[int, tuple[Partition, ...]] = field(default_factory=dict)
+    set_aside: CpuSet = EMPTY
+
+
+class PartitionRefused(MachineError):
+    """The kernel does not make a partition; the message has its reason."""
+
+    reason = "PartitionRefused"
+
+
+class Partitions(Protocol):
+    """cpuset partitions of cgroup v2."""
+
+    async def look(self, pids: tuple[int, ...], deadline_s: float) -> PartitionFacts:
+        """As the kernel says it. Changes nothing."""
+        ...
+
+    async def isolate(self, pid: int, sets: tuple[CpuSet, ...], deadline_s: float) -> None:
+        """Make the cpuset of each vCPU a partition ``isolated`` with its set (none where that is empty); read back. Raises
+        PartitionRefused with the kernel's reason."""
+        ...
+
+    async def reclaim(self, cpus: CpuSet, deadline_s: float) -> None:
+        """Take these out of what cgroups may take for themselves, where none below has them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +232,8 @@ class Hypervisor(Protocol):
         """Define (or redefine) the domain whose uuid is the instance's uid. Does not start it."""
         ...
 
-    async def start(self, uid: str, deadline_s: float) -> None:
-        """Start a defined domain."""
+    async def start(self, uid: str, deadline_s: float, *, frozen: bool = False) -> None:
+        """Start a defined domain. ``frozen``: its guest runs from `resume` on, not before."""
         ...
 
     async def shutdown(self, uid: str, deadline_s: float) -> None:
@@ -563,6 +613,8 @@ class MachineFacts:
     topology: Topology
     #: Functions that are held back: each as ``Reason: what, and why``.
     problems: tuple[str, ...] = ()
+    #: Of the isolated threads, those that a cpuset partition isolates while a VM has them, and nothing else.
+    partitionable: CpuSet = EMPTY
 
 
 class Machine(Protocol):
@@ -629,6 +681,7 @@ class Drivers:
     cards: GpuCards
     functions: Functions
     tuning: Tuning
+    partitions: Partitions
     volumes: Volumes
     #: Of boards with NVSwitches; None where there is none.
     fabric: Fabric | None = None

@@ -25,6 +25,7 @@ from casemate_agent.drivers.simulated_ports import Lease, drivers_of
 from casemate_agent.drivers.simulated_volumes import SimulatedVolume
 from casemate_agent.gpu.readings import GpuFault
 from casemate_agent.hardware.functions import CLEAN, grant_of
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import HostNetwork, bridged
 from casemate_core.topology import Topology
 
@@ -107,6 +108,9 @@ class SimulatedHost:
         self.boards: dict[str, Board] = {}
         #: Its board's fabric manager, where there is one. A service of the host: it outlives agents, and not the host.
         self.fabric = SimulatedFabric.of(topology) if topology.partitions else None
+        #: Threads that a cpuset partition isolates while a VM has them, and what the slice of VMs may take for itself.
+        self.partitionable = EMPTY
+        self.permitted = EMPTY
         self._pids = 1000
         self._guest_boots = 0
         self._lease: Lease | None = None
@@ -142,6 +146,7 @@ class SimulatedHost:
         self.bridges.clear()
         self.guards.clear()
         self.plugs.clear()
+        self.permitted = EMPTY
         self.cards.reboot()
         for board in self.boards.values():
             board.driver = DRIVER  # what was bound by hand is bound no more; memory of a board may outlive a warm boot
@@ -206,11 +211,33 @@ class SimulatedHost:
     def _check_threads(self, uid: str, domain: SimulatedDomain) -> list[str]:
         """Nobody else may run on threads of a domain that runs."""
         assert domain.desired is not None
-        owned, found = domain.desired.placement.claim.owned, []
+        claim = domain.desired.placement.claim
+        owned, found = claim.owned, []
+        alone = EMPTY
+        for own in domain.partitions:
+            alone |= own
+        loud = (CpuSet.from_ids(claim.vcpus[: claim.vcpus_online]) | claim.held) & self.partitionable - alone
+        if loud and domain.facts.phase is DomainPhase.RUNNING and not domain.undone:
+            found.append(f"{uid} runs and has not {loud} for itself")
         for other, more in self.domains.items():
             if other != uid and more.facts.phase in ACTIVE and (both := more.threads.all & owned):
                 found.append(f"{other} may run on {both}, which belong to {uid}, which runs")
         return found
+
+    def in_partitions(self, but: str = "") -> CpuSet:
+        """Threads that domains have for themselves, but one domain's."""
+        found = EMPTY
+        for uid, domain in self.domains.items():
+            if uid != but and domain.facts.phase in ACTIVE:
+                for cpus in domain.partitions:
+                    found |= cpus
+        return found
+
+    def undo_partition(self, uid: str, vcpu: int) -> None:
+        """Somebody writes ``member`` to the cpuset of a vCPU."""
+        domain = self.domains[uid]
+        domain.partitions = tuple(EMPTY if number == vcpu else own for number, own in enumerate(domain.partitions))
+        domain.undone = True
 
     def volume_users(self, volume: str) -> list[str]:
         """Running domains that have this volume open."""

@@ -20,6 +20,7 @@ from casemate_agent.drivers.ports import (
     VcpuStats,
 )
 from casemate_agent.drivers.simulated_guest import SimulatedGuest
+from casemate_core.cpuset import CpuSet
 from casemate_core.quantity import MIB
 from casemate_core.spec.instance import DesiredInstance
 
@@ -40,6 +41,10 @@ class SimulatedDomain:
     gpus: tuple[str, ...] = ()
     #: Where its threads may run, while it runs.
     threads: QemuThreads = field(default_factory=QemuThreads)
+    #: What each of its vCPUs has for itself by a cpuset partition.
+    partitions: tuple[CpuSet, ...] = ()
+    #: Somebody has undone one of them.
+    undone: bool = False
 
 
 def simulated_stats(domain: SimulatedDomain) -> DomainStats:

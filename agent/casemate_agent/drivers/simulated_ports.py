@@ -35,6 +35,7 @@ from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, lat
 from casemate_agent.drivers.simulated_functions import SimulatedFunctions
 from casemate_agent.drivers.simulated_gpus import VFIO, SimulatedCards, SimulatedGpus
 from casemate_agent.drivers.simulated_guest import SimulatedExec, SimulatedGuest
+from casemate_agent.drivers.simulated_partitions import SimulatedPartitions
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.drivers.simulated_tuning import SimulatedTuning
@@ -96,7 +97,10 @@ class _Machine:
     async def observe(self, deadline_s: float) -> MachineFacts:
         host = self._lease.host
         return await self._lease.call(
-            "machine", "observe", lambda: MachineFacts(host.name, host.boot_id, "simulated", host.topology), deadline_s
+            "machine",
+            "observe",
+            lambda: MachineFacts(host.name, host.boot_id, "simulated", host.topology, partitionable=host.partitionable),
+            deadline_s,
         )
 
 
@@ -157,7 +161,7 @@ class _Hypervisor:
         )
         new = SimulatedDomain(facts, desired, files, old.guest if old else None)
         if old is not None:
-            new.threads, new.functions = old.threads, old.functions
+            new.threads, new.functions, new.partitions = old.threads, old.functions, old.partitions
         host.domains[uid] = new
         host.tell(uid, "defined")
 
@@ -179,10 +183,10 @@ class _Hypervisor:
 
         await self._call("pin", pin, deadline_s)
 
-    async def start(self, uid: str, deadline_s: float) -> None:
-        await self._call("start", lambda: self._start(uid), deadline_s)
+    async def start(self, uid: str, deadline_s: float, *, frozen: bool = False) -> None:
+        await self._call("start", lambda: self._start(uid, frozen), deadline_s)
 
-    def _start(self, uid: str) -> None:
+    def _start(self, uid: str, frozen: bool) -> None:
         host = self._host
         domain = host.domains.get(uid)
         if domain is None or domain.desired is None:
@@ -221,8 +225,10 @@ class _Hypervisor:
             host.board(uuid).registers.add(uid)
             host.board(uuid).memory.add(uid)
         domain.threads = self._threads(domain.facts)
-        domain.facts = replace(domain.facts, phase=DomainPhase.RUNNING, pid=host.new_pid(), frozen=False)
-        domain.guest = host.boot_guest(uid)
+        domain.partitions, domain.undone = (), False
+        phase = DomainPhase.PAUSED if frozen else DomainPhase.RUNNING
+        domain.facts = replace(domain.facts, phase=phase, pid=host.new_pid(), frozen=frozen)
+        domain.guest = None if frozen else host.boot_guest(uid)
         host.tell(uid, "started")
 
     def _threads(self, facts: DomainFacts) -> QemuThreads:
@@ -276,6 +282,8 @@ class _Hypervisor:
         domain = self._host.domains.get(uid)
         if domain is not None and domain.facts.phase is before:
             domain.facts = replace(domain.facts, phase=after, frozen=after is DomainPhase.PAUSED)
+            if after is DomainPhase.RUNNING and domain.guest is None:
+                domain.guest = self._host.boot_guest(uid)  # it was started frozen
             self._host.tell(uid, after.value)
 
     async def reset(self, uid: str, deadline_s: float) -> None:
@@ -669,6 +677,7 @@ def drivers_of(lease: Lease) -> Drivers:
         serials=_Serials(lease),
         functions=SimulatedFunctions(lease),
         tuning=SimulatedTuning(lease),
+        partitions=SimulatedPartitions(lease),
         volumes=SimulatedVolumes(lease),
         fabric=lease.host.fabric,
     )

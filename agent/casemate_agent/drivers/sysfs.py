@@ -22,6 +22,7 @@ from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.hostfiles import HostFiles, collect
 from casemate_agent.drivers.inventory import Inventory, take
+from casemate_agent.drivers.partitions import why_not
 from casemate_agent.drivers.portreader import PortReader, read_ports
 from casemate_agent.drivers.ports import MachineFacts
 from casemate_agent.gpu.inventory import GpuSight
@@ -31,7 +32,7 @@ from casemate_core.errors import MachineError, Unavailable
 from casemate_core.quantity import MIB
 from casemate_core.topology import Core, Topology
 from casemate_core.topology_loaders import BadRecording, GpuFacts, HostFacts, from_sysfs
-from casemate_core.topology_loaders.sysfs import MEMINFO
+from casemate_core.topology_loaders.sysfs import CPU, MEMINFO
 
 #: From so many threads on one core is worth giving to the host alone; on a smaller machine everybody floats over all.
 MIN_THREADS_FOR_HOUSEKEEPING = 8
@@ -39,6 +40,9 @@ MIN_THREADS_FOR_HOUSEKEEPING = 8
 RESERVED_MIB = 1024
 RESERVED_SHARE = 32
 DISK_RESERVE_SHARE = 20
+
+
+ISOLATED = f"{CPU}/isolated"
 
 
 class BadSysfs(MachineError):
@@ -68,8 +72,12 @@ class HostMachine:
         devices: tuple[DeviceRule, ...] = (),
         port_reader: PortReader = read_ports,
         gpus: HostGpus | None = None,
+        isolate: CpuSet = EMPTY,
     ) -> None:
         self._gpus = gpus
+        #: Threads that partitions are to isolate; why they cannot, once it was looked.
+        self._isolate = isolate
+        self._no_partitions = why_not(root) if isolate else ""
         self._rules = ports, devices
         self._read_ports = port_reader
         self._state_dir = state_dir
@@ -104,13 +112,22 @@ class HostMachine:
         # What is a GPU is no other device, whatever else a rule says.
         its = {gpu.address for gpu in gpus.gpus}
         found = replace(found, devices=tuple(device for device in found.devices if device.address not in its))
+        topology = self._topology(found, gpus.gpus)
+        refused = (
+            (f"IsolationUnavailable: threads {self._isolate}: {self._no_partitions}",) if self._no_partitions else ()
+        )
         return MachineFacts(
             hostname=socket.gethostname(),
             boot_id=(self._root / "proc/sys/kernel/random/boot_id").read_text().strip(),
             kernel=os.uname().release,
-            topology=self._topology(found, gpus.gpus),
-            problems=(*gpus.problems, *found.problems),
+            topology=topology,
+            problems=(*gpus.problems, *found.problems, *refused),
+            partitionable=self._partitions & topology.isolated - _isolated_at_boot(self._files.read()),
         )
+
+    @property
+    def _partitions(self) -> CpuSet:
+        return EMPTY if self._no_partitions else self._isolate
 
     def _topology(self, found: Inventory, gpus: tuple[GpuFacts, ...]) -> Topology:
         assert self._disk_mib is not None and self._memory_mib is not None
@@ -118,7 +135,8 @@ class HostMachine:
         made = self._made
         if made is not None and made[0][0] is files and made[0][1:] == (found, gpus):
             return made[1]
-        topology = _topology(files, self._memory_mib, self._disk_mib, self._housekeeping, found, gpus)
+        isolated = {**files, ISOLATED: str(_isolated_at_boot(files) | self._partitions)} if self._partitions else files
+        topology = _topology(isolated, self._memory_mib, self._disk_mib, self._housekeeping, found, gpus)
         self._made = (files, found, gpus), topology
         return topology
 
@@ -180,6 +198,10 @@ def _topology(
     if reserved_mib is None:
         reserved_mib = min(RESERVED_MIB + plain.memory_mib // RESERVED_SHARE, plain.memory_mib // 4)
     return from_sysfs(files, replace(facts, reserved=reserved, reserved_mib=reserved_mib))
+
+
+def _isolated_at_boot(files: Mapping[str, str]) -> CpuSet:
+    return CpuSet.parse(files.get(ISOLATED, ""))
 
 
 def _first_core(cores: tuple[Core, ...], isolated: CpuSet) -> CpuSet:

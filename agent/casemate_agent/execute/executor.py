@@ -355,7 +355,13 @@ class Executor:
             case act.Start(uid=uid):
                 if reason := self.withheld.get(uid):
                     raise FabricNotReady(reason)
-                await hypervisor.start(uid, deadline_s)
+                await hypervisor.start(uid, deadline_s, frozen=action.frozen)
+            case act.Isolate(uid=uid, sets=sets):
+                pids = [d.pid for d in await hypervisor.domains(deadline_s / 2) if d.uuid == uid and d.pid]
+                if pids:  # else it has ended meanwhile
+                    await drivers.partitions.isolate(pids[0], sets, deadline_s / 2)
+            case act.Reclaim(cpus=cpus):
+                await drivers.partitions.reclaim(cpus, deadline_s)
             case act.AttachGuest(uid=uid, channel_path=path):
                 await guests.attach(uid, path)
             case act.ApplyPods(desired=desired, revision=revision):

@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
-from casemate_agent.drivers.ports import DomainFacts, MachineFacts, NetworkFacts, ProcessFacts, QemuThreads, StoredFiles
+from casemate_agent.drivers.ports import (
+    DomainFacts,
+    MachineFacts,
+    NetworkFacts,
+    Partition,
+    ProcessFacts,
+    QemuThreads,
+    StoredFiles,
+)
 from casemate_agent.drivers.volumeports import StoredVolume
 from casemate_agent.gpu.health import GpuHealth
 from casemate_agent.gpu.readings import CardFacts
@@ -208,6 +216,9 @@ class Observation:
     pinned: Mapping[int, tuple[tuple[CpuSet, ...], CpuSet]] = field(default_factory=dict)
     #: Processes in which a kernel was seen at work. Asked of those alone whose guest was not heard yet.
     kernels: frozenset[int] = frozenset()
+    #: By process of a domain: the cpusets of its vCPUs, and threads that a slice may take though nobody has them.
+    partitions: Mapping[int, tuple[Partition, ...]] = field(default_factory=dict)
+    set_aside: CpuSet = EMPTY
     #: Files of the kernel by which the host is tuned, and processes of dedicated VMs; None: not read yet.
     tuning: Mapping[str, str] | None = None
     processes: Mapping[int, ProcessFacts] = field(default_factory=dict)

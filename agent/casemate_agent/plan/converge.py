@@ -46,7 +46,7 @@ from casemate_agent.ledger.records import (
     from_metadata,
     pods_revision,
 )
-from casemate_agent.plan import attaching, orders
+from casemate_agent.plan import attaching, orders, partitions
 from casemate_agent.plan.admission import Admission
 from casemate_agent.plan.backoff import delay_s
 from casemate_agent.plan.drafting import ACTIVE, Draft, InstancePlan, Settings
@@ -131,9 +131,10 @@ def _profile(d: Draft) -> tuple[ProfileLine, ...]:
     claim = applied.placement.claim
     functions = len(claim.vfs) + len(claim.devices) + len(claim.gpus)
     limits = memory_limits(max(applied.memory_mib, claim.memory_max_mib), functions, locked=claim.realtime)
-    read = Seen(
-        seen.affinities.get(domain.pid), seen.processes.get(domain.pid), isolated=seen.machine.topology.isolated
-    )
+    isolated = seen.machine.topology.isolated - seen.machine.partitionable
+    for partition in seen.partitions.get(domain.pid, ()):
+        isolated |= partition.isolated
+    read = Seen(seen.affinities.get(domain.pid), seen.processes.get(domain.pid), isolated=isolated)
     return instance_lines(claim, read, d.pool.rest(claim), domain.pid, limits.lock_mib)
 
 
@@ -300,8 +301,11 @@ def _keep(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
     if guest.connected and guest.revision != wanted:
         d.actions.append(act.ApplyPods(desired, wanted, "the guest works on another pod set"))
     if domain.phase is DomainPhase.PAUSED and domain.frozen:
+        sets = partitions.wanted_of(domain, d.observed)
+        if sets and partitions.lost(sets, d.observed.partitions.get(domain.pid, ())):
+            d.actions.append(act.Isolate(r.uid, sets, "before its guest runs"))
         d.actions.append(act.Resume(r.uid, "run: started"))
-        d.says(Phase.RUNNING, "Resuming")
+        d.says(Phase.STARTING if sets and not guest.boot_id else Phase.RUNNING, "Resuming")
     elif domain.phase is DomainPhase.PAUSED:
         d.says(Phase.FAILED, "Paused", "the hypervisor has paused the guest, as it does when a disk is full or fails")
     elif (
@@ -442,7 +446,12 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
     if gpus:
         # The last thing before: from here on they are dirty.
         d.actions.append(act.AttachGpus(r.uid, gpus, "its domain starts"))
-    d.actions.append(act.Start(r.uid, "run: started", EMPTY if claim.emulator else d.pool.floating(claim)))
+    sets = partitions.wanted(claim, seen.machine.topology, seen.machine.partitionable)
+    floats = EMPTY if claim.emulator else d.pool.floating(claim)
+    d.actions.append(act.Start(r.uid, "run: started", floats, frozen=bool(sets)))
+    if sets:
+        d.actions.append(act.Isolate(r.uid, sets, "before its guest runs"))
+        d.actions.append(act.Resume(r.uid, "its vCPUs are isolated"))
 
 
 def _why_defined(d: Draft, rest: CpuSet) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from casemate_agent import actions as act
-from casemate_agent.actions import Action, Pin, Tune
+from casemate_agent.actions import Action, Isolate, Pin, Tune
 from casemate_agent.domain.limits import memory_limits
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.gpu.lifecycle import State
@@ -32,6 +32,7 @@ from casemate_agent.plan.attaching import removals
 from casemate_agent.plan.conditions import host_conditions
 from casemate_agent.plan.converge import ACTIVE, InstancePlan, Settings, converge
 from casemate_agent.plan.giving import orphans
+from casemate_agent.plan.partitions import in_partitions, isolations, leftover
 from casemate_agent.plan.pool import Pool, moves, pool_of
 from casemate_agent.plan.tuning import short_pools, tune
 from casemate_agent.realtime.profile import host_lines, quiet_threads
@@ -64,6 +65,8 @@ class Plan:
     audit: Audit | None = None
     #: Running VMs whose threads are to be bound; beside their own jobs, which may take long.
     pins: Mapping[str, Pin] = field(default_factory=dict)
+    #: The same, whose vCPUs are to be isolated again.
+    isolations: Mapping[str, Isolate] = field(default_factory=dict)
     #: Of threads that somebody moved: the same as long as they are there.
     moved: tuple[Note, ...] = ()
     pool: Pool | None = None
@@ -95,10 +98,15 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
     audited = audit(book.instances, topology, foreign, before.audit if before is not None else None)
     pool = pool_of(book, observed, admissions, foreign)
     moved = moves(pool, observed, settings)
-    drift += moved.drift
+    isolated = isolations(observed, settings)
+    drift += [*moved.drift, *isolated.drift]
+    if left := leftover(observed):
+        drift.append(f"PartitionLeft: threads {left} may be taken by a slice of VMs, of which none has them")
     held = {uid: r.claim for uid, r in book.instances.items() if r.claim is not None}
     quiet = quiet_threads(topology, held) if settings.realtime != "off" else EMPTY
-    profile = host_lines(observed.tuning, topology, quiet, _dma_entries(held))
+    profile = host_lines(
+        observed.tuning, topology, quiet, _dma_entries(held), observed.machine.partitionable, in_partitions(observed)
+    )
     if loud := observed.agent_threads & quiet:
         drift.append(f"AgentOnQuiet: threads of this agent may run on {loud}")
     drift += short_pools(topology, held)
@@ -124,8 +132,9 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
         cleaning=cleaning,
         adopt=adopted,
         notes=tuple(Note(r.uid, "Adopted", "rebuilt from the domain's metadata", "Warning") for r in adopted),
-        moved=moved.notes,
+        moved=(*moved.notes, *isolated.notes),
         pins=moved.pins if not adopted else {},
+        isolations=isolated.again if not adopted else {},
         pool=pool,
         quiet=quiet,
         tune=tune(settings, profile, topology, held, observed.refused),
@@ -283,6 +292,8 @@ def _host_actions(
     if observed.busy or not book.host.complete or any(each.actions for each in plans.values()):
         return ()
     actions: list[Action] = []
+    if left := leftover(observed):
+        actions.append(act.Reclaim(left, "no VM has them"))
     if files is not None and files.strays:
         actions.append(act.RemoveStrays(f"{len(files.strays)} stray files"))
     if (

@@ -32,7 +32,9 @@ FILES = (
     "proc/sys/kernel/timer_migration",
     "proc/sys/vm/stat_interval",
     "sys/devices/system/clocksource/clocksource0/current_clocksource",
+    "sys/devices/system/cpu/isolated",
     "sys/devices/system/cpu/nohz_full",
+    "sys/fs/cgroup/cpuset.cpus.isolated",
     "sys/devices/virtual/workqueue/cpumask",
     "sys/devices/virtual/workqueue/writeback/cpumask",
     "sys/kernel/mm/ksm/run",
@@ -76,14 +78,23 @@ def quiet_threads(topology: Topology, claims: Mapping[str, Claim]) -> CpuSet:
     return CpuSet(mask)
 
 
-def host_lines(files: Files | None, topology: Topology, quiet: CpuSet, dma_entries: int = 0) -> tuple[Line, ...]:
-    """The host's lines, in the order in which they are shown. None: nothing was read yet."""
+def host_lines(
+    files: Files | None,
+    topology: Topology,
+    quiet: CpuSet,
+    dma_entries: int = 0,
+    partitionable: CpuSet = EMPTY,
+    in_partitions: CpuSet = EMPTY,
+) -> tuple[Line, ...]:
+    """The host's lines, in the order in which they are shown. None: nothing was read yet. ``partitionable``: threads that are
+    isolated only while a VM has them, which those in ``in_partitions`` should be now."""
     if not quiet:
         return ()
     if files is None:
         return (Line(ProfileLine("host", LineState.UNKNOWN, "the profile", "not read yet", "/")),)
     rest = CpuSet(topology.index.online) - quiet
     return (
+        _isolated(files, topology, quiet, partitionable, in_partitions),
         *_kernel_line(files, topology, quiet),
         *_settings(files),
         *_masks(files, quiet, rest),
@@ -115,18 +126,31 @@ def _absent(name: str, wanted: str, source: str, why: str = "this kernel has no 
     return _line(name, None, wanted, why, source)
 
 
+BOOT_ISOLATED = "sys/devices/system/cpu/isolated"
+PARTITIONS = "sys/fs/cgroup/cpuset.cpus.isolated"
+
+
+def _isolated(files: Files, topology: Topology, quiet: CpuSet, partitionable: CpuSet, due: CpuSet) -> Line:
+    """Threads that the kernel balances nothing onto: since boot, or while a VM has them in a partition."""
+    boot = _cpus(files[BOOT_ISOLATED]) if BOOT_ISOLATED in files else topology.isolated - partitionable
+    now = _cpus(files.get(PARTITIONS, ""))
+    found = str(boot) or "none"
+    if partitionable:
+        found += f" since boot, {now or 'none'} by partitions, {partitionable - due or 'none'} once a VM has them"
+    return _line(
+        "isolated",
+        quiet <= boot | now | (partitionable - due),
+        str(quiet),
+        found,
+        PARTITIONS if partitionable else BOOT_ISOLATED,
+        f"set isolcpus=managed_irq,domain,{quiet} on the kernel's command line, and boot; or name them in isolate in the agent's"
+        " settings",
+    )
+
+
 def _kernel_line(files: Files, topology: Topology, quiet: CpuSet) -> Iterator[Line]:
     """What only the kernel's command line sets: checked where the kernel shows what came of it, else on the line itself."""
     remedy = "set {} on the kernel's command line, and boot"
-    isolated = "sys/devices/system/cpu/isolated"
-    yield _line(
-        "isolated",
-        quiet <= topology.isolated,
-        str(quiet),
-        str(topology.isolated) or "none",
-        isolated,
-        remedy.format(f"isolcpus=managed_irq,domain,{quiet}"),
-    )
     split = CpuSet.from_ids(t for t in quiet if topology.index.siblings.get(t, 0) & ~quiet.mask)
     yield _line(
         "whole-cores",
@@ -392,8 +416,8 @@ def _thread_lines(claim: Claim, seen: Seen, rest: CpuSet, pid: int) -> Iterator[
         mine <= seen.isolated,
         str(mine),
         str(mine & seen.isolated) or "none",
-        "sys/devices/system/cpu/isolated",
-        f"isolcpus=managed_irq,domain,{mine} on the kernel's command line",
+        f"{BOOT_ISOLATED}, or the cpusets of its vCPUs",
+        f"isolcpus=managed_irq,domain,{mine} on the kernel's command line, or isolate in the agent's settings",
     )
     source = f"proc/{pid}/task/*: sched_getscheduler"
     due = range(1, claim.vcpus_online)

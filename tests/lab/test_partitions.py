@@ -1,0 +1,109 @@
+"""cpuset partitions of dedicated vCPUs, by the kernel, libvirt and systemd of a server without isolcpus."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from support.hostlab.server import HARDWARE, Server
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+
+TOP = "/sys/fs/cgroup"
+SPEC = "  nics: []\n"
+REALTIME = "{count: 2, realtime: true}"
+MEMORY = "{size: 64Mi, hugepages: 2Mi, cells: one}"
+#: A core of the second cell; the other one of it stays for emulators.
+THREADS = "6-7"
+
+
+@pytest.fixture
+def isolating(server: Server) -> Iterator[Server]:
+    """The server, whose agent may isolate a core by partitions."""
+    server.stop_agent()
+    server.configure(f'isolate = "{THREADS}"\n{HARDWARE}')
+    server.start_agent()
+    try:
+        server.until("it says so", lambda: topology(server).get("isolated") == THREADS, 120)
+        server.make_fleet()
+        yield server
+    finally:
+        server.deleted("rt")
+        server.stop_agent()
+        server.configure()
+        server.start_agent()
+        server.until("it says so no more", lambda: not topology(server).get("isolated"), 120)
+
+
+def topology(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = server.get("host", "lab").get("status", {}).get("topology", {})
+    return found
+
+
+def cgroup(server: Server, name: str) -> str:
+    return server.machine.run(f"cat {TOP}/{name}", check=False).strip()
+
+
+def cpuset_of(server: Server, pid: int, vcpu: int) -> str:
+    """The cgroup of a vCPU."""
+    own = server.machine.read(f"/proc/{pid}/cgroup").removeprefix("0::/").rpartition("/")[0]
+    return f"{own}/vcpu{vcpu}"
+
+
+def line(server: Server, name: str) -> dict[str, Any]:
+    profile = server.get("instance", "rt-0").get("status", {}).get("profile", [])
+    return next((each for each in profile if each["name"] == name), {})
+
+
+def test_vcpus_are_isolated_before_the_guest_runs_and_again_when_somebody_undoes_it(isolating: Server) -> None:
+    server = isolating
+    assert cgroup(server, "cpuset.cpus.isolated") == ""
+    server.apply("rt", SPEC, cpu=REALTIME, memory=MEMORY)
+    started = server.started("rt")
+    pid = started["status"]["pid"]
+    server.until("it is isolated", lambda: cgroup(server, "cpuset.cpus.isolated") == THREADS, 60)
+    cpusets = [cpuset_of(server, pid, vcpu) for vcpu in (0, 1)]
+    assert [cgroup(server, f"{name}/cpuset.cpus.partition") for name in cpusets] == ["isolated", "isolated"]
+    assert [cgroup(server, f"{name}/cpuset.cpus.effective") for name in cpusets] == ["6", "7"]
+    # Nobody else may run there: not the host's services, not the guest's own emulator.
+    others = server.machine.run("for p in /proc/[0-9]*; do grep -s Cpus_allowed_list $p/status; done | sort -u").split()
+    assert not {"6", "7", "0-7", "6-7", "4-7"} & set(others), others
+    assert server.machine.run(f"virsh domstate {started['metadata']['uid']}").strip() == "running"
+    server.until("the profile says so", lambda: line(server, "isolated").get("found") == "6-7", 60)
+    assert line(server, "isolated")["state"].lower().endswith("held"), line(server, "isolated")
+    host = json.dumps(server.get("host", "lab")["status"]["profile"])
+    assert "none since boot, 6-7 by partitions" in host
+
+    server.machine.run(f"echo member > '{TOP}/{cpusets[1]}/cpuset.cpus.partition'")
+    server.until("it is told", lambda: "IsolationLost" in server.log(200), 30)
+    server.until("it is isolated again", lambda: cgroup(server, "cpuset.cpus.isolated") == THREADS, 30)
+    # libvirt writes the cpuset of a vCPU whenever somebody pins it: the partition stays.
+    server.machine.run(f"virsh vcpupin {started['metadata']['uid']} 0 6 --live")
+    assert cgroup(server, f"{cpusets[0]}/cpuset.cpus.partition") == "isolated"
+    server.kill_agent()
+    server.until("the next agent has it", lambda: server.get("instance", "rt-0")["status"]["pid"] == pid, 120)
+    assert cgroup(server, "cpuset.cpus.isolated") == THREADS
+
+    server.deleted("rt")
+    assert cgroup(server, "cpuset.cpus.isolated") == "", "the kernel took them back"
+    server.until("nothing is left", lambda: cgroup(server, "machine.slice/cpuset.cpus.exclusive") == "", 60)
+
+
+def test_a_partition_that_the_kernel_refuses_keeps_the_guest_from_running_and_is_named(isolating: Server) -> None:
+    server = isolating
+    server.machine.run(f"mkdir {TOP}/blocker && echo 7 > {TOP}/blocker/cpuset.cpus.exclusive")
+    try:
+        server.apply("rt", SPEC, cpu=REALTIME, memory=MEMORY)
+        status = server.until(
+            "it says why",
+            lambda: (s := server.get("instance", "rt-0").get("status", {})).get("reason") == "PartitionRefused" and s,
+            120,
+        )
+        assert "cpuset.cpus.exclusive: Invalid argument" in status["message"], status
+        uid = server.uid("rt-0")
+        assert server.machine.run(f"virsh domstate {uid}").strip() == "paused"
+    finally:
+        server.machine.run(f"rmdir {TOP}/blocker")
+    server.until("it runs", lambda: server.machine.run(f"virsh domstate {uid}").strip() == "running", 120)
+    assert cgroup(server, "cpuset.cpus.isolated") == THREADS
