@@ -12,6 +12,7 @@ import logging
 import os
 import pwd
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -34,6 +35,7 @@ from casemate_agent.logs import set_up
 from casemate_agent.metrics.families import FAMILIES, LEDGER_FAILED, LEDGER_S
 from casemate_agent.metrics.scrape import AgentMetrics
 from casemate_agent.plan.converge import Settings
+from casemate_agent.relay import trust
 from casemate_agent.relay.pipe import SOCKET, USER, Relay, uid_of
 from casemate_agent.uplink.link import Link
 from casemate_agent.uplink.support import HostSupport
@@ -113,7 +115,8 @@ async def run_host(
 
 
 def _relay(config: Config) -> Relay:
-    return Relay(Path(config.relay), uid_of(config.relay_user))
+    believed = None if config.insecure_loopback else trust.Trust(Path(config.state_dir), time.time)
+    return Relay(Path(config.relay), uid_of(config.relay_user), believed)
 
 
 def _way(config: Config, name: str, folder: Path, group: asyncio.TaskGroup) -> Transport | None:
@@ -242,7 +245,8 @@ async def _scraped(config: Config, rows: Callable[[], Awaitable[list[Rows]]], no
 async def _joined_name(config: Config, state_dir: Path) -> str:
     """The name under which this host joined. Raises BadConfig, and Unavailable where a relay is not there to be asked."""
     if config.relay:
-        return await _name_by_relay(_relay(config), state_dir / HOST)
+        pinned = trust.load(state_dir)
+        return pinned.host if pinned else await _name_by_relay(_relay(config), state_dir / HOST)
     identity = identities.load(state_dir / IDENTITY)
     if identity is None:
         raise BadConfig("name: this host has not joined a fleet (casemate-agent join); say which host it is (--name)")
@@ -284,24 +288,43 @@ async def join(address: str, state_dir: Path, words: list[str], *, each: bool) -
         raise failed[0]
 
 
-def joining_state(given: str | None) -> Path:
-    """The state folder to join in. Where this machine has a user for the relay, root makes that user's folder and becomes it:
-    what is said to the network, and the key, are never root's. Raises OSError."""
-    if given is not None:
-        return Path(given)
-    try:
-        user = pwd.getpwnam(USER)
-    except KeyError:
-        return Path(Config().state_dir)
-    folder = Path(RELAY_STATE)
-    if os.geteuid() == 0:
-        if not folder.exists():
-            folder.mkdir(mode=0o700, parents=True)
-            os.chown(folder, user.pw_uid, user.pw_gid)
-        os.setgroups([])
-        os.setgid(user.pw_gid)
-        os.setuid(user.pw_uid)
-    return folder
+def join_as_relay(address: str, words: list[str], state_dir: Path, folder: Path, user: pwd.struct_passwd) -> int:
+    """Join in the relay's folder as its user: what is said to the network, and the key, are never root's. What root keeps is the
+    pin of the token, in ``state_dir``. The exit code. Raises BadConfig, BadToken, OSError."""
+    if len(words) != 1:
+        raise BadConfig(f"{len(words)} tokens on standard input: this machine joins by one")
+    token = parse(words[0])
+    if not folder.exists():
+        folder.mkdir(mode=0o700, parents=True)
+        os.chown(folder, user.pw_uid, user.pw_gid)
+    # gRPC and its threads begin in the child alone.
+    arguments = [sys.executable, "-m", "casemate_agent", "join", "--manager", address, "--state-dir", str(folder)]
+    groups: list[int] | None = [] if os.geteuid() == 0 else None  # root alone may change its groups
+    done = subprocess.run(
+        arguments,
+        input=words[0].encode(),
+        user=user.pw_uid,
+        group=user.pw_gid,
+        extra_groups=groups,
+        cwd="/",
+        check=False,
+    )
+    if done.returncode == 0:
+        trust.save(state_dir, trust.Trusted(token.host, (token.pin,)))
+    return done.returncode if done.returncode >= 0 else 1
+
+
+def join_here(address: str, given: str | None, words: list[str], *, each: bool) -> int:
+    """Join in a folder, or where this machine's agent looks. Raises what joining raises."""
+    state_dir = Path(Config().state_dir)
+    if given is None and not each:
+        with contextlib.suppress(KeyError):
+            user = pwd.getpwnam(USER)
+            if os.geteuid() == 0:
+                return join_as_relay(address, words, state_dir, Path(RELAY_STATE), user)
+            state_dir = Path(RELAY_STATE)
+    asyncio.run(join(address, state_dir if given is None else Path(given), words, each=each))
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -361,6 +384,14 @@ def parser() -> argparse.ArgumentParser:
     join_verb.add_argument(
         "--each", action="store_true", help="several tokens, each host in a folder of its own: for simulated hosts"
     )
+    trust_verb = verbs.add_parser(
+        "trust", help="say which authority vouches for this host's manager, where the host joined before that was kept"
+    )
+    trust_verb.add_argument("host", metavar="HOST", help="the name under which this host joined")
+    trust_verb.add_argument("pin", metavar="PIN", help="the authority's, of casemate ca list --no-trunc")
+    trust_verb.add_argument(
+        "--state-dir", default=Config().state_dir, help=f"the agent's, not the relay's (default {Config().state_dir})"
+    )
     doctor.add_parser(verbs)
     fsck.add_parser(verbs)
     witness.add_parser(verbs)
@@ -376,7 +407,9 @@ def main(arguments: list[str] | None = None) -> int:
             return doctor.main(flags)
         if verb == "join":
             words = sys.stdin.read(MOST_TOKENS).split()
-            asyncio.run(join(flags["manager"], joining_state(flags["state_dir"]), words, each=flags["each"]))
+            return join_here(flags["manager"], flags["state_dir"], words, each=flags["each"])
+        if verb == "trust":
+            trust.save(Path(flags["state_dir"]), trust.checked(flags["host"], flags["pin"]))
             return 0
         if verb == "fsck":
             return fsck.main(flags)

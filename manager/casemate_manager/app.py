@@ -200,7 +200,7 @@ async def running(
             listen,
             service,
             sides,
-            HostLink(sessions),
+            HostLink(sessions, tls),
             support,
             care,
             gates,

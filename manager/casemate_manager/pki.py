@@ -5,9 +5,11 @@ What may live here: functions from keys, requests and a time to certificates. No
 
 Theory of operation. ECDSA on P-256 throughout, since gRPC is held to TLS 1.3 by leaving earlier versions no cipher that fits
 an ECDSA certificate (:mod:`casemate_wire.tls`). An authority signs certificates of servers (server use only), hosts and users
-(client use only), so that no host can pose as a manager. The identity is the one URI in the certificate. A request (CSR) is
-signed by the key it names; nothing else of it is taken: name, use and life are ours. A certificate for a key that the asker
-does not hold is of no use to him, so a request for a key that is bound already needs no other proof.
+(client use only), so that no host can pose as a manager; and of a key with which the manager signs what it tells hosts, which
+is good for that alone (:mod:`casemate_wire.signed`; Ed25519, since it signs each message). The identity is the one URI in the
+certificate. A request (CSR) is signed by the key it names; nothing else of it is taken: name, use and life are ours. A
+certificate for a key that the asker does not hold is of no use to him, so a request for a key that is bound already needs no
+other proof.
 
 An authority is followed by another with `cross_sign`: the old one vouches for the new one's key, and servers send that
 certificate along. Who knows only the old root and who knows only the new one then both accept the server.
@@ -24,7 +26,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -35,8 +37,10 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from casemate_core.errors import InvalidSpec, Violation
+from casemate_wire.signed import MANAGER
 from casemate_wire.tls import SERVER_NAME
 
+PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 #: Lives of certificates, in seconds.
 AUTHORITY_S: Final = 3650 * 86400.0
 SERVER_S: Final = 7 * 86400.0
@@ -140,6 +144,12 @@ def sign_server(
     return _leaf(authority, key, SERVER_NAME, alternatives, ExtendedKeyUsageOID.SERVER_AUTH, now_s, SERVER_S)
 
 
+def sign_signer(authority: Authority, key: ed25519.Ed25519PublicKey, now_s: float) -> x509.Certificate:
+    """The certificate of a key with which the manager signs messages: no TLS is spoken with it."""
+    uri: list[x509.GeneralName] = [x509.UniformResourceIdentifier(MANAGER)]
+    return _leaf(authority, key, "manager", uri, ExtendedKeyUsageOID.CODE_SIGNING, now_s, SERVER_S)
+
+
 def sign_client(
     authority: Authority, key: ec.EllipticCurvePublicKey, kind: str, name: str, now_s: float, life_s: float
 ) -> x509.Certificate:
@@ -185,7 +195,7 @@ def _time(seconds: float) -> datetime.datetime:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now_s: float, life_s: float
+    subject: x509.Name, issuer: x509.Name, key: PublicKey, now_s: float, life_s: float
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -221,7 +231,7 @@ def _as_authority(builder: x509.CertificateBuilder, key: ec.EllipticCurvePublicK
 
 def _leaf(
     authority: Authority,
-    key: ec.EllipticCurvePublicKey,
+    key: PublicKey,
     name: str,
     alternatives: list[x509.GeneralName],
     use: x509.ObjectIdentifier,

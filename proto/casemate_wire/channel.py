@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """First frame of the agent: which request this channel answers."""
+    """First frame of the agent: which request this channel answers. ``nonce``: as in ``Hello``."""
 
     ticket: str = field(repr=False)
+    nonce: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from casemate_core.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First message of a session. ``epoch``, ``revision``: of the desired state on the agent's disk (0: none)."""
+    """First message of a session. ``epoch``, ``revision``: of the desired state on the agent's disk (0: none). ``nonce``:
+    drawn for this session by who takes signed messages alone; empty where they need not be."""
 
     host: str
     boot_id: str
@@ -31,17 +32,20 @@ class Hello:
     agent_version: str = ""
     kernel: str = ""
     virtualisation: str = ""
+    nonce: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The session is open. ``since`` 0: the desired state follows whole; else what changed after that revision."""
+    """The session is open. ``since`` 0: the desired state follows whole; else what changed after that revision.
+    ``authorities``: SHA-256 of those that are trusted now, told to who takes signed messages alone."""
 
     epoch: int
     since: int
     send_inventory: bool
     reconnect_window_s: float
     credit: int
+    authorities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

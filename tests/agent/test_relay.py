@@ -331,7 +331,7 @@ def test_the_half_that_is_root_opens_no_socket_of_the_network(tmp_path: Path) ->
             "--run-dir",
             str(tmp_path / "run"),
         ]
-        agent = start("casemate_agent", "run", *where, "--simulated", "1s 4k/c 2t 16G")
+        agent = start("casemate_agent", "run", *where, "--insecure-loopback", "--simulated", "1s 4k/c 2t 16G")
         until("the agent has a session", lambda: sessions() == 1, [manager, first, agent])
         assert (state / "host").read_text() == "h7\n"
         assert psutil.Process(agent.pid).net_connections(kind="inet") == []

@@ -32,6 +32,7 @@ from casemate_agent.enrolment.identity import Identity
 from casemate_agent.relay.pipe import Relay
 from casemate_agent.uplink.transport import GrpcTransport
 
+LOOPBACK = ("--insecure-loopback",)
 LINE = "2s 32k/c 2t 256G disk=4T"
 
 
@@ -75,7 +76,9 @@ async def measure(folder: Path, changes: int) -> dict[str, Any]:
         await until(sock.exists, 120, "the relay listens")
         user = pwd.getpwuid(os.geteuid()).pw_name
         where = ("--simulated", LINE, "--state-dir", str(folder / "split"), "--run-dir", str(folder / "run2"))
-        root = Process(stack, log, "casemate_agent", "run", "--relay", str(sock), "--relay-user", user, *where)
+        root = Process(
+            stack, log, "casemate_agent", "run", "--relay", str(sock), "--relay-user", user, *where, *LOOPBACK
+        )
         await until(lambda: sessions() == 2, 120, "the split agent has a session")
         await asyncio.sleep(5)
         result: dict[str, Any] = {

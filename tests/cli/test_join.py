@@ -1,12 +1,21 @@
 """Tokens, hosts and authorities from the command line, on a fleet with TLS; a machine that joins it as its line says."""
 
 import json
+import os
+import pwd
 import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from casemate_agent.__main__ import join_as_relay
+from casemate_agent.config import BadConfig
+from casemate_agent.relay import trust
 from support.fleet import Fleet
 
 LINE = re.compile(r"echo (cmt1\.\S+) \| casemate-agent join --manager (127\.0\.0\.1:\d+)\n")
@@ -88,3 +97,59 @@ def test_a_machine_that_joined_knows_its_name_and_manager_and_is_gone_when_revok
             agent.wait(20)
     assert "Revoked" in fleet.run("events", "host/box-3").ok()
     fleet.run("delete", "host", "box-3").ok()
+
+
+@pytest.mark.timeout(300)
+def test_root_keeps_whom_it_believes_and_takes_no_other_manager(fleet: Fleet, tmp_path: Path) -> None:
+    """The two halves as processes, over TLS: root reads the pin off the token, and what is not signed moves nothing."""
+    me, state, relay_state, sock = pwd.getpwuid(os.geteuid()), tmp_path / "root", tmp_path / "relay", tmp_path / "sock"
+    line = fleet.run("host", "token", "create", "split-1", "--print-command").ok()
+    found = LINE.fullmatch(line)
+    assert found
+    with pytest.raises(BadConfig, match="2 tokens"):
+        join_as_relay(found[2], [found[1]] * 2, state, relay_state, me)
+    assert join_as_relay(found[2], [found[1]], state, relay_state, me) == 0
+    pinned = trust.load(state)
+    assert pinned is not None and pinned.host == "split-1"
+    assert pinned.pins[0] in fleet.run("ca", "list", "--no-trunc").ok()
+    assert join_as_relay(found[2], [found[1]], tmp_path / "other", tmp_path / "thief", me) == 2  # used
+    assert not (tmp_path / "other").exists()
+
+    log, started = tmp_path / "agent.log", []
+
+    def start(*arguments: str) -> None:
+        with log.open("ab") as out:
+            started.append(subprocess.Popen([sys.executable, "-m", "casemate_agent", *arguments], stderr=out))
+
+    def until(what: str, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < end, f"not within a minute: {what}\n{log.read_text()}"
+            time.sleep(0.05)
+
+    def opened() -> int:
+        return log.read_text().count("session open")
+
+    agent = ("run", "--relay", str(sock), "--relay-user", me.pw_name, "--state-dir", str(state))
+    agent += ("--run-dir", str(tmp_path / "run"), "--simulated", "1s 4k/c 2t 16G")
+    try:
+        start("relay", "--relay", str(sock), "--state-dir", str(relay_state))
+        until("the relay listens", sock.exists)
+        start(*agent)
+        until("a session is open", lambda: opened() == 1)
+        started[-1].terminate()
+        assert started[-1].wait(60) == 0
+        # The same relay and the same manager, and root was told of another fleet: it says so, and obeys nobody.
+        typed = [sys.executable, "-m", "casemate_agent", "trust", "split-1", "0" * 64, "--state-dir", str(state)]
+        assert subprocess.run(typed, check=False, timeout=60).returncode == 0
+        start(*agent)
+        until(
+            "the manager is not believed", lambda: "no authority that this host knows vouches for it" in log.read_text()
+        )
+        assert opened() == 1
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    fleet.run("host", "revoke", "split-1").ok()
+    fleet.run("delete", "host", "split-1").ok()

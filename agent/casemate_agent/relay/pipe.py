@@ -9,8 +9,9 @@ lives as long as that thing. A frame is a length, a kind and as many bytes; the 
 whoever sends waits until the socket has taken it, so nothing queues but in the kernel. The kernel says which user is at the
 other end (SO_PEERCRED); anybody but the relay's user is hung up on before a word is said.
 
-The relay is not believed. What it passes on is parsed here, and checked as if it came from the network: the schema's codec,
-the term of the manager, this host's own arithmetic on every claim, the digest of every file.
+The relay is not believed. What it passes on counts only as the manager has signed it (:mod:`casemate_agent.relay.trust`), and is
+checked as if it came from the network all the same: the schema's codec, the term of the manager, this host's own arithmetic on
+every claim, the digest of every file.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from random import Random
 from typing import Any, Final, Generic, TypeVar
 
 from casemate_agent.drivers.http import SourceFailed
+from casemate_agent.relay.trust import Trust
 from casemate_agent.uplink.transport import MAX_MESSAGE_BYTES, BrokenOff, Codec, Stream, channel_codec, session_codec
 from casemate_core.errors import CallerError, MachineError, Unavailable, shown
 from casemate_wire.channel import Frame
@@ -38,6 +40,7 @@ log = logging.getLogger("casemate.agent.relay")
 
 Out = TypeVar("Out")
 In = TypeVar("In")
+T = TypeVar("T")
 
 #: Where the relay listens, and as whom, unless told otherwise.
 SOCKET: Final = "/run/casemate-relay/relay.sock"
@@ -143,6 +146,8 @@ class Pipe:
                 await self._writer.wait_closed()
 
 
+#: Messages as they are passed on.
+RAW: Final[Codec[bytes, bytes]] = Codec(bytes, bytes)
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
 
 
@@ -154,10 +159,12 @@ def words(payload: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """Where the relay is, and the user that it must be."""
+    """Where the relay is, and the user that it must be. ``trust``: whose messages count; None in plain text on loopback, where
+    nothing is signed."""
 
     path: Path
     uid: int
+    trust: Trust | None = None
 
     async def ask(self, kind: str, **more: Any) -> tuple[Pipe, Mapping[str, Any]]:
         """A connection for one thing, and what the relay answers. Raises Unavailable, WrongPeer, BrokenOff."""
@@ -204,10 +211,16 @@ class Relay:
         return RelayedStream(pipe, codec)
 
     async def session(self) -> Stream[FromHost, ToHost]:
-        return await self._stream("session", session_codec())
+        if self.trust is None:
+            return await self._stream("session", session_codec())
+        raw = await self._stream("session", RAW)
+        return await _or_closed(raw, self.trust.session)
 
     async def channel(self) -> Stream[Frame, Frame]:
-        return await self._stream("channel", channel_codec())
+        if self.trust is None:
+            return await self._stream("channel", channel_codec())
+        raw = await self._stream("channel", RAW)
+        return await _or_closed(raw, self.trust.channel)
 
     async def close(self) -> None:
         """Nothing is kept open between streams."""
@@ -267,6 +280,15 @@ class RelayedStream(Generic[Out, In]):
 
     async def close(self) -> None:
         await self._pipe.close()
+
+
+async def _or_closed(raw: RelayedStream[bytes, bytes], wrap: Callable[[RelayedStream[bytes, bytes]], T]) -> T:
+    """The stream within another, which does not stay open where there is none."""
+    try:
+        return wrap(raw)
+    except BaseException:
+        await raw.close()
+        raise
 
 
 async def _pieces(pipe: Pipe) -> AsyncIterator[bytes]:

@@ -27,15 +27,18 @@ def _ask(ctx: click.Context, method: str, request: Any) -> Any:
 
 
 @ca.command("list")
+@click.option("--no-trunc", is_flag=True, help="Show whole pins, as casemate-agent trust takes them.")
 @options.connection
 @click.pass_context
-def list_(ctx: click.Context) -> None:
+def list_(ctx: click.Context, no_trunc: bool) -> None:
     """List the authorities, and how many hosts have a certificate of each that is still good."""
     from casemate_wire.v1 import join_pb2 as pb
 
     found = _ask(ctx, "ListAuthorities", pb.ListAuthoritiesRequest()).authorities
     table = Table(("PIN", "NAME", "STATE", "HOSTS", "GOOD", "AGE"))
-    table.write((a.pin[:16], a.name, a.state, str(a.hosts), str(a.good), age(a.since)) for a in found)
+    table.write(
+        (a.pin if no_trunc else a.pin[:16], a.name, a.state, str(a.hosts), str(a.good), age(a.since)) for a in found
+    )
 
 
 @ca.command()

@@ -1,24 +1,45 @@
-"""The hosts' service: streams of messages become streams of values, and nothing is decided here."""
+"""The hosts' service: streams of messages become streams of values, and nothing is decided here.
+
+A host that begins a stream with a nonce is told in signed messages (:mod:`casemate_wire.signed`); one to which TLS itself leads
+is not, since it knows already who speaks. What only keeps the stream going (credit, acknowledgements) is signed for nobody: who
+forges it gains no more than who cuts the stream.
+"""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Generic, TypeVar
+from dataclasses import replace
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import grpc
 
+from casemate_core.checkpoint import Checkpoint
 from casemate_core.errors import CallerError
 from casemate_manager.api.peer import Host, Nobody, peer_of
 from casemate_manager.pki import key_id_of
 from casemate_manager.sessions import Channel, Identity, Sessions
-from casemate_wire.channel import Frame
+from casemate_wire.channel import Frame, Ticket
 from casemate_wire.codec.channels import frame_from_wire, frame_to_wire
 from casemate_wire.codec.hosts import from_host_from_wire, to_host_to_wire
+from casemate_wire.codec.signed import sealed_to_wire
+from casemate_wire.signed import Purpose, Signer, SigningKey
+from casemate_wire.stream import Desired, FromHost, Hello, OpenChannel, Operate, ToHost, Welcome
 from casemate_wire.v1 import hosts_pb2 as pb
 from casemate_wire.v1 import hosts_pb2_grpc
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 Context = grpc.aio.ServicerContext[Any, Any]
+#: What a host acts upon.
+SIGNED: Final = (Welcome, Desired, Operate, OpenChannel, Checkpoint)
+
+
+class Signing(Protocol):
+    """What messages are signed with, and the pins of the authorities that are trusted (casemate_manager.api.tls)."""
+
+    def signing(self) -> SigningKey: ...
+
+    @property
+    def pins(self) -> tuple[str, ...]: ...
 
 
 class _Stream(Generic[In, Out]):
@@ -38,6 +59,54 @@ class _Stream(Generic[In, Out]):
         await self._context.write(self._encode(message))
 
 
+class _Session(_Stream[FromHost, ToHost]):
+    """A host's session. Without ``signing`` (plain text) nothing is signed, whatever is asked for."""
+
+    def __init__(self, context: Context, signing: Signing | None) -> None:
+        super().__init__(context, from_host_from_wire, to_host_to_wire)
+        self._signing = signing
+        self._signer: Signer | None = None
+
+    async def receive(self) -> FromHost | None:
+        message = await super().receive()
+        if isinstance(message, Hello) and message.nonce and self._signing is not None and self._signer is None:
+            self._signer = Signer(self._signing.signing(), Purpose("session", message.host, "", message.nonce))
+        return message
+
+    async def send(self, message: ToHost) -> None:
+        if self._signer is None or self._signing is None or not isinstance(message, SIGNED):
+            await super().send(message)
+            return
+        if isinstance(message, Welcome):
+            message = replace(message, authorities=self._signing.pins)
+        signed = self._signer.sign(to_host_to_wire(message).SerializeToString())
+        await self._context.write(pb.ToHost(signed=sealed_to_wire(signed)))
+
+
+class _Channel(_Stream[Frame, Frame]):
+    """A channel of a host."""
+
+    def __init__(self, context: Context, signing: Signing | None, identity: Identity | None) -> None:
+        super().__init__(context, frame_from_wire, frame_to_wire)
+        self._signing = signing
+        self._identity = identity
+        self._signer: Signer | None = None
+
+    async def receive(self) -> Frame | None:
+        frame = await super().receive()
+        if isinstance(frame, Ticket) and frame.nonce and self._signing is not None and self._identity is not None:
+            purpose = Purpose("channel", self._identity.host, frame.ticket, frame.nonce)
+            self._signer = Signer(self._signing.signing(), purpose)
+        return frame
+
+    async def send(self, message: Frame) -> None:
+        if self._signer is None:
+            await super().send(message)
+            return
+        signed = self._signer.sign(frame_to_wire(message).SerializeToString())
+        await self._context.write(pb.ChannelFrame(signed=sealed_to_wire(signed)))
+
+
 async def _identity(context: Context) -> Identity | None:
     """Whom the caller's certificate names; ends the call of who is no host. None on plain text."""
     match peer_of(context):
@@ -53,23 +122,24 @@ async def _identity(context: Context) -> Identity | None:
 class HostLink(hosts_pb2_grpc.HostLinkServicer):
     """casemate.host.v1.HostLink."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, signing: Signing | None = None) -> None:
         self._sessions = sessions
+        self._signing = signing
 
     # grpc.aio serves a stream by a generator or, as here, by a coroutine that writes; the stub declares the former only.
     async def Session(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.FromHost], context: Context
     ) -> None:
         """The host's stream, for as long as the agent lives."""
-        await self._sessions.serve(_Stream(context, from_host_from_wire, to_host_to_wire), await _identity(context))
+        await self._sessions.serve(_Session(context, self._signing), await _identity(context))
 
     async def Channel(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ChannelFrame], context: Context
     ) -> None:
         """A side stream, opened with a ticket."""
         try:
-            stream: _Stream[Frame, Frame] = _Stream(context, frame_from_wire, frame_to_wire)
-            await self._sessions.serve_channel(stream, await _identity(context))
+            identity = await _identity(context)
+            await self._sessions.serve_channel(_Channel(context, self._signing, identity), identity)
         except CallerError as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except TimeoutError:

@@ -17,14 +17,15 @@ from casemate_wire.channel import (
     Ticket,
 )
 from casemate_wire.codec.basics import BadMessage, seconds, timestamp
+from casemate_wire.codec.signed import checked_nonce
 from casemate_wire.v1 import hosts_pb2 as pb
 
 
 def frame_to_wire(frame: Frame) -> pb.ChannelFrame:
     """A frame as its message."""
     match frame:
-        case Ticket(ticket):
-            return pb.ChannelFrame(ticket=ticket)
+        case Ticket(ticket, nonce):
+            return pb.ChannelFrame(ticket=ticket, nonce=nonce)
         case LogLine():
             return pb.ChannelFrame(
                 log=pb.ChannelLog(
@@ -66,7 +67,7 @@ def frame_from_wire(message: pb.ChannelFrame) -> Frame:
     """A message as its frame. Raises BadMessage."""
     match message.WhichOneof("frame"):
         case "ticket":
-            return Ticket(message.ticket)
+            return Ticket(message.ticket, checked_nonce(message.nonce))
         case "log":
             line = message.log
             return LogLine(

@@ -43,6 +43,7 @@ from casemate_wire.codec.realtime import (
     line_to_message,
     lines_from_messages,
 )
+from casemate_wire.codec.signed import checked_nonce, checked_pins
 from casemate_wire.v1 import hosts_pb2 as pb
 
 MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z", re.ASCII)
@@ -76,6 +77,7 @@ def to_host_to_wire(value: stream.ToHost) -> pb.ToHost:
                     send_inventory=value.send_inventory,
                     reconnect_window_s=value.reconnect_window_s,
                     credit=value.credit,
+                    authorities=value.authorities,
                 )
             )
         case stream.Desired():
@@ -119,7 +121,9 @@ def _from_manager(message: pb.ToHost) -> stream.ToHost:
     match message.WhichOneof("message"):
         case "welcome":
             w = message.welcome
-            return stream.Welcome(w.epoch, w.since, w.send_inventory, w.reconnect_window_s, w.credit)
+            return stream.Welcome(
+                w.epoch, w.since, w.send_inventory, w.reconnect_window_s, w.credit, checked_pins(w.authorities)
+            )
         case "desired":
             return _desired_from_message(message.desired)
         case "operate":
@@ -411,6 +415,7 @@ def from_host_to_wire(value: stream.FromHost) -> pb.FromHost:
                     agent_version=value.agent_version,
                     kernel=value.kernel,
                     virtualisation=value.virtualisation,
+                    nonce=value.nonce,
                 )
             )
         case stream.Inventory():
@@ -482,6 +487,7 @@ def _from_host(message: pb.FromHost) -> stream.FromHost:
                 agent_version=_text(h.agent_version, 64),
                 kernel=_text(h.kernel, 256),
                 virtualisation=_text(h.virtualisation, 16),
+                nonce=checked_nonce(h.nonce),
             )
         case "inventory":
             i = message.inventory

@@ -89,6 +89,7 @@ class ToHost(_message.Message):
     REJECTED_FIELD_NUMBER: _builtins.int
     FACTS_ACK_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    SIGNED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -107,6 +108,10 @@ class ToHost(_message.Message):
     def checkpoint(self) -> _checkpoints_pb2.AuditCheckpoint:
         """A signed place of the manager's audit chain, for the host to keep. Needs no credit: the last one counts."""
 
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """One of these, signed: welcome, desired, operate, open_channel and checkpoint, where Hello has asked for that."""
+
     def __init__(
         self,
         *,
@@ -118,16 +123,53 @@ class ToHost(_message.Message):
         rejected: Global___Rejected | None = ...,
         facts_ack: Global___FactsAck | None = ...,
         checkpoint: _checkpoints_pb2.AuditCheckpoint | None = ...,
+        signed: Global___Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "credit", b"credit", "desired", b"desired", "facts_ack", b"facts_ack", "message", b"message", "open_channel", b"open_channel", "operate", b"operate", "rejected", b"rejected", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "credit", b"credit", "desired", b"desired", "facts_ack", b"facts_ack", "message", b"message", "open_channel", b"open_channel", "operate", b"operate", "rejected", b"rejected", "signed", b"signed", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "credit", b"credit", "desired", b"desired", "facts_ack", b"facts_ack", "message", b"message", "open_channel", b"open_channel", "operate", b"operate", "rejected", b"rejected", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "credit", b"credit", "desired", b"desired", "facts_ack", b"facts_ack", "message", b"message", "open_channel", b"open_channel", "operate", b"operate", "rejected", b"rejected", "signed", b"signed", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "desired", "operate", "open_channel", "credit", "rejected", "facts_ack", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "desired", "operate", "open_channel", "credit", "rejected", "facts_ack", "checkpoint", "signed"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___ToHost: _TypeAlias = ToHost  # noqa: Y015
+
+@_typing.final
+class Signed(_message.Message):
+    """A message of the manager that whoever carries it can neither change, repeat, leave out nor put in another order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    CHAIN_FIELD_NUMBER: _builtins.int
+    message: _builtins.bytes
+    """Serialized ToHost or, on a channel, ChannelFrame."""
+    number: _builtins.int
+    """Counts the signed messages of a stream, from 1."""
+    signature: _builtins.bytes
+    """Ed25519, over what casemate_wire.signed says."""
+    @_builtins.property
+    def chain(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """With the first of a stream: certificates as DER. The signer's, and those that lead to its authorities."""
+
+    def __init__(
+        self,
+        *,
+        message: _builtins.bytes = ...,
+        number: _builtins.int = ...,
+        signature: _builtins.bytes = ...,
+        chain: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "message", b"message", "number", b"number", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Signed: _TypeAlias = Signed  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -144,6 +186,7 @@ class Hello(_message.Message):
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
     KERNEL_FIELD_NUMBER: _builtins.int
     VIRTUALISATION_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     boot_id: _builtins.str
     epoch: _builtins.int
@@ -157,6 +200,8 @@ class Hello(_message.Message):
     kernel: _builtins.str
     virtualisation: _builtins.str
     """`kvm`, `tcg` or `simulated`."""
+    nonce: _builtins.bytes
+    """Drawn for this session by who wants to be told in signed messages alone; empty where that is not wanted."""
     def __init__(
         self,
         *,
@@ -169,10 +214,11 @@ class Hello(_message.Message):
         agent_version: _builtins.str = ...,
         kernel: _builtins.str = ...,
         virtualisation: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "epoch", b"epoch", "host", b"host", "inventory_digest", b"inventory_digest", "kernel", b"kernel", "revision", b"revision", "session", b"session", "virtualisation", b"virtualisation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "epoch", b"epoch", "host", b"host", "inventory_digest", b"inventory_digest", "kernel", b"kernel", "nonce", b"nonce", "revision", b"revision", "session", b"session", "virtualisation", b"virtualisation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,6 +233,7 @@ class Welcome(_message.Message):
     SEND_INVENTORY_FIELD_NUMBER: _builtins.int
     RECONNECT_WINDOW_S_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
+    AUTHORITIES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     since: _builtins.int
     """Revision from which the manager resumes; a snapshot follows where it is 0."""
@@ -194,6 +241,10 @@ class Welcome(_message.Message):
     reconnect_window_s: _builtins.float
     """Window in seconds over which a lost session is dialled again, with full jitter."""
     credit: _builtins.int
+    @_builtins.property
+    def authorities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In a signed message: SHA-256 of the certificates of all authorities that are trusted now."""
+
     def __init__(
         self,
         *,
@@ -202,10 +253,11 @@ class Welcome(_message.Message):
         send_inventory: _builtins.bool = ...,
         reconnect_window_s: _builtins.float = ...,
         credit: _builtins.int = ...,
+        authorities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "epoch", b"epoch", "reconnect_window_s", b"reconnect_window_s", "send_inventory", b"send_inventory", "since", b"since"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorities", b"authorities", "credit", b"credit", "epoch", b"epoch", "reconnect_window_s", b"reconnect_window_s", "send_inventory", b"send_inventory", "since", b"since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1562,6 +1614,8 @@ class ChannelFrame(_message.Message):
     EOF_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
     OPENED_FIELD_NUMBER: _builtins.int
+    SIGNED_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
     """First frame of the agent."""
     stdin: _builtins.bytes
@@ -1575,12 +1629,18 @@ class ChannelFrame(_message.Message):
     """Bytes of a console that this reader was too slow for."""
     opened: _builtins.bool
     """What was asked for is there: the console, or the connection to a port."""
+    nonce: _builtins.bytes
+    """With the ticket: drawn for this channel by who wants signed frames; empty where that is not wanted."""
     @_builtins.property
     def log(self) -> Global___ChannelLog: ...
     @_builtins.property
     def resize(self) -> Global___ChannelResize: ...
     @_builtins.property
     def credit(self) -> Global___Credit: ...
+    @_builtins.property
+    def signed(self) -> Global___Signed:
+        """One of these, signed."""
+
     def __init__(
         self,
         *,
@@ -1597,12 +1657,14 @@ class ChannelFrame(_message.Message):
         eof: _builtins.bool = ...,
         lost: _builtins.int = ...,
         opened: _builtins.bool = ...,
+        signed: Global___Signed | None = ...,
+        nonce: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "eof", b"eof", "error", b"error", "exit_code", b"exit_code", "frame", b"frame", "log", b"log", "lost", b"lost", "opened", b"opened", "resize", b"resize", "signal", b"signal", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "eof", b"eof", "error", b"error", "exit_code", b"exit_code", "frame", b"frame", "log", b"log", "lost", b"lost", "opened", b"opened", "resize", b"resize", "signal", b"signal", "signed", b"signed", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "eof", b"eof", "error", b"error", "exit_code", b"exit_code", "frame", b"frame", "log", b"log", "lost", b"lost", "opened", b"opened", "resize", b"resize", "signal", b"signal", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "eof", b"eof", "error", b"error", "exit_code", b"exit_code", "frame", b"frame", "log", b"log", "lost", b"lost", "nonce", b"nonce", "opened", b"opened", "resize", b"resize", "signal", b"signal", "signed", b"signed", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["ticket", "log", "stdin", "stdout", "stderr", "resize", "signal", "exit_code", "error", "credit", "eof", "lost", "opened"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["ticket", "log", "stdin", "stdout", "stderr", "resize", "signal", "exit_code", "error", "credit", "eof", "lost", "opened", "signed"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
