@@ -49,6 +49,7 @@ def measured(program: str, *options: str) -> dict[str, Any]:
             },
         ),
         ("relay", ("--changes", "5"), {"alone_mb", "root_mb", "relay_mb", "direct_p50_ms", "relayed_p50_ms"}),
+        ("signed", ("--seconds", "0.02"), {"sign_us", "verify_us", "stream_begins_us"}),
         ("why", ("--hosts", "40", "--rounds", "2"), {"hosts", "warming_s", "worst_s", "worst_stall_ms"}),
     ],
 )
