@@ -24,7 +24,7 @@ from casemate_agent.uplink.transport import BrokenOff, Stream
 from casemate_core.errors import CallerError, MachineError, shown
 from casemate_core.spec.meta import NAME
 from casemate_wire.channel import Frame, Ticket
-from casemate_wire.codec.signed import MOST_PINS, NONCE_BYTES, PIN, sealed_from_wire
+from casemate_wire.codec.signed import MOST_PINS, NONCE_BYTES, PIN, sealed_in_channel, sealed_in_session
 from casemate_wire.signed import Opener, Purpose
 from casemate_wire.stream import Credit, FactsAck, FromHost, Hello, Rejected, ToHost, Welcome
 
@@ -164,14 +164,12 @@ class SignedSession:
         await self._raw.send(self._codec.encode(message))
 
     async def receive(self) -> ToHost | None:
-        from casemate_wire.v1.hosts_pb2 import ToHost as Message
-
         data = await self._raw.receive()
         if data is None:
             return None
-        message, is_signed = opened(Message, data, self._opener, self._now())
-        value = self._codec.decode(message)
-        if not is_signed and not isinstance(value, UNSIGNED):
+        sealed = sealed_in_session(data)
+        value = self._codec.decode(data if sealed is None else self._opener.open(sealed, self._now()))
+        if sealed is None and not isinstance(value, UNSIGNED):
             raise BrokenOff(f"{type(value).__name__} came unsigned: it is not believed to be the manager's")
         if isinstance(value, Welcome) and value.authorities and set(value.authorities) != set(self._trusted.pins):
             await self._welcomed(Trusted(self._trusted.host, value.authorities))
@@ -201,33 +199,15 @@ class SignedChannel:
         await self._raw.send(self._codec.encode(message))
 
     async def receive(self) -> Frame | None:
-        from casemate_wire.v1.hosts_pb2 import ChannelFrame as Message
-
         data = await self._raw.receive()
         if data is None:
             return None
         if self._opener is None:
             raise BrokenOff("a frame came before the ticket was shown")
-        message, is_signed = opened(Message, data, self._opener, self._now())
-        if not is_signed:
+        sealed = sealed_in_channel(data)
+        if sealed is None:
             raise BrokenOff("a frame came unsigned: it is not believed to be the manager's")
-        return self._codec.decode(message)
+        return self._codec.decode(self._opener.open(sealed, self._now()))
 
     async def close(self) -> None:
         await self._raw.close()
-
-
-def opened(message: Any, data: bytes, opener: Opener, now_s: float) -> tuple[bytes, bool]:
-    """The bytes within a signed message, and whether it was one. ``message`` is the class of either.
-
-    Raises BrokenOff, NotSigned.
-    """
-    from google.protobuf.message import DecodeError
-
-    try:
-        parsed = message.FromString(data)
-    except DecodeError:
-        raise BrokenOff(f"what came is no message of the schema ({len(data)} bytes)") from None
-    if not parsed.HasField("signed"):
-        return data, False
-    return opener.open(sealed_from_wire(parsed.signed), now_s), True

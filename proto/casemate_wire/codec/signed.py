@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+from google.protobuf.message import DecodeError
+
 from casemate_wire.codec.basics import BadMessage
 from casemate_wire.signed import Sealed
 from casemate_wire.v1 import hosts_pb2 as pb
@@ -38,3 +40,21 @@ def sealed_to_wire(sealed: Sealed) -> pb.Signed:
 def sealed_from_wire(message: pb.Signed) -> Sealed:
     """What its parts are worth is found out when it is opened."""
     return Sealed(message.message, message.number, message.signature, tuple(message.chain))
+
+
+def sealed_in_session(data: bytes) -> Sealed | None:
+    """The signed message that a serialized ToHost is; None where it is another. Raises BadMessage."""
+    return _sealed_in(pb.ToHost, data)
+
+
+def sealed_in_channel(data: bytes) -> Sealed | None:
+    """The same of a ChannelFrame."""
+    return _sealed_in(pb.ChannelFrame, data)
+
+
+def _sealed_in(kind: type[pb.ToHost] | type[pb.ChannelFrame], data: bytes) -> Sealed | None:
+    try:
+        message = kind.FromString(data)
+    except DecodeError:
+        raise BadMessage(f"what came is no message of the schema ({len(data)} bytes)") from None
+    return sealed_from_wire(message.signed) if message.HasField("signed") else None
