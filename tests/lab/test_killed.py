@@ -5,7 +5,6 @@ The same at every step and a thousand times is tests/journeys/test_functions_kil
 
 import shlex
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from support.hostlab import mortal
 from support.hostlab.server import HOST, Server
 
-pytestmark = [pytest.mark.lab, pytest.mark.lab_faults, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.lab, pytest.mark.lab_faults, pytest.mark.timeout(3600)]
 NIC = "  nics: [{network: fronthaul, type: sriov, vlan: 100}]"
 SRIOV, VFIO = "casemate_agent.drivers.sriov:HostFunctions", "casemate_agent.drivers.vfio:Vfio"
 LIBVIRT = "casemate_agent.drivers.libvirt:LibvirtHypervisor"
@@ -29,13 +28,6 @@ STEPS = (
 @pytest.fixture(autouse=True)
 def fleet(server: Server) -> None:
     server.make_fleet()
-
-
-@pytest.fixture
-def mortal_agent(server: Server) -> Iterator[None]:
-    mortal.prepare(server)
-    yield
-    mortal.undo(server)
 
 
 def held(server: Server) -> list[dict[str, Any]]:
@@ -72,7 +64,7 @@ def test_a_leak_is_repaired_through_the_manager_and_who_holds_one_is_named(serve
     group = run(f"basename $(readlink /sys/bus/pci/devices/{address}/iommu_group)").strip()
     run(f"systemd-run -q --unit=holder python3 -c {shlex.quote(HOLDER % group)}")
     try:
-        server.until("it has it open", lambda: "open" in run("journalctl -u holder -o cat --no-pager"), 60)
+        server.until("it has it open", lambda: "open" in run("journalctl -u holder -o cat --no-pager"))
         told = server.casemate("fsck", "host", HOST)
         assert told.code == 3 and told.out.count("leak ") == 2
         assert "vlan is 55, should be 0" in told.out and "bound to vfio-pci" in told.out
@@ -89,18 +81,15 @@ def test_a_leak_is_repaired_through_the_manager_and_who_holds_one_is_named(serve
 
 
 def test_a_card_that_is_pulled_and_put_back_is_told(server: Server) -> None:
-    def told(reason: str) -> int:
-        return sum(reason in line for line in server.casemate("events", f"host/{HOST}", "-o", "json").ok().splitlines())
-
-    gone, found = told("DeviceGone"), told("DeviceFound")
+    gone, found = server.told("DeviceGone"), server.told("DeviceFound")
     server.machine.monitor("device_del", id="card2")
     try:
-        server.until("it is told as gone", lambda: told("DeviceGone") > gone, 120)
+        server.until("it is told as gone", lambda: server.told("DeviceGone") > gone)
         assert len(server.casemate("get", "devices").ok().splitlines()) == 1 + 2
     finally:
         server.machine.monitor("device_add", driver="pci-testdev", id="card2", bus="rp02")
-    server.until("it is told as found", lambda: told("DeviceFound") > found, 120)
-    server.until("all three are there", lambda: len(server.casemate("get", "devices").ok().splitlines()) == 1 + 3, 60)
+    server.until("it is told as found", lambda: server.told("DeviceFound") > found)
+    server.until("all three are there", lambda: len(server.casemate("get", "devices").ok().splitlines()) == 1 + 3)
 
 
 INNER = """apiVersion: casemate/v1
@@ -115,7 +104,7 @@ def test_three_things_changed_behind_a_stopped_agent_are_three_named_drifts(serv
     nics = "  nics: [{network: inner}, {network: fronthaul, type: sriov, vlan: 100}]"
     server.apply("du", nics, cpu="{count: 2, policy: dedicated}")
     try:
-        started = server.started("du", 300)
+        started = server.started("du")
         uid, pid = started["metadata"]["uid"], started["status"]["pid"]
         (vf,) = held(server)
         port = server.machine.run(f"ls /sys/bus/pci/devices/{vf['address']}/physfn/net").strip()
@@ -130,44 +119,42 @@ def test_three_things_changed_behind_a_stopped_agent_are_three_named_drifts(serv
         )
         server.start_agent()
         for reason in ("AffinityChanged", "VfChanged", "TapMoved"):
-            server.until(f"{reason} is told", lambda reason=reason: reason in server.log(400), 120)  # type: ignore[misc]
-        server.until("the VF is as it was", lambda: held(server)[0]["state"] == vf["state"], 60)
+            server.until(f"{reason} is told", lambda reason=reason: reason in server.log(400))  # type: ignore[misc]
+        server.until("the VF is as it was", lambda: held(server)[0]["state"] == vf["state"])
         server.until(
             "the tap is on its bridge again",
             lambda: server.machine.run(f"readlink /sys/class/net/{tap}/master", check=False).strip() == master,
-            60,
         )
         server.until(
             "the vCPU is bound again",
             lambda: server.machine.run(f"virsh vcpupin {uid}").split()[-3:] == pinned,
-            60,
         )
-        server.until("it has joined again", server.joined, 120)
+        server.until("it has joined again", server.joined)
         assert server.get("instance", "du-0")["status"]["pid"] == pid, "under the same QEMU"
     finally:
-        server.deleted("du", 240)
+        server.deleted("du")
 
 
 def test_a_hung_libvirtd_holds_everything_as_it_is(server: Server) -> None:
     server.apply("du", NIC)
     try:
-        pid = server.started("du", 300)["status"]["pid"]
+        pid = server.started("du")["status"]["pid"]
         (vf,) = held(server)
         server.machine.run("systemctl kill -s STOP libvirtd")
         try:
             server.casemate("delete", "env", "du", "--no-wait").ok()
             said = "hypervisor does not answer"
-            server.until("the agent says that it has no answer", lambda: said in server.log(200), 240)
+            server.until("the agent says that it has no answer", lambda: said in server.log(200))
             assert held(server) == [vf], "what a VM may still use is not taken back"
             assert server.machine.run(f"cat /proc/{pid}/comm").startswith("qemu")
             assert server.get("host", HOST)["status"]["phase"] != "Unknown", "the stream is up meanwhile"
         finally:
             server.machine.run("systemctl kill -s CONT libvirtd")
-        server.until("it is gone", lambda: not server.get("env", "du"), 300)
+        server.until("it is gone", lambda: not server.get("env", "du"))
         assert is_clean(server)
     finally:
         server.machine.run("systemctl kill -s CONT libvirtd", check=False)
-        server.deleted("du", 240)
+        server.deleted("du")
 
 
 def test_killed_at_each_step_of_set_up_attach_detach_and_release(
@@ -178,7 +165,7 @@ def test_killed_at_each_step_of_set_up_attach_detach_and_release(
         before = mortal.arm(server, way_up)
         server.apply("du", NIC)
         mortal.until_dead(server, before)
-        uid = server.started("du", 300)["metadata"]["uid"]
+        uid = server.started("du")["metadata"]["uid"]
         mac = server.get("instance", "du-0")["spec"]["nics"][0]["mac"]
         found = held(server)
         doubled += len(found) != 1
@@ -194,7 +181,7 @@ def test_killed_at_each_step_of_set_up_attach_detach_and_release(
         before = mortal.arm(server, way_down)
         server.casemate("delete", "env", "du", "--no-wait").ok()
         mortal.until_dead(server, before)
-        server.until("it is gone", lambda: not server.get("env", "du"), 300)
+        server.until("it is gone", lambda: not server.get("env", "du"))
         leaked += not is_clean(server)
     with capsys.disabled():
         sys.stdout.write(

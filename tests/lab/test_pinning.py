@@ -9,12 +9,20 @@ from typing import Any
 import pytest
 
 from casemate_core.cpuset import CpuSet
+from support.hostlab import mortal
 from support.hostlab.server import Server
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
 
 SPEC = "  nics: []\n"
 MEMORY = "{size: 64Mi, hugepages: 2Mi, cells: one}"
+
+PIN, START = (
+    "casemate_agent.drivers.libvirt:LibvirtHypervisor.pin",
+    "casemate_agent.drivers.libvirt:LibvirtHypervisor.start",
+)
+#: Where the agent dies on the way up, and where on the way down.
+PIN_STEPS = ((f"before {PIN}", f"before {PIN}"), (f"after {PIN}", f"after {PIN}"), (f"before {START}", f"during {PIN}"))
 
 #: Run in the server: looks at every thread of every QEMU, over and over, until the file STOP is there; prints all places where
 #: each of them was allowed to run, by uuid.
@@ -56,8 +64,8 @@ def test_dedicated_vcpus_have_their_threads_pages_and_cell_and_are_put_back(serv
         assert f"bind:{cell}" in maps
         # taskset alone does not reach beyond the thread's cgroup, which libvirt confines too: it is moved by libvirt.
         server.machine.run(f"virsh vcpupin {uid} 0 {7 if threads[0] != '7' else 6} --live")
-        server.until("it is told", lambda: "AffinityChanged" in server.log(200), 60)
-        server.until("it is bound again", lambda: affinity(server, pid) == threads, 60)
+        server.until("it is told", lambda: "AffinityChanged" in server.log(200))
+        server.until("it is bound again", lambda: affinity(server, pid) == threads)
     finally:
         server.deleted("pin")
     pools = server.machine.run("cat /sys/devices/system/node/node*/hugepages/hugepages-2048kB/free_hugepages").split()
@@ -89,10 +97,41 @@ def test_the_pool_leaves_before_a_start_and_nobody_is_on_threads_of_another_for_
         server.deleted("one")
         server.deleted("two")
         pid = floating["status"]["pid"]
-        server.until("the pool has them back", lambda: everywhere(server, pid) == before, 60)
+        server.until("the pool has them back", lambda: everywhere(server, pid) == before)
         assert server.get("instance", "float-0")["status"]["pid"] == pid
     finally:
         for name in ("float", "one", "two"):
+            server.deleted(name)
+
+
+@pytest.mark.lab_faults
+def test_killed_at_each_step_of_moving_the_pool_each_thread_has_one_owner(server: Server, mortal_agent: None) -> None:
+    """The agent dies as it takes the pool off threads, binds an owner, starts it, and gives the pool its threads back."""
+    server.make_fleet()
+    try:
+        server.apply("float", SPEC)
+        floating = server.started("float")
+        pid = floating["status"]["pid"]
+        before = everywhere(server, pid)
+        for way_up, way_down in PIN_STEPS:
+            agent = mortal.arm(server, way_up)
+            server.apply("one", SPEC, cpu="{count: 2, policy: dedicated}", memory=MEMORY)
+            mortal.until_dead(server, agent)
+            one = server.started("one")
+            owned = owned_by(server, one["metadata"]["uid"])
+            claim = claim_of(server, one["metadata"]["uid"])
+            left = everywhere(server, pid)
+            assert left and not left & owned, (way_up, left, owned)
+            assert affinity(server, one["status"]["pid"]) == [str(int(thread)) for thread in claim["vcpus"]], way_up
+            server.until("it has joined again", server.joined)
+            agent = mortal.arm(server, way_down)
+            server.casemate("delete", "env", "one", "--no-wait").ok()
+            mortal.until_dead(server, agent)
+            server.until("it is gone", lambda: not server.get("env", "one"))
+            server.until("the pool has its threads back", lambda: everywhere(server, pid) == before)
+        assert server.get("instance", "float-0")["status"]["pid"] == pid
+    finally:
+        for name in ("float", "one"):
             server.deleted(name)
 
 
@@ -136,7 +175,7 @@ def watched(server: Server) -> Iterator[dict[str, dict[str, list[list[int]]]]]:
     server.machine.run("rm -f /tmp/watch.*")
     server.machine.write("/tmp/watch.py", WATCH.encode())
     server.machine.run("nohup python3 /tmp/watch.py > /dev/null 2>&1 < /dev/null &")
-    server.until("it is watched", lambda: server.machine.run("ls /tmp/watch.json", check=False), 60)
+    server.until("it is watched", lambda: server.machine.run("ls /tmp/watch.json", check=False))
     try:
         yield seen
         time.sleep(0.5)  # one more look; what it has seen so far counts in any case

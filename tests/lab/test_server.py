@@ -7,7 +7,7 @@ import pytest
 from support.hostlab.server import HOST, Server
 from support.hosts import FOLDER
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
 
 
 def test_the_server_behaves_like_one(server: Server) -> None:

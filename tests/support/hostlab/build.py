@@ -100,7 +100,11 @@ def run(command: Sequence[str | Path], *, stdin: bytes | None = None, cwd: Path 
 
 def tree_python(tree: Path, *arguments: str | Path) -> None:
     """Run the server's own Python on this machine, on files of this machine."""
-    loader = [tree / "lib64/ld-linux-x86-64.so.2", "--library-path", tree / "usr/lib/x86_64-linux-gnu"]
+    loader: list[str | Path] = [
+        tree / "lib64/ld-linux-x86-64.so.2",
+        "--library-path",
+        tree / "usr/lib/x86_64-linux-gnu",
+    ]
     environment = ["env", "-i", f"PYTHONHOME={tree}/usr", "PYTHONPATH=", "LANG=C.UTF-8"]
     run([*environment, *loader, tree / f"usr/bin/python{recipe.PYTHON}", *arguments])
 

@@ -8,6 +8,10 @@ PCIe host bridge of its own with four root ports; behind them two NICs that do S
 adapters and a test device that stand for cards to be given away. Its disk is an overlay that is gone with its folder.
 Everything listens on loopback. One ssh connection stays up; commands go through it.
 
+Several servers are one image: who each is (name, machine id, UUID of its board, MAC addresses) comes from its number, by the
+kernel's command line and by QEMU's. Servers on one ``Wire`` share an Ethernet segment: both ports of each, and one plain NIC
+of each for what goes from host to host. The wire is a Unix socket; a server that is switched off and on comes back to it.
+
 ``thread=single`` (one host thread emulates all processors) because the other kind lost timers and hit an assertion of
 QEMU's in the IOMMU, about once in eight boots.
 """
@@ -28,9 +32,8 @@ from support.hostlab import recipe
 from support.hostlab.build import LabFailed, Parts
 
 MEMORY_MIB = 6144
-#: Permanent addresses of the two ports.
-PORTS = ("52:54:00:10:01:00", "52:54:00:10:01:10")
-BOOT_TIMEOUT_S = 240.0
+BOOT_TIMEOUT_S = 600.0
+"""A boot takes about 50 s on two free cores. Whoever waits longer than that waits for other people's work, not for a fault."""
 
 
 def loader(tree: Path, program: str) -> list[str]:
@@ -44,6 +47,49 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Who a server is: ``number`` counts from 1 and tells it from every other."""
+
+    number: int = 1
+
+    @property
+    def host(self) -> str:
+        """Its name, also as a host of the fleet: ``lab``, ``lab2``, ``lab3`` …"""
+        return recipe.HOSTNAME + (str(self.number) if self.number > 1 else "")
+
+    @property
+    def ports(self) -> tuple[str, str]:
+        """Permanent addresses of its two NIC ports."""
+        return f"52:54:00:10:{self.number:02x}:00", f"52:54:00:10:{self.number:02x}:10"
+
+    @property
+    def uuid(self) -> str:
+        """Of its board, as firmware says it; libvirt calls the host by it."""
+        return f"5a6e0000-1ab0-4000-8000-{self.number:012d}"
+
+    @property
+    def machine_id(self) -> str:
+        """As systemd says it."""
+        return f"1234567890abcdef1234567890abcd{self.number:02x}"
+
+    @property
+    def address(self) -> str:
+        """On the wire, of the host itself."""
+        return f"10.98.0.{self.number}"
+
+
+#: Permanent addresses of the two ports of the first server.
+PORTS = Name().ports
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """An Ethernet segment between two servers: a Unix socket at ``path``, at which the first one listens."""
+
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +108,23 @@ class Machine:
     parts: Parts
     folder: Path
     forwards: tuple[int, ...] = ()
+    name: Name = Name()
+    wire: Wire | None = None
     ssh_port: int = field(default_factory=free_port)
+    #: When it was last switched on, of the monotonic clock.
+    powered_s: float = 0.0
     _qemu: subprocess.Popen[bytes] | None = None
     _ssh: subprocess.Popen[bytes] | None = None
 
     # --- life ---
 
     def start(self, shape: Shape | None = None) -> None:
-        """Start it on its disk (a fresh one the first time), and return when it is ready. Raises LabFailed."""
+        """Switch it on, and return when it is ready. Raises LabFailed."""
+        self.power(shape)
+        self.wait()
+
+    def power(self, shape: Shape | None = None) -> None:
+        """Switch it on, on its disk (a fresh one the first time)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         disk = self.folder / "disk.qcow2"
         if not disk.exists():
@@ -80,7 +135,7 @@ class Machine:
             self._qemu = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), cwd="/"
             )
-        self.wait()
+        self.powered_s = time.monotonic()
 
     def wait(self) -> None:
         """Until it answers, its devices are settled, and both ports have their driver."""
@@ -96,6 +151,11 @@ class Machine:
         self.run("udevadm settle -t 120; systemctl is-system-running --wait || true", timeout_s=180)
         if "rcu" in (console := self._tail("console.log", 20000)) and "stall" in console:
             raise LabFailed(f"its kernel stalled: {console[-2000:]}")
+        if self.wire is not None:
+            self.run(
+                f"n=$(basename $(dirname $(grep -l {self._plain_mac} /sys/class/net/*/address))); ip link set $n name wire0; "
+                f"ip addr add {self.name.address}/24 dev wire0; ip link set wire0 up"
+            )
 
     def _connect(self) -> None:
         self._disconnect()
@@ -204,6 +264,14 @@ class Machine:
         words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         return ["ssh", "-F", "none", "-i", str(self.parts.key), "-p", str(self.ssh_port), *words]
 
+    def console(self, size: int = 1500) -> str:
+        """The end of what its kernel and systemd said, and of what its QEMU said."""
+        return f"{self._tail('console.log', size)}\n{self._tail('qemu.log', size)}"
+
+    @property
+    def _plain_mac(self) -> str:
+        return f"52:54:00:20:{self.name.number:02x}:01"
+
     def _tail(self, name: str, size: int = 3000) -> str:
         path = self.folder / name
         return path.read_bytes()[-size:].decode(errors="replace") if path.exists() else f"{name} is not there"
@@ -214,7 +282,7 @@ class Machine:
             f"-L {tree}/usr/share/qemu -L {tree}/usr/share/seabios -L {tree}/usr/lib/ipxe/qemu",
             "-nodefaults -no-user-config -display none -M q35,kernel-irqchip=off -accel tcg,thread=single,tb-size=512",
             "-cpu max,vendor=GenuineIntel,monitor=off,la57=off -smp 8,sockets=2,cores=2,threads=2",
-            f"-m {MEMORY_MIB}",
+            f"-m {MEMORY_MIB} -name {self.name.host} -uuid {self.name.uuid}",
             f"-object memory-backend-ram,id=m0,size={half}M -object memory-backend-ram,id=m1,size={half}M",
             "-numa node,nodeid=0,cpus=0-3,memdev=m0 -numa node,nodeid=1,cpus=4-7,memdev=m1 -numa dist,src=0,dst=1,val=21",
             "-device intel-iommu,intremap=on,device-iotlb=on,aw-bits=48",
@@ -223,19 +291,28 @@ class Machine:
             f"-drive if=none,id=d0,file={self.folder}/disk.qcow2,cache=unsafe,discard=unmap",
             "-device virtio-blk-pci,drive=d0,disable-legacy=on -device virtio-rng-pci",
             f"-netdev user,id=u0,restrict=on,hostfwd=tcp:127.0.0.1:{self.ssh_port}-:22",
-            "-device virtio-net-pci,netdev=u0,mac=52:54:00:00:00:01,romfile=",
+            f"-device virtio-net-pci,netdev=u0,mac=52:54:00:00:00:{self.name.number:02x},romfile=",
         ]
+        if self.wire is not None:
+            end = "server=on" if self.name.number == 1 else "server=off,reconnect-ms=500"
+            lines += [
+                f"-netdev stream,id=wire,{end},addr.type=unix,addr.path={self.wire.path}",
+                "-netdev hubport,id=far,hubid=1,netdev=wire",
+                "-netdev hubport,id=plain,hubid=1",
+                f"-device virtio-net-pci,netdev=plain,mac={self._plain_mac},romfile=",
+            ]
         for cell, bus in ((0, "0x20"), (1, "0x60")):
             lines.append(f"-device pxb-pcie,id=pxb{cell},bus=pcie.0,bus_nr={bus},numa_node={cell}")
             lines += [
                 f"-device pcie-root-port,id=rp{cell}{n},bus=pxb{cell},chassis={cell + 1},slot={n},addr={n}.0"
                 for n in range(4)
             ]
-        for number, (port, mac) in enumerate(zip(shape.ports, PORTS, strict=False)):
+        for number, (port, mac) in enumerate(zip(shape.ports, self.name.ports, strict=False)):
             if port:
                 lines.append(f"-netdev hubport,id=n{number},hubid=1")
                 lines.append(f"-device igb,id=igb{number},bus={port},netdev=n{number},mac={mac},romfile=")
         for number, (kind, port) in enumerate(shape.cards):
             lines.append(f"-device {kind},id=card{number},bus={port}")
         words = [word for line in lines for word in line.split()]
-        return [*words, "-append", recipe.KERNEL_LINE]
+        who = f"systemd.hostname={self.name.host} systemd.machine_id={self.name.machine_id}"
+        return [*words, "-append", f"{recipe.KERNEL_LINE} {who}"]

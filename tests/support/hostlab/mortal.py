@@ -11,10 +11,14 @@ from support.hostlab.server import Server
 
 FOLDER = "/opt/mortal"
 HOOK = """
-import os, signal, sys, threading
+import inspect, os, signal, sys, threading
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
+
+async def then_die(answer):
+    await answer
+    die()
 
 def arm(number, frame):
     with open("/opt/mortal/at") as file:
@@ -33,6 +37,8 @@ def arm(number, frame):
             threading.Timer(0.3, die).start()
         answer = real(*positional, **named)
         if when == "after":
+            if inspect.iscoroutine(answer):
+                return then_die(answer)
             die()
         return answer
 
@@ -47,8 +53,8 @@ def prepare(server: Server) -> None:
     """Have the agent load the hook from its next start on, and start it again."""
     server.machine.write(f"{FOLDER}/sitecustomize.py", HOOK.encode())
     server.machine.write("/etc/systemd/system/casemate-agent.service.d/mortal.conf", UNIT.encode())
-    server.machine.run("systemctl daemon-reload; systemctl restart casemate-agent", timeout_s=120)
-    server.until("it has joined again", server.joined, 180)
+    server.machine.run("systemctl daemon-reload; systemctl restart casemate-agent", timeout_s=300)
+    server.until("it has joined again", server.joined)
 
 
 def undo(server: Server) -> None:
@@ -70,4 +76,4 @@ def arm(server: Server, at: str) -> str:
 
 def until_dead(server: Server, before: str) -> None:
     """Until that agent is dead and another runs."""
-    server.until("the agent has died where it was told to", lambda: pid(server) not in ("0", before), 240)
+    server.until("the agent has died where it was told to", lambda: pid(server) not in ("0", before))

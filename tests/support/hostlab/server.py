@@ -16,17 +16,18 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from support.fleet import Done, casemate, clean_environment
 from support.hostlab import recipe
-from support.hostlab.build import PROJECT, LabFailed, Parts, Say, build, run, tree_python
-from support.hostlab.machine import PORTS, Machine, free_port
+from support.hostlab.build import PROJECT, LabFailed, Say, build, run, tree_python
+from support.hostlab.machine import Machine, Name, Wire, free_port
 
-HOST = "lab"
+#: The first server, as a host of the fleet.
+HOST = Name().host
 CONFIG = "/etc/casemate/agent.toml"
 #: The operator's certificate, for whoever asks the manager from within the server.
 OPERATOR = "/root/operator.yaml"
@@ -41,26 +42,26 @@ AGENT = """log_level = "info"
 stop_grace_s = 20
 metrics_listen = "127.0.0.1:9470"
 """
-HARDWARE = f"""
+HARDWARE = """
 [[ports]]
-mac = "{PORTS[0]}"
+mac = "@PORT0@"
 networks = ["fronthaul"]
 vfs = 4
 
 [[ports]]
-mac = "{PORTS[1]}"
+mac = "@PORT1@"
 networks = ["fronthaul"]
 vfs = 2
 
 [[devices]]
 vendor = "1234"
 device = "1111"
-labels = {{ type = "card" }}
+labels = { type = "card" }
 
 [[devices]]
 vendor = "1b36"
 device = "0005"
-labels = {{ type = "probe" }}
+labels = { type = "probe" }
 """
 FLEET = """apiVersion: casemate/v1
 kind: Image
@@ -106,21 +107,39 @@ print(json.dumps(asdict(asyncio.run(look()))))
 """
 
 
+#: How long a test waits for what it expects. It is met in seconds on a free machine; a wait ends as soon as it is met, and a
+#: machine that is busy with other work may need many times as long.
+PATIENCE_S = 300.0
+PROGRESS_S = 30.0
+
+
+@dataclass(slots=True)
+class Outside:
+    """The manager of the fleet, on this machine."""
+
+    port: int
+    enrolment: int
+    log: Path
+    environ: dict[str, str]
+
+
 @dataclass(slots=True)
 class Server:
     """An emulated server, a manager, and ``casemate`` between them."""
 
     machine: Machine
-    folder: Path
-    port: int
-    enrolment: int
-    environ: dict[str, str]
-    uids: dict[str, str] = field(default_factory=dict)
+    outside: Outside
+    say: Say
+
+    @property
+    def host(self) -> str:
+        """Its name as a host of the fleet."""
+        return self.machine.name.host
 
     # --- as a user ---
 
-    def casemate(self, *arguments: str, stdin: str = "", timeout_s: float = 60) -> Done:
-        return casemate(*arguments, environ=self.environ, stdin=stdin, timeout_s=timeout_s)
+    def casemate(self, *arguments: str, stdin: str = "", timeout_s: float = 120) -> Done:
+        return casemate(*arguments, environ=self.outside.environ, stdin=stdin, timeout_s=timeout_s)
 
     def get(self, kind: str, name: str) -> dict[str, Any]:
         """One object; empty where there is none."""
@@ -136,9 +155,17 @@ class Server:
 
     # --- as an administrator of the server ---
 
-    def install(self) -> None:
+    def settle(self, archive: bytes, hardware: str = HARDWARE) -> None:
+        """From a booted server to one whose agent runs under a certificate of its own."""
+        self.machine.run("systemctl start --no-block libvirtd")
+        self.install(archive)
+        self.configure(hardware)
+        self.join()
+        self.machine.run("systemctl start libvirtd", timeout_s=PATIENCE_S)
+        self.start_agent()
+
+    def install(self, archive: bytes) -> None:
         """The agent of this working tree, as a service that is not started yet."""
-        archive = agent_archive(self.machine.parts.tree)
         target = f"/usr/local/lib/python{recipe.PYTHON}/dist-packages"
         self.machine.run(f"tar -x -z -C {target} -f -", stdin=archive, timeout_s=120)
         for name, place in SHIPPED.items():
@@ -148,7 +175,7 @@ class Server:
             script = f'#!/bin/sh\nexec /usr/bin/python3 -m {package} "$@"\n'
             self.machine.run(f"cat > /usr/bin/{name} && chmod 755 /usr/bin/{name}", stdin=script.encode())
         self.machine.write("/etc/profile.d/casemate.sh", self.profile().encode())
-        self.machine.write(OPERATOR, Path(self.environ["CASEMATE_CONFIG"]).read_bytes())
+        self.machine.write(OPERATOR, Path(self.outside.environ["CASEMATE_CONFIG"]).read_bytes())
         self.machine.run(f"chmod 600 {OPERATOR}; systemd-sysusers; systemctl daemon-reload")
         self.machine.run("systemctl restart systemd-modules-load", timeout_s=60)
 
@@ -158,19 +185,21 @@ class Server:
 
     def configure(self, hardware: str = HARDWARE) -> None:
         """Settings of the agent; they hold from its next start."""
+        for number, mac in enumerate(self.machine.name.ports):
+            hardware = hardware.replace(f"@PORT{number}@", mac)
         self.machine.write(CONFIG, (AGENT + hardware).encode())
 
     def join(self) -> None:
         """Become a host of the fleet, by a token that is good once."""
-        token = self.casemate("host", "token", "create", HOST).ok().strip()
-        command = f"casemate-agent join --manager 127.0.0.1:{self.enrolment}"
-        self.machine.run(command, stdin=token.encode(), timeout_s=120)
+        token = self.casemate("host", "token", "create", self.host).ok().strip()
+        command = f"casemate-agent join --manager 127.0.0.1:{self.outside.enrolment}"
+        self.machine.run(command, stdin=token.encode(), timeout_s=PATIENCE_S)
 
     def start_agent(self) -> None:
-        self.machine.run("systemctl start casemate-agent", timeout_s=300)
+        self.machine.run("systemctl start casemate-agent", timeout_s=PATIENCE_S)
 
     def stop_agent(self) -> None:
-        self.machine.run("systemctl stop casemate-agent", timeout_s=60)
+        self.machine.run("systemctl stop casemate-agent", timeout_s=PATIENCE_S)
 
     def kill_agent(self) -> None:
         """SIGKILL; systemd starts it again."""
@@ -180,6 +209,20 @@ class Server:
         """The end of the agent's log."""
         ask = f"systemctl status 'casemate-*' --no-pager -n 0; journalctl -u 'casemate-*' -n {lines} --no-pager -o cat"
         return self.machine.run(ask, check=False)
+
+    def told(self, reason: str) -> int:
+        """How many events about the host have this reason."""
+        rows = self.casemate("events", f"host/{self.host}", "-o", "json").ok().splitlines()
+        return sum(json.loads(row)["reason"] == reason for row in rows)
+
+    def story(self) -> str:
+        """What all of them said last, for whoever reads a failure: agent, relay, kernel, manager. Never raises."""
+        try:
+            inside = self.log()
+        except LabFailed as error:
+            inside = f"the server does not say: {error}"
+        outside = self.outside.log.read_text(errors="replace")[-2500:]
+        return f"--- agent and relay of {self.host}\n{inside}\n--- console\n{self.machine.console()}\n--- manager\n{outside}"
 
     def make_fleet(self) -> None:
         """The image of the tiny guest and the physical network that the ports reach."""
@@ -191,38 +234,46 @@ class Server:
         text = ENVIRONMENT.replace("@NAME@", name).replace("@SPEC@", spec)
         self.casemate("apply", "-f", "-", stdin=text.replace("@CPU@", cpu).replace("@MEMORY@", memory)).ok()
 
-    def started(self, name: str, timeout_s: float = 120) -> dict[str, Any]:
+    def started(self, name: str) -> dict[str, Any]:
         """The one instance of an environment, once its domain runs."""
+        return self.running(f"{name}-0")
+
+    def running(self, instance: str) -> dict[str, Any]:
+        """An instance, once its domain runs."""
 
         def runs() -> dict[str, Any]:
-            found = self.get("instance", f"{name}-0")
+            found = self.get("instance", instance)
             return found if found.get("status", {}).get("pid") else {}
 
-        found: dict[str, Any] = self.until(f"{name} runs", runs, timeout_s)
+        found: dict[str, Any] = self.until(f"{instance} runs", runs)
         return found
 
-    def deleted(self, name: str, timeout_s: float = 120) -> None:
+    def deleted(self, name: str) -> None:
         """End an environment, and wait until nothing of it is left."""
         self.casemate("delete", "env", name, "--ignore-not-found", "--no-wait").ok()
-        self.until(f"{name} is gone", lambda: not self.get("env", name), timeout_s)
+        self.until(f"{name} is gone", lambda: not self.get("env", name))
 
     def functions(self) -> dict[str, Any]:
         """Virtual functions and devices as the agent's own driver reads them, from outside of the agent."""
         found: dict[str, Any] = json.loads(self.machine.run(f"python3 -c {shlex.quote(LOOK)}", timeout_s=60))
         return found
 
-    def until(self, what: str, met: Callable[[], Any], timeout_s: float = 90) -> Any:
-        """What ``met`` answers as soon as it is true. Raises LabFailed, with the agent's log."""
-        give_up_s = time.monotonic() + timeout_s
+    def until(self, what: str, met: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
+        """What ``met`` answers as soon as it is true; says now and then that it waits. Raises LabFailed."""
+        began_s = said_s = time.monotonic()
         while not (answer := met()):
-            if time.monotonic() > give_up_s:
-                raise LabFailed(f"not within {timeout_s:g} s: {what}\n{self.log()}")
-            time.sleep(0.5)
+            now_s = time.monotonic()
+            if now_s - began_s > timeout_s:
+                raise LabFailed(f"not within {timeout_s:g} s: {what}")
+            if now_s - said_s > PROGRESS_S:
+                said_s = now_s
+                self.say(f"{now_s - began_s:.0f} s waiting until {what}")
+            time.sleep(0.3)
         return answer
 
     def joined(self) -> bool:
         """Whether the manager hears the host, and the host is ready."""
-        return bool(self.get("host", HOST).get("status", {}).get("phase") == "Ready")
+        return bool(self.get("host", self.host).get("status", {}).get("phase") == "Ready")
 
 
 def agent_archive(tree: Path) -> bytes:
@@ -233,7 +284,16 @@ def agent_archive(tree: Path) -> bytes:
         run([python, "-m", "hatchling", "build", "-t", "wheel", "-d", work], cwd=PROJECT)
         wheel = next(work.glob("*.whl"))
         packages = work / "packages"
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-index"]
+        pip: list[str | Path] = [
+            python,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+        ]
         run([*pip, "--no-compile", "--target", packages, wheel])
         shutil.rmtree(packages / "bin", ignore_errors=True)
         tree_python(tree, "-m", "compileall", "-q", "-s", packages, packages)
@@ -245,18 +305,21 @@ def agent_archive(tree: Path) -> bytes:
 
 
 @contextmanager
-def manager_beside(folder: Path, port: int, enrolment: int) -> Iterator[Path]:
-    """A manager on loopback, as a process; the file of its operator."""
+def manager_beside(folder: Path) -> Iterator[Outside]:
+    """A manager on loopback, as a process, and the environment of its operator."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port, enrolment = free_port(), free_port()
     environ = clean_environment(folder)
     manager = [sys.executable, "-m", "casemate_manager"]
     state, operator = str(folder / "manager"), folder / "operator.yaml"
     run([*manager, "operator", "--state-dir", state, "--manager", f"127.0.0.1:{port}", "--out", operator])
     command = [*manager, "serve", "--state-dir", state]
     command += ["--listen", f"127.0.0.1:{port}", "--listen-enrolment", f"127.0.0.1:{enrolment}"]
-    with (folder / "manager.log").open("ab") as log:
+    path = folder / "manager.log"
+    with path.open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, cwd="/")
     try:
-        yield operator
+        yield Outside(port, enrolment, path, {**environ, "CASEMATE_CONFIG": str(operator)})
     finally:
         process.terminate()
         try:
@@ -267,26 +330,35 @@ def manager_beside(folder: Path, port: int, enrolment: int) -> Iterator[Path]:
 
 
 @contextmanager
-def server_up(folder: Path, say: Say, hardware: str = HARDWARE, parts: Parts | None = None) -> Iterator[Server]:
-    """A server with our agent in it, joined to a manager; all of it ended afterwards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    port, enrolment = free_port(), free_port()
-    machine = Machine(parts or build(say), folder / "machine", forwards=(port, enrolment))
-    with manager_beside(folder, port, enrolment) as operator:
-        environ = {**clean_environment(folder), "CASEMATE_CONFIG": str(operator)}
-        server = Server(machine, folder, port, enrolment, environ)
-        try:
+def servers_up(folder: Path, say: Say, count: int = 1, hardware: str = HARDWARE) -> Iterator[list[Server]]:
+    """Servers with our agent in them, joined to one manager, on one wire if they are two; all of it ended afterwards."""
+    parts = build(say)
+    wire = Wire(folder / "wire") if count > 1 else None
+    with manager_beside(folder) as outside, ExitStack() as ends:
+        archive = agent_archive(parts.tree)
+        servers = []
+        for number in range(1, count + 1):
+            name = Name(number)
+            machine = Machine(parts, folder / name.host, (outside.port, outside.enrolment), name, wire)
+            servers.append(Server(machine, outside, say))
+            ends.callback(machine.stop)
+            machine.power()
+        for server in servers:
             began = time.monotonic()
-            machine.start()
-            say(f"booted in {time.monotonic() - began:.0f} s")
-            server.install()
-            server.configure(hardware)
-            machine.run("systemctl start libvirtd", timeout_s=120)
-            server.join()
-            server.start_agent()
-            say(f"agent installed after {time.monotonic() - began:.0f} s")
-            server.until("the host has joined", server.joined, 300)
-            say(f"joined after {time.monotonic() - began:.0f} s")
-            yield server
-        finally:
-            machine.stop()
+            server.machine.wait()
+            say(f"{server.host}: booted in {time.monotonic() - server.machine.powered_s:.0f} s")
+            try:
+                server.settle(archive, hardware)
+                say(f"{server.host}: agent installed and started in {time.monotonic() - began:.0f} s")
+                server.until(f"{server.host} has joined", server.joined)
+            except LabFailed as error:
+                raise LabFailed(f"{error}\n{server.story()}") from error
+            say(f"{server.host}: joined after {time.monotonic() - began:.0f} s")
+        yield servers
+
+
+@contextmanager
+def server_up(folder: Path, say: Say) -> Iterator[Server]:
+    """One server."""
+    with servers_up(folder, say) as servers:
+        yield servers[0]
