@@ -14,7 +14,7 @@ from support.hostlab.server import Server
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3600)]
 
-SPEC = "  nics: []\n"
+SPEC = "  isolated: true\n"
 MEMORY = "{size: 64Mi, hugepages: 2Mi, cells: one}"
 
 PIN, START = (

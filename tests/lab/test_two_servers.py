@@ -35,6 +35,7 @@ spec:
   image: tiny
   disk: {size: 16Mi}
   virtualisation: any
+  isolated: true
   placement: {affinity: [{kind: apart, match: {app: pair}, topology: host, required: true}]}
 """
 
