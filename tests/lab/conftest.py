@@ -4,7 +4,9 @@ Each test leaves the server as it found it: no environments, no agent that is st
 relay, kernel and manager said last.
 """
 
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -37,12 +39,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def sayer(request: pytest.FixtureRequest) -> Say:
-    """Progress, on the terminal of whoever runs this."""
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    """Progress, on the terminal of whoever runs this, and not into what is captured of a test."""
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
 
     def say(text: str) -> None:
-        if reporter is not None:
-            reporter.write_line(f"lab: {text}")
+        with capture.global_and_fixture_disabled() if capture is not None else nullcontext():
+            sys.stdout.write(f"\nlab: {text}")
+            sys.stdout.flush()
 
     return say
 

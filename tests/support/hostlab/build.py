@@ -45,6 +45,8 @@ class Parts:
     kernel: Path
     initrd: Path
     key: Path
+    #: What libvirt found out about the server's QEMU, kept from the first server that ran on this disk; see `server`.
+    probed: Path
 
 
 def build(say: Say, cache: Path = CACHE) -> Parts:
@@ -64,7 +66,9 @@ def build(say: Say, cache: Path = CACHE) -> Parts:
         if not disk.exists():
             say("the server's disk")
             _make(disk, cache, lambda work: _build_disk(tree, work))
-    return Parts(tree / "root", disk / "lab.img", disk / "vmlinuz", disk / "initrd.gz", disk / "key")
+    return Parts(
+        tree / "root", disk / "lab.img", disk / "vmlinuz", disk / "initrd.gz", disk / "key", disk / "probed.tar"
+    )
 
 
 @contextmanager
@@ -159,6 +163,8 @@ def _build_disk(tree: Path, work: Path) -> None:
     image = work / "lab.img"
     with image.open("wb") as file:
         file.truncate(recipe.DISK_MIB * 1024 * 1024)
+    # libvirt starts every emulator that it finds, to ask it what it can: the one that nobody uses costs seconds, or a minute.
+    (root / "usr/bin/qemu-system-i386").unlink()
     options = ["-O", "^has_journal,^metadata_csum,^resize_inode", "-E", "lazy_itable_init=1,root_owner=0:0"]
     run(["mke2fs", "-q", "-t", "ext4", *options, "-m", "0", "-d", root, image])
     shutil.rmtree(root)

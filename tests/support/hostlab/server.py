@@ -6,8 +6,10 @@ units are the ones that are shipped, with their confinement. The host joins by a
 own loopback, and ssh carries those ports to the manager's.
 """
 
+import base64
 import io
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -29,6 +31,9 @@ from support.hostlab.machine import Machine, Name, Wire, free_port
 #: The first server, as a host of the fleet.
 HOST = Name().host
 CONFIG = "/etc/casemate/agent.toml"
+#: Where libvirt keeps what it found out about emulators. It probes them for 10 s on an emulated processor; what was found holds
+#: for the same binaries on the same kernel and processor, which libvirt checks itself.
+PROBED = "/var/cache/libvirt/qemu"
 #: The operator's certificate, for whoever asks the manager from within the server.
 OPERATOR = "/root/operator.yaml"
 #: What is installed of the working tree beside the packages: as a person would, and as docs/join.md says.
@@ -157,11 +162,19 @@ class Server:
 
     def settle(self, archive: bytes, hardware: str = HARDWARE) -> None:
         """From a booted server to one whose agent runs under a certificate of its own."""
-        self.machine.run("systemctl start --no-block libvirtd")
+        probed = self.machine.parts.probed
+        if probed.exists():
+            self.machine.run(f"tar -x -C {PROBED} -f -", stdin=probed.read_bytes())
+        self.machine.run(
+            "systemctl start libvirtd; (virsh capabilities > /dev/null 2>&1 < /dev/null &)", timeout_s=PATIENCE_S
+        )
         self.install(archive)
         self.configure(hardware)
         self.join()
-        self.machine.run("systemctl start libvirtd", timeout_s=PATIENCE_S)
+        self.machine.run("virsh capabilities > /dev/null", timeout_s=PATIENCE_S)
+        if not probed.exists():
+            found = self.machine.run(f"tar -c -C {PROBED} . | base64")
+            write_whole(probed, base64.b64decode(found))
         self.start_agent()
 
     def install(self, archive: bytes) -> None:
@@ -274,6 +287,13 @@ class Server:
     def joined(self) -> bool:
         """Whether the manager hears the host, and the host is ready."""
         return bool(self.get("host", self.host).get("status", {}).get("phase") == "Ready")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that others may read at the same time."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_bytes(data)
+    new.rename(path)
 
 
 def agent_archive(tree: Path) -> bytes:
