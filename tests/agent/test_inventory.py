@@ -112,8 +112,10 @@ def test_ports_are_read_from_sysfs_and_netlink(tmp_path: Path) -> None:
     )
     (tmp_path / "sys/bus/pci/drivers/igb").mkdir(parents=True)
     (here.resolve() / "driver").symlink_to(tmp_path / "sys/bus/pci/drivers/igb")
-    assert read_ports(tmp_path, lambda: {"enp33s0": MAC}) == (Port(MAC, "0000:21:00.0", "enp33s0", "igb", 7, 4, 0),)
-    assert read_ports(tmp_path, dict) == (), "a port without a permanent address has no identity"
+    assert read_ports(tmp_path, lambda names: dict.fromkeys(names, MAC)) == (
+        Port(MAC, "0000:21:00.0", "enp33s0", "igb", 7, 4, 0),
+    )
+    assert read_ports(tmp_path, lambda _: {}) == (), "a port without a permanent address has no identity"
 
 
 @pytest.mark.parametrize(

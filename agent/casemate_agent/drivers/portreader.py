@@ -1,13 +1,15 @@
 """NIC ports with SR-IOV, from netlink and sysfs.
 
-For: ``drivers.sysfs`` and ``drivers.sriov``. What may live here: pyroute2's link dump, joined with the PCI functions by the
-name that both give an interface at this moment. Nothing is written.
+For: ``drivers.sysfs`` and ``drivers.sriov``. What may live here: what netlink says of an interface, joined
+with the PCI functions by the name that both give an interface at this moment. Nothing is written.
 """
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from pyroute2 import IPRoute
+from pyroute2 import IPRoute, NetlinkError
 
 from casemate_agent.drivers.inventory import PCI, Port
 
@@ -16,32 +18,45 @@ PortReader = Callable[[], tuple[Port, ...]]
 _UNKNOWN_SPEEDS = (-1, 0xFFFF, 0xFFFFFFFF)
 
 
-def permanent_addresses() -> dict[str, str]:
-    """Interface name -> permanent MAC, of this network namespace. Raises OSError and NetlinkError."""
+def permanent_addresses(interfaces: Collection[str]) -> dict[str, str]:
+    """Interface name -> permanent MAC, of this network namespace. Raises OSError and NetlinkError.
+
+    Each is asked for by its name: a list of all would hold the taps of every VM, a millisecond each, every few seconds.
+    """
     found = {}
     with IPRoute() as ip:
-        for link in ip.get_links():
-            # A driver that does not know it says nothing, or zeroes: such a port has no identity.
-            address = link.get_attr("IFLA_PERM_ADDRESS") or ""
-            if address.strip("0:"):
-                found[link.get_attr("IFLA_IFNAME")] = address.lower()
+        for name in interfaces:
+            for link in named_link(ip, name):
+                # A driver that does not know it says nothing, or zeroes: such a port has no identity.
+                address = link.get_attr("IFLA_PERM_ADDRESS") or ""
+                if address.strip("0:"):
+                    found[name] = address.lower()
     return found
 
 
+def named_link(ip: IPRoute, name: str, **filters: int) -> tuple[Any, ...]:
+    """The kernel's message about one interface; empty where there is none of that name. Raises NetlinkError."""
+    try:
+        return tuple(ip.link("get", ifname=name, **filters))
+    except NetlinkError as error:
+        if error.code == errno.ENODEV:
+            return ()
+        raise
+
+
 def read_ports(
-    root: Path = Path("/"), addresses: Callable[[], dict[str, str]] = permanent_addresses
+    root: Path = Path("/"), addresses: Callable[[Collection[str]], Mapping[str, str]] = permanent_addresses
 ) -> tuple[Port, ...]:
     """Every physical function of this machine that is a NIC port, with its VFs counted."""
-    permanent: dict[str, str] | None = None
-    ports = []
+    # A function with several ports has several interfaces; its VFs hang off the first. One without any has no driver (yet), or
+    # is no NIC.
+    first: dict[Path, str] = {}
     for total in sorted((root / PCI).glob("*/sriov_totalvfs")):
-        folder = total.parent
-        names = sorted(path.name for path in folder.glob("net/*"))
-        if not names:
-            continue  # its driver is not there (yet), or it is no NIC
-        permanent = addresses() if permanent is None else permanent
-        # A function with several ports has several interfaces; its VFs hang off the first.
-        name = names[0]
+        if names := sorted(path.name for path in total.parent.glob("net/*")):
+            first[total.parent] = names[0]
+    permanent = addresses(tuple(first.values())) if first else {}
+    ports = []
+    for folder, name in first.items():
         if name not in permanent:
             continue
         ports.append(
@@ -50,7 +65,7 @@ def read_ports(
                 address=folder.name,
                 interface=name,
                 driver=(folder / "driver").resolve().name if (folder / "driver").exists() else "",
-                total_vfs=int(total.read_text()),
+                total_vfs=int((folder / "sriov_totalvfs").read_text()),
                 vfs=int((folder / "sriov_numvfs").read_text()),
                 link_mbps=_speed(folder / "net" / name / "speed"),
             )

@@ -122,6 +122,7 @@ class HostFunctions:
             return FunctionFacts()
         stamps = self._read_stamps()
         ports = self._ports()
+        told = vflink.read_states([port.interface for port in ports.values()]) if ports else {}
         vfs: dict[str, VfFacts] = {}
         problems, uncut = [], []
         for rule in self._port_rules:
@@ -135,7 +136,7 @@ class HostFunctions:
                 problems.append(
                     f"PoolSize: port {port.mac} has {port.vfs} VFs, {wanted} are configured; it is cut again at a reboot"
                 )
-            states = vflink.read_states(port.interface)
+            states = told[port.interface]
             for index, address in self._addresses(port).items():
                 key = vf_key(port.mac, index)
                 state = states.get(index, VfState(mac="?"))
@@ -217,7 +218,7 @@ class HostFunctions:
 
     def _set_state(self, port: Port, granted: GrantedVf, before: VfState) -> None:
         vflink.write_state(port.interface, granted.index, granted.state, before)
-        after = vflink.read_states(port.interface).get(granted.index)
+        after = vflink.read_states([port.interface])[port.interface].get(granted.index)
         if after is None:
             raise VfMismatch(f"VF {granted.key} is gone from its port")
         if differences := granted.state.differences(after):

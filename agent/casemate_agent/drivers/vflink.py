@@ -7,10 +7,12 @@ its error, not which it was. An attribute that is so already is not written: dri
 nothing would change (igb: a lowest rate of 0).
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
 
+from casemate_agent.drivers.portreader import named_link
 from casemate_agent.hardware.functions import VfState
 from casemate_core.errors import MachineError
 
@@ -34,18 +36,16 @@ class VfRefused(MachineError):
     reason = "VfRefused"
 
 
-def read_states(interface: str) -> dict[int, VfState]:
-    """VF index -> its state. Raises NetlinkError and OSError; an interface that is gone has no VFs."""
+def read_states(interfaces: Collection[str]) -> dict[str, dict[int, VfState]]:
+    """Interface -> VF index -> its state. Raises NetlinkError and OSError; an interface that is gone has no VFs."""
+    found: dict[str, dict[int, VfState]] = {name: {} for name in interfaces}
     with IPRoute() as ip:
-        found = ip.link_lookup(ifname=interface)
-        if not found:
-            return {}
-        states = {}
-        for link in ip.get_links(found[0], ext_mask=_WITH_VFS):
-            listed = link.get_attr("IFLA_VFINFO_LIST")
-            for info in listed.get_attrs("IFLA_VF_INFO") if listed is not None else ():
-                states[info.get_attr("IFLA_VF_MAC")["vf"]] = _state(info)
-        return states
+        for name, states in found.items():
+            for link in named_link(ip, name, ext_mask=_WITH_VFS):
+                listed = link.get_attr("IFLA_VFINFO_LIST")
+                for info in listed.get_attrs("IFLA_VF_INFO") if listed is not None else ():
+                    states[info.get_attr("IFLA_VF_MAC")["vf"]] = _state(info)
+    return found
 
 
 def _state(info: Any) -> VfState:

@@ -59,7 +59,8 @@ def build(say: Say, cache: Path = CACHE) -> Parts:
     disk = cache / f"disk-{recipe.disk_key(LOCK.read_text())}"
     with _exclusive(cache, say):
         for leftover in cache.glob(".new-*"):
-            shutil.rmtree(leftover)
+            # What was killed as it built a tree may have left /proc and /sys mounted there: nothing of those is to be removed.
+            subprocess.run(["rm", "-rf", "--one-file-system", leftover], capture_output=True, check=False)
         if not tree.exists():
             say(f"Debian {recipe.SUITE} tree, some minutes")
             _make(tree, cache, _build_tree)

@@ -355,7 +355,6 @@ def servers_up(folder: Path, say: Say, count: int = 1, hardware: str = HARDWARE)
     parts = build(say)
     wire = Wire(folder / "wire") if count > 1 else None
     with manager_beside(folder) as outside, ExitStack() as ends:
-        archive = agent_archive(parts.tree)
         servers = []
         for number in range(1, count + 1):
             name = Name(number)
@@ -363,6 +362,7 @@ def servers_up(folder: Path, say: Say, count: int = 1, hardware: str = HARDWARE)
             servers.append(Server(machine, outside, say))
             ends.callback(machine.stop)
             machine.power()
+        archive = agent_archive(parts.tree)  # while they boot
         for server in servers:
             began = time.monotonic()
             server.machine.wait()
