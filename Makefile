@@ -47,6 +47,10 @@ lab-shell: venv ## a shell in such a server, its agent joined to a manager, `cas
 	@.ci/apt-install lab
 	@PYTHONPATH=tests $(BIN)/python -m support.hostlab shell
 
+.PHONY: fuzz
+fuzz: venv ## a coverage-guided fuzzer on every parser of foreign bytes, a minute each; ARGS="--seconds 600 --target qcow2"
+	@.ci/fuzz $(ARGS)
+
 .PHONY: lint
 lint: venv ## ruff, mypy, import contracts, freshness of generated code
 	@.ci/lint

@@ -32,7 +32,7 @@ def declared() -> set[str]:
 
 def locked() -> dict[str, set[str]]:
     versions: dict[str, set[str]] = {}
-    for name in ("build.lock", "requirements.lock"):
+    for name in ("build.lock", "requirements.lock", "fuzz.lock"):
         for package, version in re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / ".ci" / name).read_text(), re.MULTILINE):
             versions.setdefault(normal(package), set()).add(version)
     return versions
@@ -76,5 +76,5 @@ def test_every_debian_package_is_accounted_for() -> None:
 
 
 def test_locks_name_no_index() -> None:
-    for name in ("build.lock", "requirements.lock"):
+    for name in ("build.lock", "requirements.lock", "fuzz.lock"):
         assert "://" not in (ROOT / ".ci" / name).read_text()

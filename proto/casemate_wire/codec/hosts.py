@@ -383,6 +383,13 @@ def _image_to_message(image: ImageRef) -> pb.HostImage:
     )
 
 
+def _cmdline(value: str) -> str:
+    """One printable line: what XML would not give back as it was written (a carriage return), or cannot hold, is none."""
+    if not _text(value, 2000).isprintable():
+        raise BadMessage(f"a kernel's command line that is not one printable line: {shown(value)!r}")
+    return value
+
+
 def _image_from_message(m: pb.HostImage) -> ImageRef:
     if m.type not in ("disk", "oci-archive") or m.format not in ("raw", "qcow2"):
         raise BadMessage(f"image of type {shown(m.type)!r} and format {shown(m.format)!r}")
@@ -393,7 +400,7 @@ def _image_from_message(m: pb.HostImage) -> ImageRef:
         format=m.format,
         kernel=_file_from_message(m.kernel) if m.HasField("kernel") else None,
         initrd=_file_from_message(m.initrd) if m.HasField("initrd") else None,
-        cmdline=_text(m.cmdline, 2000),
+        cmdline=_cmdline(m.cmdline),
     )
 
 
