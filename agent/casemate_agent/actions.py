@@ -325,6 +325,23 @@ class PrepareGpus:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveShares:
+    """Have the instance's slices of GPUs made for its domain."""
+
+    desired: DesiredInstance
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TakeShares:
+    """Destroy slices of GPUs that an instance had, by name."""
+
+    uid: str
+    shares: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AttachGpus:
     """Record that a domain is about to run with its GPUs: from here on they are dirty."""
 
@@ -379,6 +396,8 @@ class QuarantineGpu:
     why: str
     reason: str
     order: str = ""
+    #: Others have slices of it: when the last of them is gone.
+    later: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +458,8 @@ Action = (
     | Certify
     | PrepareGpus
     | AttachGpus
+    | GiveShares
+    | TakeShares
     | GpuAction
 )
 

@@ -26,6 +26,7 @@ from casemate_agent.drivers.sriov import HostFunctions
 from casemate_agent.drivers.survey import HostSurveyor
 from casemate_agent.drivers.sysfs import HostMachine
 from casemate_agent.drivers.tuning import HostTuning
+from casemate_agent.drivers.vgpu import HostShares
 from casemate_agent.drivers.volumes import VolumeFiles
 from casemate_agent.metrics.families import LIBVIRT_FAILED, LIBVIRT_S
 from casemate_agent.relay.pipe import Relay, uid_of
@@ -55,6 +56,8 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
         stack.push_async_callback(machine.aclose)
         cards = HostCards(gpus, scrubber=config.gpu.scrubber)
         stack.push_async_callback(cards.aclose)
+        shares = HostShares(gpus, state_dir)
+        stack.push_async_callback(shares.aclose)
         download = Relay(Path(config.relay), uid_of(config.relay_user)).download if config.relay else http_download
         images = ImageStore(state_dir, SourceRules(folders=tuple(config.image_folders)), download=download)
         stack.push_async_callback(images.aclose)
@@ -99,6 +102,7 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             serials=serials,
             gpus=gpus,
             cards=cards,
+            shares=shares,
             functions=functions,
             tuning=tuning,
             partitions=partitions,

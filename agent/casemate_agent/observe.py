@@ -24,6 +24,7 @@ from casemate_agent.drivers.ports import (
 )
 from casemate_agent.gpu.health import GpuHealth
 from casemate_agent.gpu.readings import CardFacts
+from casemate_agent.gpu.shares import ShareFacts
 from casemate_agent.hardware.functions import FunctionFacts
 from casemate_agent.ledger.records import GuestView, InstanceRecord, Observation
 from casemate_agent.plan.drafting import ACTIVE
@@ -170,6 +171,7 @@ class Observer:
         (domains, files, networks, functions, volumes, _), cards = await asyncio.gather(
             looks, self._look_at_cards(machine, silent)
         )
+        shares = await self._look_at_shares(machine, silent)
         self._functions = functions if functions is not None else self._functions
         watched = tuple(filter(None, (d.pid for d in domains or () if self._watched(d))))
         self._affinities = await self._look_at_pins(watched)
@@ -191,6 +193,7 @@ class Observer:
             volumes=volumes,
             cards=cards,
             gpu_health=dict(gpu_health),
+            shares=shares,
             affinities=self._affinities,
             partitions=self._partitions.domains,
             set_aside=self._partitions.set_aside,
@@ -231,6 +234,12 @@ class Observer:
         if not machine.topology.gpus:
             return {}
         return await self._ask("cards", self.drivers.cards.look, self.deadline_s, silent)
+
+    async def _look_at_shares(self, machine: MachineFacts, silent: dict[str, str]) -> Mapping[str, ShareFacts] | None:
+        """Slices of GPUs; a host whose GPUs cannot be cut is not asked."""
+        if not any(gpu.share_profiles or gpu.share_step_milli for gpu in machine.topology.gpus):
+            return {}
+        return await self._ask("shares", self.drivers.shares.look, self.deadline_s, silent)
 
     async def _check_network(self, now_s: float) -> None:
         """Ask whether this host can make networks, where the last answer is old."""

@@ -183,7 +183,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("MODEL", lambda o: _text(o.status.model)),
         Column("PHASE", lambda o: _text(o.status.phase) + (f",{o.status.order}" if o.status.order else "")),
         Column("HEALTH", lambda o: _text(o.status.health)),
-        Column("INSTANCE", lambda o: _text(o.status.instance)),
+        Column("INSTANCE", lambda o: _text(o.status.instance or ",".join(s.instance for s in o.status.slices))),
         Column("MEMORY", lambda o: _text(o.status.memory), wide=True),
         Column("DRIVER", lambda o: _text(o.status.driver), wide=True),
         Column("ADDRESS", lambda o: _text(o.status.pci_address), wide=True),

@@ -321,7 +321,7 @@ class FleetColumns:
 
     def _kind(self, gpus: Iterable[Gpu]) -> int:
         held = tuple(gpus)
-        sliced = any(g.share_profiles or g.share_step_milli for g in held)
+        sliced = any(g.share_step_milli or not all(p.bare for p in g.share_profiles) for g in held)
         key = (tuple(sorted({g.model for g in held})), sliced)
         if key not in self._kind_of:
             self._kind_of[key] = len(self.kinds)

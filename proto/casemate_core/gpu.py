@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from casemate_core.claims import Claim
+from casemate_core.claims import Claim, GpuShare
 
 
 class GpuPhase(StrEnum):
@@ -107,6 +107,29 @@ class Passport:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuFigures:
+    """What was read of a GPU last, at ``at_s`` (seconds since the epoch); None is unknown. ``told_by``: ``host`` or
+    ``guest``, empty where nobody told more than the link, which the host sees at all times."""
+
+    told_by: str = ""
+    at_s: float = 0.0
+    temperature_c: int | None = None
+    power_w: float | None = None
+    gpu_busy_percent: int | None = None
+    memory_used_mib: int | None = None
+    ecc_corrected: int | None = None
+    ecc_uncorrected: int | None = None
+    rows_remapped: int | None = None
+    rows_pending: bool | None = None
+    rows_failed: bool | None = None
+    link_speed_gts: float | None = None
+    link_speed_max_gts: float | None = None
+    link_width: int | None = None
+    link_width_max: int | None = None
+    link_errors: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpuState:
     """What a host says of one of its GPUs. ``owner``: uid of the instance that it is given to; ``since_s``: in this state."""
 
@@ -124,11 +147,15 @@ class GpuState:
     #: Order of an operator that was carried out last.
     order: str = ""
     passport: Passport | None = None
+    figures: GpuFigures | None = None
 
     @property
     def held(self) -> str:
-        """Why it is given to nobody; empty where it may be."""
-        return "" if self.phase in ASSIGNABLE else f"{self.phase}{f': {self.reason}' if self.reason else ''}"
+        """Why it is given to nobody; empty where it may be. One that carries slices and is to be held back when the last of
+        them is gone takes no more of them."""
+        if self.phase in ASSIGNABLE:
+            return f"held back: {self.reason}" if self.reason else ""
+        return f"{self.phase}{f': {self.reason}' if self.reason else ''}"
 
 
 class GpuVerb(StrEnum):
@@ -158,6 +185,11 @@ _HELD: Final = "gpu:"
 def hold(uuid: str, why: str) -> Claim:
     """The claim that keeps a GPU from everybody. ``why`` is told where somebody asks for it."""
     return Claim(owner=f"{_HELD}{uuid}:{why}", gpus=(uuid,))
+
+
+def hold_rest(uuid: str, why: str, used_milli: int) -> Claim:
+    """The claim that keeps what is left of a GPU, of which others have slices, from everybody."""
+    return Claim(owner=f"{_HELD}{uuid}:{why}", shares=(GpuShare(uuid, 1000 - used_milli),))
 
 
 def held_because(owner: str) -> str:

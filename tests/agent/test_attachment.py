@@ -205,3 +205,22 @@ def test_places_are_read_from_sysfs(tmp_path: Path) -> None:
     (links / "0000:18:00.0").symlink_to(real)
     found = read_places(("0000:18:00.0", "0000:99:00.0"), tmp_path)
     assert found == (FunctionPlace("0000:18:00.0", "pci0000:17", 1, 128 * GIB), FunctionPlace("0000:99:00.0"))
+
+
+def test_a_slice_is_a_mediated_device_or_a_virtual_function(golden: Callable[[str, str], None]) -> None:
+    claim = placed(host("hgx-h200"), Request(CpuRequest(4), MemoryRequest(8192)))
+    folder = f"/var/lib/casemate/instances/{UID}"
+    files = DomainFiles(
+        root=f"{folder}/root.qcow2",
+        root_format="qcow2",
+        backing="",
+        backing_format="qcow2",
+        seed=f"{folder}/seed.iso",
+        functions=("0000:41:00.4",),
+        mdevs=("8f3c2d9e-4b1a-5c6d-9e0f-1a2b3c4d5e6f",),
+    )
+    desired = instance(cpus=4, memory_mib=8192, nics=(nic(),), placement=Placement(claim, 3, 7))
+    xml = domain_xml(desired, files, KVM)
+    golden("attachment/vgpu.xml", xml)
+    schema = etree.RelaxNG(etree.parse(str(SCHEMA)))
+    assert schema.validate(etree.fromstring(xml)), schema.error_log

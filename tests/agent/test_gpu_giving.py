@@ -14,7 +14,6 @@ from casemate_agent.gpu.readings import GpuFault, Proof
 from casemate_agent.gpu.records import GpuPolicy, Response
 from casemate_agent.gpu.settings import gpu_policy
 from casemate_agent.hardware.rules import GpuRule
-from casemate_core.claims import GpuShare
 from casemate_core.gpu import GpuOrder, GpuVerb, Result
 from casemate_core.spec.instance import Phase, Run
 from casemate_wire.stream import Desired
@@ -246,10 +245,6 @@ def test_a_lost_record_makes_a_gpu_dirty_and_a_running_one_its_domains() -> None
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (
-            {"shares": (GpuShare(GPU, 250),)},
-            "this host gives whole GPUs only, and 250 thousandths of GPU-box-0-00 are asked",
-        ),
         ({"gpus": (GPU,), "partition": 0}, "nobody on this host switches fabric partition 0"),
     ],
 )

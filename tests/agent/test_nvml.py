@@ -238,3 +238,31 @@ def test_no_library_at_all_is_told_with_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "libnvidia-ml.so.1").write_text("no library")
     said = in_a_process_of_its_own(LD_LIBRARY_PATH=str(tmp_path))
     assert "no libnvidia-ml.so.1" in said
+
+
+VGPUS = "471 4096 20 -1 GRID A100D-4C,480 81920 1 -1 GRID A100D-80C,700 10240 7 19 NVIDIA A100D-1-10C"
+
+
+async def test_types_of_vgpu_are_how_a_board_is_cut_for_vms(gpus: NvmlGpus, boards: Boards) -> None:
+    boards.gpus[0] |= {"vgpus": VGPUS, "memory": "81920"}
+    boards.write()
+    (gpu,) = await gpus.read(10)
+    assert (gpu.share_alike, gpu.share_slots) == (True, 0)
+    assert [(p.name, p.milli, p.memory_mib, p.bare) for p in gpu.share_profiles] == [
+        ("A100D-4C", 50, 4096, False),
+        ("A100D-80C", 999, 81920, False),
+    ]
+
+
+async def test_with_mig_a_type_is_there_where_an_instance_was_made_for_it(gpus: NvmlGpus, boards: Boards) -> None:
+    boards.gpus[0] |= {"vgpus": VGPUS, "memory": "81920", "mig": "1"}
+    boards.write()
+    (gpu,) = await gpus.read(10)
+    assert gpu.share_profiles == (), "MIG is on, and nobody has made an instance"
+    boards.gpus[0]["instances"] = "19 6 1,19 4 1,14 0 2"
+    boards.write()
+    (gpu,) = await gpus.read(10)
+    assert (gpu.share_alike, gpu.share_slots) == (False, 7)
+    assert [(p.name, p.milli, p.slots, p.starts, p.bare) for p in gpu.share_profiles] == [
+        ("A100D-1-10C", 125, 1, (4, 6), False)
+    ]

@@ -88,3 +88,24 @@ async def test_what_operators_say(tmp_path: Path) -> None:
         acts = [(e.act, e.outcome, t, e.detail) for e in entries for t in e.targets if t.startswith("gpu/")]
         assert ("gpu", "done", f"gpu/{GPU}", "quarantine: smells of smoke") in acts, acts
         assert ("gpu", "done", f"gpu/{GPU}", "release") in acts, acts
+
+
+async def test_slices_of_one_gpu_for_several(tmp_path: Path) -> None:
+    line = "1s 8k/c 1t 32G disk=1T gpu=1xA100:40G/4 name=a"
+    async with whole_fleet(tmp_path, {"a": line}) as fleet:
+        host = fleet.hosts["a"].host
+        for name in ("one", "two"):
+            await fleet.apply(environment(name, gpus=(GpuSpec("A100", share_milli=250),)))
+        await soon(lambda: fleet.phases() == ["Ready", "Ready"])
+        assert len(host.vgpus) == 2 and host.check() == []
+        told = await casemate(fleet, "describe", "gpu", GPU)
+        for words in ("slices:", "default/one-0", "default/two-0", "milli: 250"):
+            assert words in told, (words, told)
+        assert "default/one-0,default/two-0" in await casemate(fleet, "get", "gpus")
+        await fleet.apply(environment("whole", gpus=(GpuSpec(),)))
+        await soon(lambda: "0 free of 1" in fleet_waits(fleet))
+        for name in ("one", "two"):
+            await fleet.manager.writer.submit(DeleteResource(f"delete-{name}", "Environment", "default", name))
+        await soon(lambda: any(d.facts.name.startswith("whole") for d in host.domains.values()))
+        await soon(lambda: fleet.phases() == ["Ready"])
+        assert host.vgpus == {} and host.check() == []

@@ -5,7 +5,7 @@ from xml.etree.ElementTree import Element, indent, register_namespace, tostring
 from casemate_agent.domain.cpu import add_cpu_model, add_vcpus
 from casemate_agent.domain.devices import add_channels, add_console, add_disks, add_interfaces, add_small
 from casemate_agent.domain.elements import add, plain_words
-from casemate_agent.domain.functions import add_buses, add_functions
+from casemate_agent.domain.functions import add_buses, add_functions, add_mediated
 from casemate_agent.domain.limits import memory_limits
 from casemate_agent.domain.memory import add_balloon, add_memory, add_memory_backing, binds_memory
 from casemate_agent.domain.metadata import NAMESPACE, add_metadata
@@ -29,7 +29,8 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     add_memory(domain, desired)
     add_vcpus(domain, desired, files.rest or desired.placement.claim.emulator)
     claim = desired.placement.claim
-    limits = memory_limits(max(desired.memory_mib, claim.memory_max_mib), len(files.functions), locked=claim.realtime)
+    passed = len(files.functions) + len(files.mdevs)
+    limits = memory_limits(max(desired.memory_mib, claim.memory_max_mib), passed, locked=claim.realtime)
     add_memory_backing(domain, desired, shape, limits)
     _add_boot(domain, files, shape)
     features = add(domain, "features")
@@ -51,6 +52,7 @@ def domain_element(desired: DesiredInstance, files: DomainFiles, shape: HostShap
     add_small(devices)
     add_interfaces(devices, bridged(desired.nics), desired.uid, shape)
     add_functions(devices, files.functions, buses)
+    add_mediated(devices, files.mdevs)
     add_channels(devices, desired, shape)
     add_console(devices, desired, shape)
     add_balloon(devices, desired)

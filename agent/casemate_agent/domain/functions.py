@@ -10,6 +10,7 @@ import re
 from xml.etree.ElementTree import Element
 
 from casemate_agent.domain.elements import add
+from casemate_agent.domain.names import check_uid
 from casemate_agent.hardware.pciplace import FunctionPlace, hole_bytes, mirrored
 from casemate_core.errors import InternalError
 
@@ -60,6 +61,13 @@ def _numbers(together: tuple[FunctionPlace, ...]) -> int:
 def _pci(bus: int, slot: int) -> dict[str, str]:
     parts = {"domain": "0x0000", "bus": f"0x{bus:02x}", "slot": f"0x{slot:02x}", "function": "0x0"}
     return {"type": "pci", **parts}
+
+
+def add_mediated(devices: Element, uuids: tuple[str, ...]) -> None:
+    """One ``<hostdev>`` for each mediated device: a vGPU. libvirt chooses its place in the guest."""
+    for uuid in uuids:
+        hostdev = add(devices, "hostdev", {"mode": "subsystem", "type": "mdev", "managed": "no", "model": "vfio-pci"})
+        add(add(hostdev, "source"), "address", {"uuid": check_uid(uuid)})
 
 
 def add_functions(devices: Element, addresses: tuple[str, ...], buses: dict[str, int]) -> None:

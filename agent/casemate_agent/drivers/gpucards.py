@@ -20,6 +20,7 @@ from casemate_agent.drivers import pcireset
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.vfio import DRIVER, HeldByOther, Vfio
+from casemate_agent.drivers.vgpu import carried
 from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.readings import Card, CardFacts, Proof
 from casemate_core.errors import DeadlineExceeded, MachineError, Unavailable
@@ -189,7 +190,8 @@ class HostCards:
             if name.strip() == "Device Minor" and value.strip().isdecimal():
                 files.add(f"/dev/nvidia{int(value)}")
         ours = f"({os.getpid()})"
-        return tuple(holder for holder in self._vfio.open_by(files) if not holder.endswith(ours))
+        holders = (holder for holder in self._vfio.open_by(files) if not holder.endswith(ours))
+        return (*holders, *carried(self._root, address))
 
     def _strangers(self, address: str) -> tuple[str, ...]:
         """Other functions on its bus; those of the same card that nobody's driver has come back with it."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.readings import Card, CardFacts, GpuFault, GpuReading, Proof
+from casemate_agent.gpu.shares import Share, ShareFacts
 from casemate_core.gpu import Rung
 
 
@@ -64,4 +65,21 @@ class GpuCards(Protocol):
 
     async def unbind(self, uuid: str, deadline_s: float) -> None:
         """Take it from vfio-pci; the host's own driver, where it has one, may have it again."""
+        ...
+
+
+class GpuShares(Protocol):
+    """Slices of GPUs that are functions of their own. Both acts are idempotent, and read back what they did."""
+
+    async def look(self, deadline_s: float) -> Mapping[str, ShareFacts]:
+        """Every one there is on GPUs of the host's topology, by its name; those that nobody here has made, too."""
+        ...
+
+    async def create(self, share: Share, deadline_s: float) -> ShareFacts:
+        """Have it there, for its owner. Raises ShareFailed where the GPU has no room, or it is there as another one;
+        Unavailable where the GPU is gone."""
+        ...
+
+    async def remove(self, id: str, deadline_s: float) -> None:
+        """Have it gone, whoever made it; no domain may run with it. Raises ShareFailed."""
         ...

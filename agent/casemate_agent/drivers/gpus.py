@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from casemate_agent.drivers.deadline import DeadlineExecutor
@@ -85,8 +86,9 @@ class HostGpus:
             await self._calls.run("write gpus.json", lambda: self._remember(seen.known), deadline_s)
         there = {facts.address for facts in seen.gpus}
         more = tuple(facts for facts in declared if facts.address not in there)
+        told = await self._calls.run("label GPUs", lambda: tuple(map(self._labelled, seen.gpus)), deadline_s)
         problems = (*self._damage, *silent, *seen.problems, *missing)
-        self._sight = GpuSight((*seen.gpus, *more), seen.known, problems)
+        self._sight = GpuSight((*told, *more), seen.known, problems)
         return self._sight
 
     def places(self) -> dict[str, tuple[str, bool]]:
@@ -143,16 +145,26 @@ class HostGpus:
         """GPUs that the administrator declares, which no library tells: each is its serial number, or its slot."""
         found: dict[str, list[GpuFacts]] = {}
         for place in sorted((self._root / PCI).glob("*")) if self._rules else ():
-            rule = next((r for r in self._rules if matches(place, r.vendor, r.device, r.pci_class)), None)
+            rules = (r for r in self._rules if r.model)
+            rule = next((r for r in rules if matches(place, r.vendor, r.device, r.pci_class)), None)
             if rule is not None and not (place / "physfn").exists():
                 uuid = f"GPU-{identity_of(place)}"
-                found.setdefault(uuid, []).append(GpuFacts(place.name, uuid, rule.model, rule.memory_mib))
+                facts = GpuFacts(place.name, uuid, rule.model, rule.memory_mib, labels=rule.labels)
+                found.setdefault(uuid, []).append(facts)
         problems = tuple(
             f"IdentityUncertain: {' and '.join(f.address for f in same)} both say that they are {uuid}; none is given away"
             for uuid, same in found.items()
             if len(same) > 1
         )
         return tuple(same[0] for same in found.values() if len(same) == 1), problems
+
+    def _labelled(self, facts: GpuFacts) -> GpuFacts:
+        """With the labels of the first rule for GPUs that a library tells that is about this one."""
+        place = self._root / PCI / facts.address
+        for r in self._rules:
+            if not r.model and (facts.uuid == r.uuid if r.uuid else matches(place, r.vendor, r.device, r.pci_class)):
+                return replace(facts, labels=r.labels)
+        return facts
 
     def _link(self, address: str) -> LinkReading:
         place = self._root / PCI / address

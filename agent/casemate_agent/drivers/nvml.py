@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import pynvml
 
 from casemate_agent.drivers.deadline import DeadlineExecutor
+from casemate_agent.drivers.nvmlshares import shares
 from casemate_agent.gpu.readings import GpuFault, GpuReading
 from casemate_core.errors import DeadlineExceeded, MachineError, Unavailable
-from casemate_core.topology.model import ShareProfile
 
 T = TypeVar("T")
 
@@ -222,7 +222,9 @@ def _whole(handle: Any, uuid: str, address: str, model: str) -> GpuReading:
     rows = _told(pynvml.nvmlDeviceGetRemappedRows, handle)
     serial = _told(pynvml.nvmlDeviceGetSerial, handle)
     mig = _told(pynvml.nvmlDeviceGetMigMode, handle)
-    slots, profiles = _profiles(handle, memory.total // MIB if memory else 0) if mig is not None else (0, ())
+    slots, profiles, alike = shares(
+        _told, handle, memory.total // MIB if memory else 0, None if mig is None else bool(mig[0])
+    )
     return GpuReading(
         uuid=uuid,
         address=address,
@@ -250,6 +252,7 @@ def _whole(handle: Any, uuid: str, address: str, model: str) -> GpuReading:
         mig=None if mig is None else bool(mig[0]),
         share_slots=slots,
         share_profiles=profiles,
+        share_alike=alike,
         processes=_processes(handle),
     )
 
@@ -272,55 +275,6 @@ def _processes(handle: Any) -> tuple[int, ...] | None:
             return None
         found.update(int(process.pid) for process in running)
     return tuple(sorted(found))[:MAX_PROCESSES]
-
-
-def _profiles(handle: Any, memory_mib: int) -> tuple[int, tuple[ShareProfile, ...]]:
-    """Memory slots of the board, and its MIG profiles with where each may lie."""
-    found: dict[str, ShareProfile] = {}
-    whole_slices = 0
-    infos = []
-    for number in range(pynvml.NVML_GPU_INSTANCE_PROFILE_COUNT):
-        info = _told(_profile, handle, number)
-        if info is not None:
-            infos.append(info)
-            whole_slices = max(whole_slices, info.sliceCount)
-    slots = 0
-    for info in infos:
-        places = _told(_places, handle, info.id) or ()
-        slots = max(slots, *(start + size for start, size in places), 0)
-        if info.sliceCount >= whole_slices or not places:
-            continue  # the whole board as one slice is asked for as a GPU
-        name = f"{info.sliceCount}g.{-(-int(info.memorySizeMB) // 1024)}gb"
-        found.setdefault(
-            name,
-            ShareProfile(
-                name=name,
-                # by memory: it is what of a board runs out first, and compute slices are of 7 where memory's are of 8
-                milli=max(1, min(999, round(1000 * int(info.memorySizeMB) / memory_mib))) if memory_mib else 999,
-                memory_mib=int(info.memorySizeMB),
-                slots=places[0][1],
-                starts=tuple(start for start, _ in places),
-            ),
-        )
-    return slots, tuple(sorted(found.values(), key=lambda p: (p.milli, p.name)))
-
-
-def _profile(handle: Any, number: int) -> Any:
-    """A board answers InvalidArgument for a profile that it does not know."""
-    try:
-        return pynvml.nvmlDeviceGetGpuInstanceProfileInfo(handle, number, version=1)
-    except pynvml.NVMLError_InvalidArgument:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED) from None
-
-
-def _places(handle: Any, profile: int) -> tuple[tuple[int, int], ...]:
-    count = ctypes.c_uint(0)
-    pynvml.nvmlDeviceGetGpuInstancePossiblePlacements(handle, profile, None, ctypes.byref(count))
-    if not count.value:
-        return ()
-    places = (pynvml.c_nvmlGpuInstancePlacement_t * count.value)()
-    pynvml.nvmlDeviceGetGpuInstancePossiblePlacements(handle, profile, places, ctypes.byref(count))
-    return tuple((int(p.start), int(p.size)) for p in places[: count.value])
 
 
 def _key(handle: Any) -> int:

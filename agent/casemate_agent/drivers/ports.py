@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from casemate_agent.doctor.facts import HostSurvey
 from casemate_agent.drivers.fabricports import Fabric
-from casemate_agent.drivers.gpuports import GpuCards, Gpus
+from casemate_agent.drivers.gpuports import GpuCards, Gpus, GpuShares
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_agent.drivers.volumeports import Volumes
 from casemate_agent.hardware.functions import FunctionFacts, Grant, Stamp
@@ -165,6 +165,8 @@ class DomainFiles:
     cmdline: str = ""
     #: PCI addresses of the functions that are passed through, VFs in the order of their interfaces, then devices.
     functions: tuple[str, ...] = ()
+    #: UUIDs of the mediated devices that are passed through.
+    mdevs: tuple[str, ...] = ()
     #: Where they hang; of none where nothing is known of it.
     places: tuple[FunctionPlace, ...] = ()
     #: Where those of its threads run that have none of their own; empty: anywhere.
@@ -679,6 +681,7 @@ class Drivers:
     serials: SerialLogs
     gpus: Gpus
     cards: GpuCards
+    shares: GpuShares
     functions: Functions
     tuning: Tuning
     partitions: Partitions

@@ -24,6 +24,7 @@ from casemate_agent.drivers.simulated_guest import PROGRAMS, SimulatedGuest
 from casemate_agent.drivers.simulated_ports import Lease, drivers_of
 from casemate_agent.drivers.simulated_volumes import SimulatedVolume
 from casemate_agent.gpu.readings import GpuFault
+from casemate_agent.gpu.shares import ShareFacts
 from casemate_agent.hardware.functions import CLEAN, grant_of
 from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.spec.instance import HostNetwork, bridged
@@ -104,6 +105,8 @@ class SimulatedHost:
         self.guest_programs = set(PROGRAMS)
         #: Files of its kernel by which it is tuned, by path.
         self.tuning: dict[str, str] = {}
+        #: vGPUs that there are, by name.
+        self.vgpus: dict[str, ShareFacts] = {}
         #: Boards that anything was done to, by UUID.
         self.boards: dict[str, Board] = {}
         #: Its board's fabric manager, where there is one. A service of the host: it outlives agents, and not the host.
@@ -150,6 +153,7 @@ class SimulatedHost:
         self.cards.reboot()
         for board in self.boards.values():
             board.driver = DRIVER  # what was bound by hand is bound no more; memory of a board may outlive a warm boot
+        self.vgpus.clear()  # made by a driver that begins anew
         if self.fabric is not None:
             self.fabric.active.clear()
 
@@ -275,6 +279,14 @@ class SimulatedHost:
             for other, more in self.domains.items():
                 if other != uid and more.facts.phase in ACTIVE and uuid in more.gpus:
                     found.append(f"{uid} and {other} both run with GPU {uuid}")
+        for name in domain.shares:
+            facts = self.vgpus.get(name)
+            if facts is None or facts.owner != uid:
+                found.append(
+                    f"{uid} runs with vGPU {name}, which {'is gone' if facts is None else 'is of ' + facts.owner}"
+                )
+            elif self.board(facts.gpu).driver != DRIVER:
+                found.append(f"{uid} runs with vGPU {name}, whose GPU the host's driver has not")
         return found
 
     # --- for its drivers ---

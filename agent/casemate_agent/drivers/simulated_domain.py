@@ -39,6 +39,8 @@ class SimulatedDomain:
     functions: tuple[str, ...] = ()
     #: UUIDs of the GPUs that it holds open while it runs.
     gpus: tuple[str, ...] = ()
+    #: Names of the vGPUs that it holds open while it runs.
+    shares: tuple[str, ...] = ()
     #: Where its threads may run, while it runs.
     threads: QemuThreads = field(default_factory=QemuThreads)
     #: What each of its vCPUs has for itself by a cpuset partition.

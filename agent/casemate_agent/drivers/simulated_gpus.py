@@ -80,7 +80,8 @@ class SimulatedCards:
 
     def _holders(self, uuid: str) -> tuple[str, ...]:
         domains = (d for d in self._host.domains.values() if uuid in d.gpus and d.facts.phase in ACTIVE)
-        return (*self._host.board(uuid).holders, *(f"qemu ({d.facts.pid})" for d in domains))
+        vgpus = (f"vGPU {facts.id}" for facts in self._host.vgpus.values() if facts.gpu == uuid)
+        return (*self._host.board(uuid).holders, *(f"qemu ({d.facts.pid})" for d in domains), *vgpus)
 
     async def look(self, deadline_s: float) -> Mapping[str, CardFacts]:
         def facts() -> dict[str, CardFacts]:

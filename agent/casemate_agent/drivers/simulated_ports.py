@@ -36,10 +36,12 @@ from casemate_agent.drivers.simulated_functions import SimulatedFunctions
 from casemate_agent.drivers.simulated_gpus import VFIO, SimulatedCards, SimulatedGpus
 from casemate_agent.drivers.simulated_guest import SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_partitions import SimulatedPartitions
+from casemate_agent.drivers.simulated_shares import SimulatedShares
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
 from casemate_agent.drivers.simulated_tuning import SimulatedTuning
 from casemate_agent.drivers.simulated_volumes import SimulatedVolumes, volume_path
+from casemate_agent.gpu.shares import shares_of
 from casemate_agent.hardware.functions import grant_of
 from casemate_agent.ledger.desired import to_metadata
 from casemate_core.cpuset import CpuSet
@@ -217,10 +219,16 @@ class _Hypervisor:
         given = domain.files.functions if domain.files is not None else ()
         if given != tuple(places[key] for key in (*wanted, *gpus)):
             raise MachineError(f"{uid} was defined with functions at {given}, which is not where they are")
+        shares = tuple(share.id for share in shares_of(uid, desired.placement.claim))
+        for share in shares:
+            if share not in host.vgpus:
+                raise MachineError(f"vGPU {share} does not exist")
+        if shares != (domain.files.mdevs if domain.files is not None else ()):
+            raise MachineError(f"{uid} was defined with other vGPUs than {shares}")
         held = [v.name for v in desired.volumes if host.volume_users(v.uid)]
         if held:
             raise MachineError(f"volume {held[0]} is open in another domain")
-        domain.functions, domain.gpus = wanted, gpus
+        domain.functions, domain.gpus, domain.shares = wanted, gpus, shares
         for uuid in gpus:
             host.board(uuid).registers.add(uid)
             host.board(uuid).memory.add(uid)
@@ -668,6 +676,7 @@ def drivers_of(lease: Lease) -> Drivers:
         machine=_Machine(lease),
         gpus=SimulatedGpus(lease),
         cards=SimulatedCards(lease),
+        shares=SimulatedShares(lease),
         survey=SimulatedSurvey(lease),
         hypervisor=_Hypervisor(lease),
         images=_Images(lease),

@@ -103,6 +103,8 @@ DEADLINES_S: dict[type, float] = {
     act.GiveFunctions: 60.0,
     act.TakeBack: 60.0,
     act.PrepareGpus: 300.0,
+    act.GiveShares: 120.0,
+    act.TakeShares: 120.0,
     # all of its rungs at their own limits, one after the other
     act.SanitiseGpu: 3600.0,
     **dict.fromkeys(
@@ -338,8 +340,10 @@ class Executor:
                 addresses = await drivers.functions.give(grant, deadline_s / 2) if grant else ()
                 volumes = tuple(drivers.volumes.path(volume.uid) for volume in desired.volumes)
                 gpus = await self._gpus.addresses(desired.placement.claim.gpus, deadline_s / 2)
-                given = (*addresses, *gpus)
-                files = replace(images.files(desired), functions=given, rest=action.rest, volumes=volumes)
+                shares = await self._gpus.shares(desired, deadline_s / 2)
+                given = (*addresses, *gpus, *(share.address for share in shares if share.address))
+                mdevs = tuple(share.id for share in shares if not share.address)
+                files = replace(images.files(desired), functions=given, mdevs=mdevs, rest=action.rest, volumes=volumes)
                 await hypervisor.define(desired, files, deadline_s / 2)
             case act.Pin(uid=uid, vcpus=vcpus, rest=rest):
                 await hypervisor.pin(uid, vcpus, rest, deadline_s)
@@ -350,6 +354,11 @@ class Executor:
                 await drivers.functions.take_back(stamp, keys, deadline_s)
             case act.PrepareGpus():
                 await self._gpus.prepare(action)
+            case act.GiveShares(desired=desired):
+                await self._gpus.shares(desired, deadline_s)
+            case act.TakeShares(shares=shares):
+                for share in shares:
+                    await drivers.shares.remove(share, deadline_s / len(shares))
             case act.AttachGpus():
                 await self._gpus.attach(action)
             case act.Start(uid=uid):

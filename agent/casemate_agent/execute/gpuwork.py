@@ -22,9 +22,11 @@ from casemate_agent.gpu.lifecycle import Event, State
 from casemate_agent.gpu.passport import Climb, climb, passport, proof_step
 from casemate_agent.gpu.readings import Card, GpuFault
 from casemate_agent.gpu.records import GpuEntry, GpuPolicy, moved, with_passport
+from casemate_agent.gpu.shares import ShareFacts, shares_of
 from casemate_agent.ledger.store import Ledger
 from casemate_core.errors import CasemateError, MachineError
 from casemate_core.gpu import Check, Result, Rung, Step
+from casemate_core.spec.instance import DesiredInstance
 
 log = logging.getLogger("casemate.agent.gpus")
 
@@ -97,8 +99,8 @@ class GpuWork:
                 await self._ledger.amend_gpu(uuid, lambda old: self._returned(uuid, old, generation))
             case act.SanitiseGpu():
                 await self._sanitise(action)
-            case act.QuarantineGpu(gpu=uuid, why=why, order=order):
-                await self._ledger.amend_gpu(uuid, lambda old: self._quarantined(old, why, order))
+            case act.QuarantineGpu(gpu=uuid, why=why, order=order, later=later):
+                await self._ledger.amend_gpu(uuid, lambda old: self._quarantined(old, why, order, later=later))
             case act.ClearGpu(gpu=uuid, order=order):
                 await self._clear(uuid, order)
             case act.KeepGpu(gpu=uuid, by_host=by_host):
@@ -136,6 +138,18 @@ class GpuWork:
                 raise GpuNotClean(f"GPU {uuid} is not prepared for {action.uid}")
             if entry.record.state is State.PREPARED:
                 await self._move(uuid, Event.ATTACH)
+
+    async def shares(self, desired: DesiredInstance, deadline_s: float) -> tuple[ShareFacts, ...]:
+        """Have the instance's slices made; where they are. The host's own driver carries them, so it has the GPU."""
+        wanted = shares_of(desired.uid, desired.placement.claim)
+        if not wanted:
+            return ()
+        async with asyncio.timeout(deadline_s):
+            cards = await self._drivers.cards.look(deadline_s)
+            for share in wanted:
+                if share.gpu in cards and cards[share.gpu].driver == "vfio-pci":
+                    await self._drivers.cards.unbind(share.gpu, deadline_s)
+            return tuple([await self._drivers.shares.create(share, deadline_s) for share in wanted])
 
     @staticmethod
     def _is_of(entry: GpuEntry, uid: str) -> bool:
@@ -278,12 +292,13 @@ class GpuWork:
 
         return await self._ledger.amend_gpu(uuid, change)
 
-    def _quarantined(self, old: GpuEntry | None, why: str, order: str) -> GpuEntry:
-        """At once where nobody has it; else it is condemned, and is quarantined when it comes back."""
+    def _quarantined(self, old: GpuEntry | None, why: str, order: str, *, later: bool) -> GpuEntry:
+        """At once where nobody has it; else it is condemned, and is quarantined when it comes back. ``later``: others have
+        slices of it."""
         if old is None:
             raise GpuNotClean("this host has no record of the GPU")
         entry = replace(old, order=order or old.order)
-        if entry.record.state in (State.PREPARED, State.ATTACHED):
+        if later or entry.record.state in (State.PREPARED, State.ATTACHED):
             return replace(entry, condemned=why)
         return replace(moved(entry, Event.QUARANTINE, self._now(), reason=why), condemned="")
 

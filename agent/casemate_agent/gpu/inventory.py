@@ -39,14 +39,16 @@ class GpuSight:
 
 def facts_of(reading: GpuReading) -> GpuFacts:
     """What of a reading belongs to a topology: what a card is, not how it is."""
+    cut = bool(reading.mig or reading.share_alike)  # MIG profiles are told while it is off, too
     return GpuFacts(
         address=reading.address,
         uuid=reading.uuid,
         model=reading.model,
         memory_mib=reading.memory_mib or 0,
         module_id=-1 if reading.module_id is None else reading.module_id,
-        share_slots=reading.share_slots if reading.mig else 0,
-        share_profiles=reading.share_profiles if reading.mig else (),
+        share_slots=reading.share_slots if cut else 0,
+        share_profiles=reading.share_profiles if cut else (),
+        share_alike=reading.share_alike,
     )
 
 

@@ -42,6 +42,9 @@ class GpuLook:
     running: Mapping[str, tuple[str, str]] | None = None
     health: Mapping[str, GpuHealth] = field(default_factory=dict)
     orders: Mapping[str, GpuOrder] = field(default_factory=dict)
+    #: GPUs that carry slices: they stay with the host's driver; and those of which claims name some.
+    cut: frozenset[str] = frozenset()
+    promised: frozenset[str] = frozenset()
     busy: frozenset[str] = frozenset()
 
 
@@ -60,8 +63,8 @@ def plan_gpus(look: GpuLook, policy: GpuPolicy) -> dict[str, act.GpuAction]:
 
 def _enrol(look: GpuLook, uuid: str) -> act.GpuAction | None:
     """A GPU without a record: it is whoever's domain runs with it, or dirty."""
-    if look.running is None:
-        return None
+    if look.running is None or uuid in look.cut:
+        return None  # who had it before its slices were cut is not known, and it is not reset under them
     owner, tenant = look.running.get(uuid, ("", ""))
     return act.EnrolGpu(uuid, owner, tenant, "a domain runs with it" if owner else "this host has no record of it")
 
@@ -78,12 +81,16 @@ def _next(look: GpuLook, entry: GpuEntry, policy: GpuPolicy) -> act.GpuAction | 
         if record.state is State.PREPARED:
             return act.UnprepareGpu(uuid, record.generation, "its instance does not want it any more")
         return act.ReturnGpu(uuid, record.generation, "its instance has let go of it")
+    if uuid in look.cut:
+        return _judged(look, entry, policy, later=True)
     if record.state in _TO_CLEAN:
         if entry.condemned:
             return act.QuarantineGpu(uuid, entry.condemned, "it has come back")
         return act.SanitiseGpu(uuid, record.generation, "between two tenants")
     if record.state is State.QUARANTINED:
         return None
+    if entry.condemned:
+        return act.QuarantineGpu(uuid, entry.condemned, "the last of its slices is gone")
     if (judged := _judged(look, entry, policy)) is not None:
         return judged
     card = look.cards.get(uuid)
@@ -101,15 +108,17 @@ def _order(look: GpuLook, entry: GpuEntry) -> act.GpuAction | None:
         return None
     said = f"an operator said {order.verb}"
     if order.verb is GpuVerb.QUARANTINE:
-        return act.QuarantineGpu(uuid, order.reason or said, said, order.uid)
+        return act.QuarantineGpu(uuid, order.reason or said, said, order.uid, later=uuid in look.cut)
     if state is State.QUARANTINED:
         return act.ClearGpu(uuid, said, order.uid)
+    if order.verb is GpuVerb.SANITISE and uuid in look.cut | look.promised:
+        return None  # when the last of its slices is gone: it is not reset under those who have them, or are to
     if order.verb is GpuVerb.SANITISE and state not in _IN_USE:
         return act.SanitiseGpu(uuid, entry.record.generation, said, order.uid)
     return act.ClearGpu(uuid, said, order.uid)  # nothing to let out of: it is noted as taken
 
 
-def _judged(look: GpuLook, entry: GpuEntry, policy: GpuPolicy) -> act.GpuAction | None:
+def _judged(look: GpuLook, entry: GpuEntry, policy: GpuPolicy, *, later: bool = False) -> act.GpuAction | None:
     """What the policy says of a GPU that is not well."""
     health = look.health.get(entry.uuid)
     if health is None or entry.condemned:
@@ -117,7 +126,9 @@ def _judged(look: GpuLook, entry: GpuEntry, policy: GpuPolicy) -> act.GpuAction 
     response = response_to(health, policy)
     if response is Response.TELL:
         return None
-    return act.QuarantineGpu(entry.uuid, "; ".join(health.reasons[:4]), f"it is {health.health}")
+    if entry.record.state is State.QUARANTINED:
+        return None
+    return act.QuarantineGpu(entry.uuid, "; ".join(health.reasons[:4]), f"it is {health.health}", later=later)
 
 
 def response_to(health: GpuHealth, policy: GpuPolicy) -> Response:
@@ -155,8 +166,6 @@ def not_clean(uid: str, gpus: tuple[str, ...], entries: Mapping[str, GpuEntry]) 
 def unserved(claim: Claim, switches: bool) -> str:
     """What of a claim's GPUs this host cannot give yet; empty where it can give all of it. ``switches``: it has a fabric
     manager."""
-    if claim.shares:
-        return f"this host gives whole GPUs only, and {claim.shares[0].milli} thousandths of {claim.shares[0].gpu} are asked"
     if claim.partition is not None and not switches:
         return f"nobody on this host switches fabric partition {claim.partition}"
     return ""

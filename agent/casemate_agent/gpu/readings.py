@@ -44,6 +44,8 @@ class GpuReading:
     mig: bool | None = None
     share_slots: int = 0
     share_profiles: tuple[ShareProfile, ...] = ()
+    #: All vGPUs on it at one time are of one type.
+    share_alike: bool = False
     #: Processes of the host that hold it, by pid.
     processes: tuple[int, ...] | None = None
     #: It fell off the bus: the library knows it and cannot reach it.

@@ -41,13 +41,17 @@ class DeviceRule:
 
 @dataclass(frozen=True, slots=True)
 class GpuRule:
-    """Functions that are GPUs, though no library tells them. Numbers in hex without ``0x``; an empty one matches all."""
+    """Functions that are GPUs, and what they are called. With a ``model``: though no library tells them. Without one: those
+    that a library tells. Numbers in hex without ``0x``; an empty one matches all."""
 
-    model: str
+    model: str = ""
     vendor: str = ""
     device: str = ""
     pci_class: str = ""
     memory_mib: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
+    #: That GPU alone, of those that a library tells.
+    uuid: str = ""
 
 
 def port_rules(tables: Any) -> tuple[PortRule, ...]:
@@ -74,10 +78,7 @@ def device_rules(tables: Any) -> tuple[DeviceRule, ...]:
     rules = []
     for path, table in _tables("devices", tables, {"vendor", "device", "class", "labels"}):
         numbers = _numbers(path, table)
-        labels = table.get("labels", {})
-        if not isinstance(labels, dict) or not labels or not all(isinstance(v, str) for v in labels.values()):
-            raise ValueError(f'{path}.labels: {labels!r} is not a table of labels; write labels = {{ type = "fec" }}')
-        pairs = tuple(sorted((str(key), value) for key, value in labels.items()))
+        pairs = _labels(path, table.get("labels", {}), '{ type = "fec" }')
         rules.append(DeviceRule(pairs, numbers["vendor"], numbers["device"], numbers["class"]))
     return tuple(rules)
 
@@ -85,17 +86,34 @@ def device_rules(tables: Any) -> tuple[DeviceRule, ...]:
 def gpu_rules(tables: Any) -> tuple[GpuRule, ...]:
     """The rules of ``[[gpus]]``; the first that matches a function counts. Raises ValueError, as above."""
     rules = []
-    for path, table in _tables("gpus", tables, {"vendor", "device", "class", "model", "memory"}):
-        numbers = _numbers(path, table)
+    for path, table in _tables("gpus", tables, {"vendor", "device", "class", "model", "memory", "labels", "uuid"}):
+        uuid, labels = str(table.get("uuid", "")), tuple[tuple[str, str], ...]()
+        if len(uuid) > 128 or not uuid.isprintable() or (uuid and "model" in table):
+            raise ValueError(f"{path}.uuid: {uuid!r}: write the UUID that nvidia-smi -L shows, and no model beside it")
+        numbers = _numbers(path, table) if not uuid else {"vendor": "", "device": "", "class": ""}
+        if "labels" in table:
+            labels = _labels(path, table["labels"], '{ pool = "training" }')
         model = table.get("model", "")
-        if not isinstance(model, str) or not 0 < len(model) <= 128 or not model.isprintable():
-            raise ValueError(f'{path}.model: {model!r} is not the name of a model; write model = "Radeon Pro W7900"')
+        if not isinstance(model, str) or len(model) > 128 or not model.isprintable() or not (model or labels):
+            raise ValueError(
+                f'{path}.model: {model!r} is not the name of a model; write model = "Radeon Pro W7900", or labels for GPUs '
+                "that their library tells"
+            )
+        if not model and "memory" in table:
+            raise ValueError(f"{path}.memory: is for GPUs that no library tells; name their model, or leave it out")
         try:
             memory_mib = parse_mib(str(table["memory"])) if "memory" in table else 0
         except CallerError as error:
             raise ValueError(f"{path}.memory: {error}") from error
-        rules.append(GpuRule(model, numbers["vendor"], numbers["device"], numbers["class"], memory_mib))
+        rules.append(GpuRule(model, numbers["vendor"], numbers["device"], numbers["class"], memory_mib, labels, uuid))
     return tuple(rules)
+
+
+def _labels(path: str, labels: Any, example: str) -> tuple[tuple[str, str], ...]:
+    """Labels, ascending by key. Raises ValueError."""
+    if not isinstance(labels, dict) or not labels or not all(isinstance(v, str) for v in labels.values()):
+        raise ValueError(f"{path}.labels: {labels!r} is not a table of labels; write labels = {example}")
+    return tuple(sorted((str(key), value) for key, value in labels.items()))
 
 
 def _numbers(path: str, table: Mapping[str, Any]) -> dict[str, str]:

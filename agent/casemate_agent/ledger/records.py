@@ -30,6 +30,7 @@ from casemate_agent.drivers.volumeports import StoredVolume
 from casemate_agent.gpu.health import GpuHealth
 from casemate_agent.gpu.readings import CardFacts
 from casemate_agent.gpu.records import GpuEntry
+from casemate_agent.gpu.shares import ShareFacts
 from casemate_agent.hardware.functions import FunctionFacts
 from casemate_agent.ledger.desired import bare as bare
 from casemate_agent.ledger.desired import from_metadata as from_metadata
@@ -210,6 +211,8 @@ class Observation:
     #: GPUs that are there, by UUID, and the last judgement of each.
     cards: Mapping[str, CardFacts] | None = None
     gpu_health: Mapping[str, GpuHealth] = field(default_factory=dict)
+    #: Slices of GPUs that there are, by name.
+    shares: Mapping[str, ShareFacts] | None = field(default_factory=dict)
     #: By process of a domain: where its threads may run, as the kernel says it. Only of those that were looked at.
     affinities: Mapping[int, QemuThreads] = field(default_factory=dict)
     #: By process: the vCPUs' sets and the others' that this agent has bound its threads to last.

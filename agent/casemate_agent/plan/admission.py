@@ -152,7 +152,8 @@ def _held(claim: Claim, others: tuple[Claim, ...]) -> tuple[str, ...]:
     return tuple(
         f"GPU {why}"
         for other in others
-        if (why := held_because(other.owner)) and not set(other.gpus).isdisjoint(claim.gpus)
+        if (why := held_because(other.owner))
+        and not set(other.gpus).isdisjoint((*claim.gpus, *(s.gpu for s in claim.shares)))
     )
 
 

@@ -32,6 +32,8 @@ from casemate_agent.domain.limits import memory_limits
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.gpu.planning import not_clean, unserved
 from casemate_agent.gpu.records import GpuEntry
+from casemate_agent.gpu.shares import lost, to_take
+from casemate_agent.gpu.sharing import not_ready
 from casemate_agent.hardware.functions import Grant, grant_of
 from casemate_agent.ledger.records import (
     Failure,
@@ -129,7 +131,7 @@ def _profile(d: Draft) -> tuple[ProfileLine, ...]:
     if domain is None or applied is None or d.settings.realtime == "off":
         return ()
     claim = applied.placement.claim
-    functions = len(claim.vfs) + len(claim.devices) + len(claim.gpus)
+    functions = len(claim.vfs) + len(claim.devices) + len(claim.gpus) + len(claim.shares)
     limits = memory_limits(max(applied.memory_mib, claim.memory_max_mib), functions, locked=claim.realtime)
     isolated = seen.machine.topology.isolated - seen.machine.partitionable
     for partition in seen.partitions.get(domain.pid, ()):
@@ -216,9 +218,9 @@ def _end(d: Draft) -> None:
     if d.domain is not None:
         d.actions.append(act.Undefine(uid, reason))
     files, networks, functions = d.observed.files, d.observed.networks, d.observed.functions
-    if files is None or networks is None or functions is None:
+    if files is None or networks is None or functions is None or d.observed.shares is None:
         # without seeing what is left, the record stays: it is what finds the rest again
-        silent = [port for port in ("images", "networks", "functions") if port in d.observed.silent]
+        silent = [port for port in ("images", "networks", "functions", "shares") if port in d.observed.silent]
         d.says(Phase.DELETING, "Waiting", f"no answer from {' and '.join(silent) or 'the host'}")
         return
     _give_back(d, None, reason)
@@ -253,6 +255,9 @@ def _freeze(d: Draft, networks: Mapping[str, HostNetwork]) -> None:
 
 def _give_back(d: Draft, keep: Grant | None, reason: str) -> None:
     """Plan to take back what the instance holds beside ``keep``. Its domain must be down, or down before this is done."""
+    claim = d.record.desired.placement.claim if keep is not None else None
+    if ids := to_take(d.record.uid, claim, d.observed.shares or {}):
+        d.actions.append(act.TakeShares(d.record.uid, ids, reason))
     if d.observed.functions is None:
         return
     found = to_give_back(d.record.uid, keep, d.observed.functions)
@@ -261,7 +266,12 @@ def _give_back(d: Draft, keep: Grant | None, reason: str) -> None:
 
 
 def _keep_functions(d: Draft, applied: DesiredInstance) -> None:
-    """Virtual functions of a running instance that somebody changed: drift, and made again as they were given."""
+    """Virtual functions of a running instance that somebody changed: drift, and made again as they were given. A slice that
+    is gone is said only: its guest has lost a device, which comes again with its next start."""
+    if d.observed.shares is not None:
+        d.drift += [
+            f"{line} ({d.record.uid})" for line in lost(d.record.uid, applied.placement.claim, d.observed.shares)
+        ]
     grant = grant_of(applied)
     if not grant or d.observed.functions is None:
         return
@@ -394,7 +404,12 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
     if why := unserved(desired.placement.claim, seen.switches):
         d.says(Phase.FAILED, "GpuUnserved", why)
         return
-    if waiting := not_clean(r.uid, gpus, d.gpus):
+    slices = desired.placement.claim.shares
+    if slices and seen.shares is None:
+        d.says(Phase.PREPARING, "Waiting", f"shares: {seen.silent.get('shares', 'no answer')}")
+        return
+    waiting = not_clean(r.uid, gpus, d.gpus)
+    if waiting := (*waiting, *not_ready(r.uid, desired.placement.claim, d.gpus, seen.shares or {})):
         d.says(Phase.PREPARING, "GpuNotClean", "; ".join(waiting[:4]))
         return
     nics = bridged(desired.nics)
@@ -430,8 +445,10 @@ def _bring_up(d: Draft, networks: Mapping[str, HostNetwork], admission: Admissio
         d.actions.append(act.GiveFunctions(desired, "before its domain starts"))
     if gpus:
         d.actions.append(act.PrepareGpus(desired, "before its domain starts"))
+    if slices:
+        d.actions.append(act.GiveShares(desired, "before its domain starts"))
     # Functions may be at other addresses than when the domain was defined: it is defined anew at each start.
-    if not current or not pinned or grant or gpus:
+    if not current or not pinned or grant or gpus or slices:
         d.actions.append(act.Define(desired, _why_defined(d, rest), rest))
     elif not d.actions:
         d.says(Phase.STARTING)

@@ -19,6 +19,9 @@ from casemate_agent.domain.limits import memory_limits
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.gpu.lifecycle import State
 from casemate_agent.gpu.planning import GpuLook, closes_host, plan_gpus, states
+from casemate_agent.gpu.shares import orphans as share_orphans
+from casemate_agent.gpu.shares import promised, stranger_claims, strangers
+from casemate_agent.gpu.sharing import cut
 from casemate_agent.ledger.records import (
     Book,
     InstanceRecord,
@@ -83,7 +86,7 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
         foreign_claim(domain, observed.machine.topology)
         for domain in observed.foreign
         if domain.phase is not DomainPhase.SHUT_OFF  # defined, and using nothing
-    )
+    ) + stranger_claims(observed.shares or {}, observed.machine.topology)
     adopted, unreadable = _adopt(book, observed)
     drift += unreadable
     networks = {network.name: network for network in book.host.networks}
@@ -121,6 +124,10 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
     look = _gpu_look(book, observed)
     closed = closes_host(observed.gpu_health, settings.gpu)
     cleaning = _leftovers(book, observed) if not adopted else {}
+    drift += [
+        f"ShareUnknown: vGPU {s.id} ({s.profile} of {s.gpu}) was made by somebody else; it is left alone"
+        for s in strangers(observed.shares or {})
+    ]
     if observed.functions is not None:
         drift += [f"VfLeak: {leak}" for leak in observed.functions.leaks()]
     drift += [f"Leftover: {uid}: {', '.join(map(act.name, actions))}" for uid, actions in cleaning.items()]
@@ -157,7 +164,7 @@ def plan(book: Book, observed: Observation, settings: Settings | None = None, be
 
 def _dma_entries(claims: Mapping[str, Claim]) -> int:
     """Mappings that the most demanding VM of this host needs."""
-    needs = (len(c.vfs) + len(c.devices) + len(c.gpus) for c in claims.values())
+    needs = (len(c.vfs) + len(c.devices) + len(c.gpus) + len(c.shares) for c in claims.values())
     return memory_limits(0, max(needs, default=0), locked=False).dma_entries
 
 
@@ -195,6 +202,13 @@ def _gpu_look(book: Book, observed: Observation) -> GpuLook:
                 continue
             if (applied := from_metadata(domain.record)) is not None:
                 running |= dict.fromkeys(applied.placement.claim.gpus, (uid, applied.tenant))
+    under_way = [
+        claim
+        for uid, record in book.instances.items()
+        if uid in observed.busy
+        for claim in (record.claim, record.desired.placement.claim)
+        if claim is not None
+    ]
     return GpuLook(
         there=tuple(gpu.uuid for gpu in observed.machine.topology.gpus),
         entries=book.gpus,
@@ -203,6 +217,8 @@ def _gpu_look(book: Book, observed: Observation) -> GpuLook:
         running=running,
         health=observed.gpu_health,
         orders={order.uuid: order for order in book.host.gpu_orders},
+        cut=cut(observed.machine.topology, under_way, observed.shares, book.gpus),
+        promised=promised(r.claim for r in book.instances.values() if r.claim is not None and not r.removed),
         busy=observed.busy,
     )
 
@@ -270,9 +286,12 @@ def _leftovers(book: Book, observed: Observation) -> dict[str, tuple[Action, ...
     reason = "no instance of this host"
     found: dict[str, tuple[Action, ...]] = {}
     held = orphans(known, observed.functions)
+    slices = share_orphans(known, observed.shares or {})
     named = set(observed.files.overlays) | set(observed.files.seeds) | set(observed.guarded)
-    for uid in sorted((named - known) | held.keys()):
+    for uid in sorted((named - known) | held.keys() | slices.keys()):
         actions: list[Action] = []
+        if uid in slices:
+            actions.append(act.TakeShares(uid, slices[uid], reason))
         if uid in held:
             stamp, keys = held[uid]
             actions.append(act.TakeBack(uid, stamp, keys, reason))

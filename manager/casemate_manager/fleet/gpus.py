@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Final
 
 from casemate_core.errors import Conflict, InvalidSpec, NotFound, Violation, shown
-from casemate_core.gpu import GpuOrder, GpuPhase, GpuState, GpuVerb, Passport
+from casemate_core.gpu import GpuOrder, GpuPhase, GpuState, GpuVerb, Passport, held_because
 from casemate_core.plain import from_plain, to_plain
 from casemate_core.spec.meta import Meta
-from casemate_core.spec.views import GpuView, ObjectRef
+from casemate_core.spec.views import GpuSliceView, GpuView, ObjectRef
 from casemate_manager.fleet.commands import Batch, GpuAnswer, OrderGpu
 from casemate_manager.fleet.draft import Draft, make_uid
 from casemate_manager.fleet.observed import Observed
@@ -56,7 +56,7 @@ def view(state: State, observed: Observed, uuid: str, *, whole: bool = False) ->
     return GpuView(
         meta=Meta(
             uuid,
-            labels=state.hosts[host].host.meta.labels if host in state.hosts else {},
+            labels={**(state.hosts[host].host.meta.labels if host in state.hosts else {}), **dict(gpu.labels)},
             uid=uuid,
             resource_version=record.revision if record is not None else 0,
         ),
@@ -71,7 +71,20 @@ def view(state: State, observed: Observed, uuid: str, *, whole: bool = False) ->
         order=str(order.verb) if order is not None and (said is None or said.order != order.uid) else "",
         state=said if connected else None,
         passports=passports if whole else passports[-1:],
+        slices=tuple(_slices(state, host, uuid)),
     )
+
+
+def _slices(state: State, host: str, uuid: str) -> Iterator[GpuSliceView]:
+    """Who has a slice of a GPU; a hold has none, and a vGPU that is not ours is its host's word."""
+    if host not in state.claims or uuid not in state.claims[host].usage.share_milli:
+        return
+    for claim in state.claims[host]:
+        for share in claim.shares:
+            if share.gpu == uuid and not held_because(claim.owner):
+                instance = state.instances.get(claim.owner)
+                name = f"{instance.meta.tenant}/{instance.meta.name}" if instance is not None else claim.owner
+                yield GpuSliceView(name, share.profile or f"{share.milli}m", share.milli)
 
 
 # --- what operators ask -----------------------------------------------------------------------------------------------

@@ -131,7 +131,12 @@ def request_of(spec: EnvironmentSpec) -> Request:
             spec.memory.size_mib, spec.memory.max_mib, spec.memory.hugepages_kib, CellPolicy(spec.memory.cells)
         ),
         spec.disk_mib,
-        gpus=tuple(GpuRequest(g.count, g.model, GpuLink(g.link), g.near, g.share, g.share_milli) for g in spec.gpus),
+        gpus=tuple(
+            GpuRequest(
+                g.count, g.model, GpuLink(g.link), g.near, g.share, g.share_milli, tuple(sorted(g.labels.items()))
+            )
+            for g in spec.gpus
+        ),
         nics=tuple(NicRequest(nic.network, needs=_needs(nic)) for nic in spec.nics if nic.type == "sriov"),
         devices=tuple(DeviceRequest(tuple(sorted(d.labels.items())), d.count, d.near) for d in spec.devices),
     )

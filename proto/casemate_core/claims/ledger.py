@@ -56,6 +56,8 @@ class Usage:
     """UUID of a GPU held in slices to their sum."""
     share_slots: Mapping[str, int] = field(default_factory=dict)
     """UUID of a GPU with slots to the mask of those taken."""
+    share_profile: Mapping[str, str] = field(default_factory=dict)
+    """UUID of a GPU held in slices to the profile of the one that came last: of them all, where it takes but one kind."""
     vfs: Mapping[str, int] = field(default_factory=dict)
     """MAC of a PF to the mask of VF indices taken."""
     devices: Mapping[str, str] = field(default_factory=dict)
@@ -79,11 +81,13 @@ class Usage:
             charged = _summed(charged, [(m.cell, m.charged_mib * sign) for m in claim.memory])
         if claim.pages:
             pages = _summed(pages, [((p.cell, p.page_kib), (p.count + p.growth) * sign) for p in claim.pages])
-        share_milli, share_slots = self.share_milli, self.share_slots
+        share_milli, share_slots, share_profile = self.share_milli, self.share_slots, self.share_profile
         if claim.shares:
             share_milli = _summed(share_milli, ((s.gpu, s.milli * sign) for s in claim.shares))
             slots = ((s.gpu, ((1 << s.slots) - 1) << s.start) for s in claim.shares if s.slots)
             share_slots = _masked(share_slots, slots, add)
+            cut = {**share_profile, **({s.gpu: s.profile for s in claim.shares} if add else {})}
+            share_profile = {uuid: profile for uuid, profile in cut.items() if uuid in share_milli}
         vfs = self.vfs
         if claim.vfs:
             vfs = _masked(vfs, [(v.pf, 1 << v.index) for v in claim.vfs], add)
@@ -96,6 +100,7 @@ class Usage:
             _named(self.gpus, claim.gpus, claim.owner, add) if claim.gpus else self.gpus,
             share_milli,
             share_slots,
+            share_profile,
             vfs,
             _named(self.devices, claim.devices, claim.owner, add) if claim.devices else self.devices,
             self.partitions

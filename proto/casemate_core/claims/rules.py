@@ -261,6 +261,10 @@ def _gpus(topology: Topology, claims: HostClaims) -> Iterator[ClaimViolation]:
             yield ClaimViolation(
                 ClaimRule.GPU_OWNER, "", f"GPU {gpu.uuid}: {owners[gpu.uuid]} owners, {len(slices)} slices"
             )
+        if gpu.share_alike and len(kinds := {share.profile for share in slices}) > 1:
+            yield ClaimViolation(
+                ClaimRule.GPU_OWNER, "", f"GPU {gpu.uuid}: slices {' and '.join(sorted(kinds))} at once"
+            )
         if sum(share.milli for share in slices) > 1000:
             yield ClaimViolation(ClaimRule.GPU_OWNER, "", f"GPU {gpu.uuid}: slices are more than it")
         taken = 0
@@ -296,7 +300,7 @@ def _is_slice_of(gpu: Gpu, profile: str, milli: int, start: int, slots: int) -> 
     if not profile:
         return bool(gpu.share_step_milli) and milli % gpu.share_step_milli == 0 and 0 < milli < 1000 and slots == 0
     for known in gpu.share_profiles:
-        if known.name == profile:
+        if known.name == profile and not known.bare:
             return known.milli == milli and known.slots == slots and (start in known.starts if slots else start == -1)
     return False
 

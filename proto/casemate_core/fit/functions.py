@@ -123,7 +123,7 @@ class FreeFunctions:
 
     def eligible(self, asked: GpuRequest) -> int:
         """GPUs that could serve the request by themselves: of the model, free, or with a slice left."""
-        mask = self.view.topology.functions.model_mask(self.view.topology, asked.model)
+        mask = self.view.topology.functions.model_mask(self.view.topology, asked.model, asked.labels)
         if not asked.is_share:
             return mask & self.free
         mask &= self.free | self.shared
@@ -139,12 +139,18 @@ class FreeFunctions:
         """
         gpu = self.view.topology.gpus[i]
         taken = self.view.usage.share_slots.get(gpu.uuid, 0)
+        only = self.view.usage.share_profile.get(gpu.uuid) if gpu.share_alike else None
         if asked.share_milli and not asked.share_profile and gpu.share_step_milli:
             milli = -(-asked.share_milli // gpu.share_step_milli) * gpu.share_step_milli
             return GpuShare(gpu.uuid, milli) if milli < 1000 and milli <= self.room[i] else None
         for profile in sorted(gpu.share_profiles, key=lambda p: (p.milli, p.slots, p.name)):
             wanted = profile.name == asked.share_profile if asked.share_profile else profile.milli >= asked.share_milli
-            if not wanted or profile.milli > self.room[i]:
+            if (
+                not wanted
+                or profile.bare
+                or profile.milli > self.room[i]
+                or (only is not None and profile.name != only)
+            ):
                 continue
             if not profile.slots:
                 return GpuShare(gpu.uuid, profile.milli, profile.name)

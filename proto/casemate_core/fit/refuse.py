@@ -24,9 +24,11 @@ from casemate_core.reasons import (
     DevicesShort,
     DiskShort,
     EmulatorShort,
+    GpuLabelsAbsent,
     GpuLinkShort,
     GpuModelAbsent,
     GpuNotLocal,
+    GpuShareBare,
     GpuShareShort,
     GpusShort,
     HousekeepingMissing,
@@ -45,7 +47,7 @@ from casemate_core.reasons import (
     VfsShort,
     VolumeElsewhere,
 )
-from casemate_core.topology import CellIndex
+from casemate_core.topology import CellIndex, Gpu
 
 
 def volumes_elsewhere(claims: HostClaims, request: Request) -> tuple[VolumeRequest, ...]:
@@ -208,13 +210,19 @@ def _functions(view: View, request: Request, free: FreeFunctions) -> list[Reason
 
 def _gpu_reason(view: View, free: FreeFunctions, group: int, asked: GpuRequest) -> Reason:
     topology = view.topology
-    of_model = topology.functions.model_mask(topology, asked.model)
+    of_model = topology.functions.model_mask(topology, asked.model, asked.labels)
     if not of_model:
+        if asked.labels and (alike := topology.functions.model_mask(topology, asked.model)):
+            there = {label for i in bits(alike) for label in topology.gpus[i].labels}
+            return GpuLabelsAbsent(group, asked.labels, asked.model, alike.bit_count(), tuple(sorted(there)))
         return GpuModelAbsent(group, asked.model, tuple(sorted({gpu.model for gpu in topology.gpus})))
     eligible = free.eligible(asked)
     if asked.is_share:
-        largest = max((room for i, room in free.room.items() if of_model >> i & 1), default=0)
         what = asked.share_profile or str(asked.share_milli)
+        bare = [i for i in bits(of_model) if _only_bare(topology.gpus[i], asked)]
+        if len(bare) == of_model.bit_count():
+            return GpuShareBare(group, what, len(bare))
+        largest = max((room for i, room in free.room.items() if of_model >> i & 1 and i not in bare), default=0)
         return GpuShareShort(group, what, asked.count, eligible.bit_count(), largest)
     if eligible.bit_count() < asked.count:
         owners = (view.usage.gpus.get(topology.gpus[i].uuid, "") for i in bits(of_model))
@@ -231,6 +239,16 @@ def _gpu_reason(view: View, free: FreeFunctions, group: int, asked: GpuRequest) 
             largest = count
             break
     return GpuLinkShort(group, asked.count, largest, asked.link.value)
+
+
+def _only_bare(gpu: Gpu, asked: GpuRequest) -> bool:
+    """Whether all slices of a GPU that would do are such as no VM can be given."""
+    enough = [
+        profile
+        for profile in gpu.share_profiles
+        if (profile.name == asked.share_profile if asked.share_profile else profile.milli >= asked.share_milli)
+    ]
+    return bool(enough) and all(profile.bare for profile in enough)
 
 
 def _locality(view: View, request: Request, need: Need, free: FreeFunctions) -> list[Reason]:

@@ -25,6 +25,7 @@ from casemate_core.fit.request import (
 )
 from casemate_core.fit.solve import NO_OVERCOMMIT, Fit, Refusal, fits
 from casemate_core.reasons import (
+    AnyGpuLabels,
     AnyModel,
     DropNic,
     FewerCpus,
@@ -193,6 +194,8 @@ def _relaxed_functions(remedy: Remedy, request: Request) -> Request | None:
             return _with_gpus(request, group, count=count) if count < request.gpus[group].count else None
         case AnyModel(group):
             return _with_gpus(request, group, model="*")
+        case AnyGpuLabels(group):
+            return _with_gpus(request, group, labels=())
         case RelaxLink(group):
             return _with_gpus(request, group, link=GpuLink.ANY)
         case RelaxGpuLocality(group):

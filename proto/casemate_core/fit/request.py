@@ -163,6 +163,8 @@ class GpuRequest:
     """Name of a profile (``1g.10gb``): a slice instead of a whole GPU."""
     share_milli: int = 0
     """Thousandths of a GPU: a slice of at least this size, by profile or of free size."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """Only GPUs that carry all of them; ascending by key."""
 
     def __post_init__(self) -> None:
         _must(self.count >= 1, "gpus.count", "is at least 1")

@@ -28,9 +28,11 @@ from casemate_core.reasons.functions import (
     CapabilityMissing,
     DeviceNotLocal,
     DevicesShort,
+    GpuLabelsAbsent,
     GpuLinkShort,
     GpuModelAbsent,
     GpuNotLocal,
+    GpuShareBare,
     GpuShareShort,
     GpusShort,
     NetworkUnreached,
@@ -40,6 +42,7 @@ from casemate_core.reasons.functions import (
     VfsShort,
 )
 from casemate_core.reasons.remedies import (
+    AnyGpuLabels,
     AnyModel,
     DropNic,
     FewerCpus,
@@ -79,9 +82,11 @@ Reason = (
     | VolumeElsewhere
     | GpusShort
     | GpuModelAbsent
+    | GpuLabelsAbsent
     | GpuLinkShort
     | PartitionsTaken
     | GpuShareShort
+    | GpuShareBare
     | GpuNotLocal
     | NetworkUnreached
     | CapabilityMissing
@@ -93,6 +98,7 @@ Reason = (
 )
 
 __all__ = [
+    "AnyGpuLabels",
     "AnyModel",
     "CapabilityMissing",
     "CellsShort",
@@ -105,9 +111,11 @@ __all__ = [
     "FewerCpus",
     "FewerDevices",
     "FewerGpus",
+    "GpuLabelsAbsent",
     "GpuLinkShort",
     "GpuModelAbsent",
     "GpuNotLocal",
+    "GpuShareBare",
     "GpuShareShort",
     "GpusShort",
     "HousekeepingMissing",

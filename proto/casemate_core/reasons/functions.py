@@ -6,6 +6,7 @@ What may live here: those records. ``group`` and ``nic`` are positions in the re
 from dataclasses import dataclass
 
 from casemate_core.reasons.remedies import (
+    AnyGpuLabels,
     AnyModel,
     DropNic,
     FewerDevices,
@@ -60,6 +61,26 @@ class GpuModelAbsent:
     @property
     def remedies(self) -> tuple[Remedy, ...]:
         return (AnyModel(self.group), OtherHost()) if self.present else (OtherHost(),)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLabelsAbsent:
+    """No GPU of the model carries the labels; ``present`` are those that GPUs of the model do carry."""
+
+    group: int
+    labels: tuple[tuple[str, str], ...]
+    model: str
+    of_model: int
+    present: tuple[tuple[str, str], ...]
+
+    @property
+    def sentence(self) -> str:
+        wanted, there = (",".join(f"{key}={value}" for key, value in pairs) for pairs in (self.labels, self.present))
+        return f"GPUs {wanted} asked, none of {self.of_model} of model {self.model} is; they are {there or 'without labels'}"
+
+    @property
+    def remedies(self) -> tuple[Remedy, ...]:
+        return (AnyGpuLabels(self.group), OtherHost())
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +149,26 @@ class GpuShareShort:
     @property
     def remedies(self) -> tuple[Remedy, ...]:
         return (SmallerShare(self.group, self.available_milli), FewerGpus(self.group, self.available))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuShareBare:
+    """The slices that would do are MIG instances of the host alone: none has a PCI function that a VM could be given."""
+
+    group: int
+    asked: str
+    gpus: int
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"a slice {self.asked} asked, on {self.gpus} GPUs it is a MIG instance without a vGPU: it has no PCI function, and "
+            "goes to no VM; NVIDIA's vGPU driver on the host makes MIG-backed vGPUs of them"
+        )
+
+    @property
+    def remedies(self) -> tuple[Remedy, ...]:
+        return (OtherHost(),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,17 @@ class AnyModel:
 
 
 @dataclass(frozen=True, slots=True)
+class AnyGpuLabels:
+    """Ask for no labels in GPU request number ``group``."""
+
+    group: int
+
+    @property
+    def sentence(self) -> str:
+        return f"leave out labels in gpus[{self.group}]"
+
+
+@dataclass(frozen=True, slots=True)
 class RelaxLink:
     """Take any link in GPU request number ``group``."""
 
@@ -237,6 +248,7 @@ Remedy = (
     | LessDisk
     | FewerGpus
     | AnyModel
+    | AnyGpuLabels
     | RelaxLink
     | SmallerShare
     | RelaxGpuLocality

@@ -100,6 +100,8 @@ class GpuSpec:
     #: A slice of so many thousandths, by whatever profile has them; 0: not by size.
     share_milli: int = 0
     near: bool = False
+    #: Only GPUs that carry all of them.
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +330,7 @@ def _check_gpus(gpus: tuple[GpuSpec, ...]) -> Iterator[Violation]:
     for i, gpu in enumerate(gpus):
         path = f"spec.gpus[{i}]"
         yield from _between(f"{path}.count", gpu.count, 1, MAX_GPUS)
+        yield from check_labels(f"{path}.labels", gpu.labels)
         for name, text in (("model", gpu.model), ("share", gpu.share)):
             if len(text) > MAX_GPU_TEXT or not text.isprintable():
                 yield Violation(

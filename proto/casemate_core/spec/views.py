@@ -191,6 +191,15 @@ class EventView:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuSliceView:
+    """A slice of a GPU that an instance has: a profile's name, or thousandths with an ``m``."""
+
+    instance: str
+    share: str
+    milli: int
+
+
+@dataclass(frozen=True, slots=True)
 class GpuView:
     """A GPU of a host: what its host's inventory has of it, what the host says (None until it does), and its hand-overs,
     oldest first."""
@@ -207,6 +216,7 @@ class GpuView:
     order: str = ""
     state: GpuState | None = None
     passports: tuple[Passport, ...] = ()
+    slices: tuple[GpuSliceView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

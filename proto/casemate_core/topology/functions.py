@@ -98,7 +98,7 @@ class FunctionIndex:
     vf_mask: tuple[int, ...]
     """Per PF, the mask of the indices of its VFs."""
     device_cell: tuple[int, ...]
-    _models: dict[str, int] = field(default_factory=dict)
+    _models: dict[tuple[str, tuple[tuple[str, str], ...]], int] = field(default_factory=dict)
     _ports: dict[tuple[str, tuple[str, ...]], tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -131,14 +131,19 @@ class FunctionIndex:
         """The sets of so many GPUs, nearest together first."""
         return gpu_sets(self.shape, count) if 0 < count <= len(self.shape) else ()
 
-    def model_mask(self, topology: "Topology", glob: str) -> int:
-        """GPUs whose model matches."""
-        mask = self._models.get(glob)
+    def model_mask(self, topology: "Topology", glob: str, labels: tuple[tuple[str, str], ...] = ()) -> int:
+        """GPUs whose model matches, and that carry all of the labels."""
+        mask = self._models.get((glob, labels))
         if mask is None:
-            mask = sum(1 << i for i, gpu in enumerate(topology.gpus) if fnmatchcase(gpu.model, glob))
+            wanted = set(labels)
+            mask = sum(
+                1 << i
+                for i, gpu in enumerate(topology.gpus)
+                if fnmatchcase(gpu.model, glob) and wanted.issubset(gpu.labels)
+            )
             if len(self._models) >= _MAX_CACHED_QUESTIONS:
                 self._models.clear()
-            self._models[glob] = mask
+            self._models[glob, labels] = mask
         return mask
 
     def ports(self, topology: "Topology", network: str, needs: tuple[str, ...]) -> tuple[int, ...]:

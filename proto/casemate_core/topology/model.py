@@ -128,6 +128,8 @@ class ShareProfile:
     """Memory slices taken, for a GPU with ``share_slots``; 0 where slices have no place of their own."""
     starts: tuple[int, ...] = ()
     """First slots at which the slice may lie (MIG: "placements")."""
+    bare: bool = False
+    """A slice of the host's own, with no function that a VM could be given: a MIG instance that no vGPU carries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,10 @@ class Gpu:
     share_profiles: tuple[ShareProfile, ...] = ()
     share_step_milli: int = 0
     """Slices of any multiple of so many thousandths may be cut; 0: only by profile."""
+    share_alike: bool = False
+    """All slices that are cut at one time are of one profile (time-sliced vGPUs of equal size)."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """What the administrator of the host calls it; ascending by key."""
 
 
 @dataclass(frozen=True, slots=True)

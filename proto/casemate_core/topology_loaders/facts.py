@@ -34,6 +34,8 @@ class GpuFacts:
     share_slots: int = 0
     share_profiles: tuple[ShareProfile, ...] = ()
     share_step_milli: int = 0
+    share_alike: bool = False
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,8 @@ def gpus_of(files: Mapping[str, str], facts: HostFacts) -> tuple[Gpu, ...]:
             g.share_slots,
             g.share_profiles,
             g.share_step_milli,
+            g.share_alike,
+            g.labels,
         )
         for g in facts.gpus
     ]

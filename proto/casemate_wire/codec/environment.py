@@ -109,12 +109,13 @@ def _gpu_from_message(message: pb.GpuRequest) -> GpuSpec:
         "" if part else message.share,
         int(part[1]) if part else 0,
         message.near,
+        dict(message.labels),
     )
 
 
 def _gpu_to_message(gpu: GpuSpec) -> pb.GpuRequest:
     share = f"{gpu.share_milli}m" if gpu.share_milli else gpu.share
-    return pb.GpuRequest(model=gpu.model, count=gpu.count, link=gpu.link, share=share, near=gpu.near)
+    return pb.GpuRequest(model=gpu.model, count=gpu.count, link=gpu.link, share=share, near=gpu.near, labels=gpu.labels)
 
 
 def _mbps(text: str) -> int:

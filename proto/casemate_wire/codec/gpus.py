@@ -1,9 +1,11 @@
 """GPUs ⇄ messages: what hosts say of them, what operators ask, and what is shown of both."""
 
+import math
 from collections.abc import Collection
+from dataclasses import fields
 
 from casemate_core.errors import CallerError
-from casemate_core.gpu import Check, GpuOrder, GpuPhase, GpuState, GpuVerb, Passport, Result, Rung, Step
+from casemate_core.gpu import Check, GpuFigures, GpuOrder, GpuPhase, GpuState, GpuVerb, Passport, Result, Rung, Step
 from casemate_core.quantity import format_mib
 from casemate_core.spec.views import GpuView
 from casemate_wire.codec.basics import meta_to_message, seconds, timestamp
@@ -91,6 +93,23 @@ def passport_from_message(message: gpus_pb2.GpuPassport) -> Passport:
     )
 
 
+_PLAIN_FIGURES = tuple(f.name for f in fields(GpuFigures) if f.name not in ("told_by", "at_s"))
+
+
+def figures_to_message(figures: GpuFigures) -> gpus_pb2.GpuFigures:
+    """What was read of a GPU; what is unknown is not set."""
+    told = {name: value for name in _PLAIN_FIGURES if (value := getattr(figures, name)) is not None}
+    return gpus_pb2.GpuFigures(told_by=figures.told_by, time=timestamp(figures.at_s), **told)
+
+
+def figures_from_message(message: gpus_pb2.GpuFigures) -> GpuFigures:
+    """What was read of a GPU. Raises BadGpu."""
+    told = {name: getattr(message, name) for name in _PLAIN_FIGURES if message.HasField(name)}  # type: ignore[arg-type]
+    if not all(math.isfinite(value) for value in told.values()):
+        raise BadGpu("a figure of a GPU is no number")
+    return GpuFigures(told_by=_text(message.told_by, 16), at_s=seconds(message.time), **told)
+
+
 def state_to_message(state: GpuState) -> hosts_pb2.GpuFacts:
     """What a host says of a GPU."""
     return hosts_pb2.GpuFacts(
@@ -107,6 +126,7 @@ def state_to_message(state: GpuState) -> hosts_pb2.GpuFacts:
         reasons=state.reasons,
         order=state.order,
         passport=passport_to_message(state.passport) if state.passport is not None else None,
+        figures=figures_to_message(state.figures) if state.figures is not None else None,
     )
 
 
@@ -131,6 +151,7 @@ def state_from_message(message: hosts_pb2.GpuFacts) -> GpuState:
         reasons=tuple(_text(reason) for reason in message.reasons),
         order=_text(message.order, 64),
         passport=passport,
+        figures=figures_from_message(message.figures) if message.HasField("figures") else None,
     )
 
 
@@ -173,5 +194,7 @@ def view_to_message(view: GpuView) -> fleet_pb2.GPU:
             since=timestamp(state.since_s) if state else None,
             order=view.order,
             passports=[passport_to_message(p) for p in reversed(view.passports)],
+            slices=[fleet_pb2.GpuSlice(instance=s.instance, share=s.share, milli=s.milli) for s in view.slices],
+            figures=figures_to_message(state.figures) if state is not None and state.figures is not None else None,
         ),
     )

@@ -1418,6 +1418,8 @@ class GPUStatus(_message.Message):
     SINCE_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     PASSPORTS_FIELD_NUMBER: _builtins.int
+    SLICES_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     model: _builtins.str
     uuid: _builtins.str
@@ -1448,6 +1450,14 @@ class GPUStatus(_message.Message):
     def passports(self) -> _containers.RepeatedCompositeFieldContainer[_gpus_pb2.GpuPassport]:
         """Its last hand-overs, newest first; lists show one, `describe` all that are kept."""
 
+    @_builtins.property
+    def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuSlice]:
+        """Who has a slice of it."""
+
+    @_builtins.property
+    def figures(self) -> _gpus_pb2.GpuFigures:
+        """What was read of it last; what nobody tells is not there."""
+
     def __init__(
         self,
         *,
@@ -1466,14 +1476,45 @@ class GPUStatus(_message.Message):
         since: _timestamp_pb2.Timestamp | None = ...,
         order: _builtins.str = ...,
         passports: _abc.Iterable[_gpus_pb2.GpuPassport] | None = ...,
+        slices: _abc.Iterable[Global___GpuSlice] | None = ...,
+        figures: _gpus_pb2.GpuFigures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "health", b"health", "health_reasons", b"health_reasons", "host", b"host", "instance", b"instance", "memory", b"memory", "model", b"model", "order", b"order", "passports", b"passports", "pci_address", b"pci_address", "phase", b"phase", "reason", b"reason", "since", b"since", "tenant", b"tenant", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "figures", b"figures", "health", b"health", "health_reasons", b"health_reasons", "host", b"host", "instance", b"instance", "memory", b"memory", "model", b"model", "order", b"order", "passports", b"passports", "pci_address", b"pci_address", "phase", b"phase", "reason", b"reason", "since", b"since", "slices", b"slices", "tenant", b"tenant", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GPUStatus: _TypeAlias = GPUStatus  # noqa: Y015
+
+@_typing.final
+class GpuSlice(_message.Message):
+    """A slice of a GPU that an instance has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    MILLI_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    share: _builtins.str
+    """The profile, or thousandths of the GPU."""
+    milli: _builtins.int
+    """Thousandths of the GPU that it counts as."""
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        share: _builtins.str = ...,
+        milli: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "milli", b"milli", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GpuSlice: _TypeAlias = GpuSlice  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):

@@ -77,6 +77,132 @@ class OrderGpuResponse(_message.Message):
 Global___OrderGpuResponse: _TypeAlias = OrderGpuResponse  # noqa: Y015
 
 @_typing.final
+class GpuFigures(_message.Message):
+    """What was read of a GPU last; what nobody tells is not there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOLD_BY_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
+    GPU_BUSY_PERCENT_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_MIB_FIELD_NUMBER: _builtins.int
+    ECC_CORRECTED_FIELD_NUMBER: _builtins.int
+    ECC_UNCORRECTED_FIELD_NUMBER: _builtins.int
+    ROWS_REMAPPED_FIELD_NUMBER: _builtins.int
+    ROWS_PENDING_FIELD_NUMBER: _builtins.int
+    ROWS_FAILED_FIELD_NUMBER: _builtins.int
+    LINK_SPEED_GTS_FIELD_NUMBER: _builtins.int
+    LINK_SPEED_MAX_GTS_FIELD_NUMBER: _builtins.int
+    LINK_WIDTH_FIELD_NUMBER: _builtins.int
+    LINK_WIDTH_MAX_FIELD_NUMBER: _builtins.int
+    LINK_ERRORS_FIELD_NUMBER: _builtins.int
+    told_by: _builtins.str
+    """Who told all but the link, which the host sees at all times: `host` or `guest`; empty where nobody did."""
+    temperature_c: _builtins.int
+    power_w: _builtins.float
+    gpu_busy_percent: _builtins.int
+    memory_used_mib: _builtins.int
+    ecc_corrected: _builtins.int
+    """ECC errors since its driver was loaded."""
+    ecc_uncorrected: _builtins.int
+    rows_remapped: _builtins.int
+    """Rows of memory that were replaced; whether one waits for a reset to be, and whether one could not be."""
+    rows_pending: _builtins.bool
+    rows_failed: _builtins.bool
+    link_speed_gts: _builtins.float
+    """PCIe: gigatransfers a second on each lane, lanes, and uncorrected errors that the host counted."""
+    link_speed_max_gts: _builtins.float
+    link_width: _builtins.int
+    link_width_max: _builtins.int
+    link_errors: _builtins.int
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        told_by: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        temperature_c: _builtins.int | None = ...,
+        power_w: _builtins.float | None = ...,
+        gpu_busy_percent: _builtins.int | None = ...,
+        memory_used_mib: _builtins.int | None = ...,
+        ecc_corrected: _builtins.int | None = ...,
+        ecc_uncorrected: _builtins.int | None = ...,
+        rows_remapped: _builtins.int | None = ...,
+        rows_pending: _builtins.bool | None = ...,
+        rows_failed: _builtins.bool | None = ...,
+        link_speed_gts: _builtins.float | None = ...,
+        link_speed_max_gts: _builtins.float | None = ...,
+        link_width: _builtins.int | None = ...,
+        link_width_max: _builtins.int | None = ...,
+        link_errors: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected", "_ecc_uncorrected", b"_ecc_uncorrected", "_gpu_busy_percent", b"_gpu_busy_percent", "_link_errors", b"_link_errors", "_link_speed_gts", b"_link_speed_gts", "_link_speed_max_gts", b"_link_speed_max_gts", "_link_width", b"_link_width", "_link_width_max", b"_link_width_max", "_memory_used_mib", b"_memory_used_mib", "_power_w", b"_power_w", "_rows_failed", b"_rows_failed", "_rows_pending", b"_rows_pending", "_rows_remapped", b"_rows_remapped", "_temperature_c", b"_temperature_c", "ecc_corrected", b"ecc_corrected", "ecc_uncorrected", b"ecc_uncorrected", "gpu_busy_percent", b"gpu_busy_percent", "link_errors", b"link_errors", "link_speed_gts", b"link_speed_gts", "link_speed_max_gts", b"link_speed_max_gts", "link_width", b"link_width", "link_width_max", b"link_width_max", "memory_used_mib", b"memory_used_mib", "power_w", b"power_w", "rows_failed", b"rows_failed", "rows_pending", b"rows_pending", "rows_remapped", b"rows_remapped", "temperature_c", b"temperature_c", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected", "_ecc_uncorrected", b"_ecc_uncorrected", "_gpu_busy_percent", b"_gpu_busy_percent", "_link_errors", b"_link_errors", "_link_speed_gts", b"_link_speed_gts", "_link_speed_max_gts", b"_link_speed_max_gts", "_link_width", b"_link_width", "_link_width_max", b"_link_width_max", "_memory_used_mib", b"_memory_used_mib", "_power_w", b"_power_w", "_rows_failed", b"_rows_failed", "_rows_pending", b"_rows_pending", "_rows_remapped", b"_rows_remapped", "_temperature_c", b"_temperature_c", "ecc_corrected", b"ecc_corrected", "ecc_uncorrected", b"ecc_uncorrected", "gpu_busy_percent", b"gpu_busy_percent", "link_errors", b"link_errors", "link_speed_gts", b"link_speed_gts", "link_speed_max_gts", b"link_speed_max_gts", "link_width", b"link_width", "link_width_max", b"link_width_max", "memory_used_mib", b"memory_used_mib", "power_w", b"power_w", "rows_failed", b"rows_failed", "rows_pending", b"rows_pending", "rows_remapped", b"rows_remapped", "temperature_c", b"temperature_c", "time", b"time", "told_by", b"told_by"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ecc_corrected: _TypeAlias = _typing.Literal["ecc_corrected"]  # noqa: Y015
+    _WhichOneofArgType__ecc_corrected: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected"]  # noqa: Y015
+    _WhichOneofReturnType__ecc_uncorrected: _TypeAlias = _typing.Literal["ecc_uncorrected"]  # noqa: Y015
+    _WhichOneofArgType__ecc_uncorrected: _TypeAlias = _typing.Literal["_ecc_uncorrected", b"_ecc_uncorrected"]  # noqa: Y015
+    _WhichOneofReturnType__gpu_busy_percent: _TypeAlias = _typing.Literal["gpu_busy_percent"]  # noqa: Y015
+    _WhichOneofArgType__gpu_busy_percent: _TypeAlias = _typing.Literal["_gpu_busy_percent", b"_gpu_busy_percent"]  # noqa: Y015
+    _WhichOneofReturnType__link_errors: _TypeAlias = _typing.Literal["link_errors"]  # noqa: Y015
+    _WhichOneofArgType__link_errors: _TypeAlias = _typing.Literal["_link_errors", b"_link_errors"]  # noqa: Y015
+    _WhichOneofReturnType__link_speed_gts: _TypeAlias = _typing.Literal["link_speed_gts"]  # noqa: Y015
+    _WhichOneofArgType__link_speed_gts: _TypeAlias = _typing.Literal["_link_speed_gts", b"_link_speed_gts"]  # noqa: Y015
+    _WhichOneofReturnType__link_speed_max_gts: _TypeAlias = _typing.Literal["link_speed_max_gts"]  # noqa: Y015
+    _WhichOneofArgType__link_speed_max_gts: _TypeAlias = _typing.Literal["_link_speed_max_gts", b"_link_speed_max_gts"]  # noqa: Y015
+    _WhichOneofReturnType__link_width: _TypeAlias = _typing.Literal["link_width"]  # noqa: Y015
+    _WhichOneofArgType__link_width: _TypeAlias = _typing.Literal["_link_width", b"_link_width"]  # noqa: Y015
+    _WhichOneofReturnType__link_width_max: _TypeAlias = _typing.Literal["link_width_max"]  # noqa: Y015
+    _WhichOneofArgType__link_width_max: _TypeAlias = _typing.Literal["_link_width_max", b"_link_width_max"]  # noqa: Y015
+    _WhichOneofReturnType__memory_used_mib: _TypeAlias = _typing.Literal["memory_used_mib"]  # noqa: Y015
+    _WhichOneofArgType__memory_used_mib: _TypeAlias = _typing.Literal["_memory_used_mib", b"_memory_used_mib"]  # noqa: Y015
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    _WhichOneofReturnType__rows_failed: _TypeAlias = _typing.Literal["rows_failed"]  # noqa: Y015
+    _WhichOneofArgType__rows_failed: _TypeAlias = _typing.Literal["_rows_failed", b"_rows_failed"]  # noqa: Y015
+    _WhichOneofReturnType__rows_pending: _TypeAlias = _typing.Literal["rows_pending"]  # noqa: Y015
+    _WhichOneofArgType__rows_pending: _TypeAlias = _typing.Literal["_rows_pending", b"_rows_pending"]  # noqa: Y015
+    _WhichOneofReturnType__rows_remapped: _TypeAlias = _typing.Literal["rows_remapped"]  # noqa: Y015
+    _WhichOneofArgType__rows_remapped: _TypeAlias = _typing.Literal["_rows_remapped", b"_rows_remapped"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_c: _TypeAlias = _typing.Literal["temperature_c"]  # noqa: Y015
+    _WhichOneofArgType__temperature_c: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ecc_corrected) -> _WhichOneofReturnType__ecc_corrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ecc_uncorrected) -> _WhichOneofReturnType__ecc_uncorrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_busy_percent) -> _WhichOneofReturnType__gpu_busy_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_errors) -> _WhichOneofReturnType__link_errors | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_speed_gts) -> _WhichOneofReturnType__link_speed_gts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_speed_max_gts) -> _WhichOneofReturnType__link_speed_max_gts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_width) -> _WhichOneofReturnType__link_width | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__link_width_max) -> _WhichOneofReturnType__link_width_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_used_mib) -> _WhichOneofReturnType__memory_used_mib | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rows_failed) -> _WhichOneofReturnType__rows_failed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rows_pending) -> _WhichOneofReturnType__rows_pending | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rows_remapped) -> _WhichOneofReturnType__rows_remapped | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_c) -> _WhichOneofReturnType__temperature_c | None: ...
+
+Global___GpuFigures: _TypeAlias = GpuFigures  # noqa: Y015
+
+@_typing.final
 class GpuPassport(_message.Message):
     """The record of one hand-over of a GPU."""
 

@@ -1076,6 +1076,7 @@ class GpuFacts(_message.Message):
     REASONS_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     PASSPORT_FIELD_NUMBER: _builtins.int
+    FIGURES_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     phase: _builtins.str
     owner: _builtins.str
@@ -1096,6 +1097,8 @@ class GpuFacts(_message.Message):
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def passport(self) -> _gpus_pb2.GpuPassport: ...
+    @_builtins.property
+    def figures(self) -> _gpus_pb2.GpuFigures: ...
     def __init__(
         self,
         *,
@@ -1112,10 +1115,11 @@ class GpuFacts(_message.Message):
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         order: _builtins.str = ...,
         passport: _gpus_pb2.GpuPassport | None = ...,
+        figures: _gpus_pb2.GpuFigures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["passport", b"passport", "since", b"since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["figures", b"figures", "passport", b"passport", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "driver", b"driver", "generation", b"generation", "health", b"health", "order", b"order", "owner", b"owner", "passport", b"passport", "phase", b"phase", "reason", b"reason", "reasons", b"reasons", "since", b"since", "tenant", b"tenant", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "driver", b"driver", "figures", b"figures", "generation", b"generation", "health", b"health", "order", b"order", "owner", b"owner", "passport", b"passport", "phase", b"phase", "reason", b"reason", "reasons", b"reasons", "since", b"since", "tenant", b"tenant", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,7 +19,7 @@
 enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, SMALL = 7, NOT_LOADED = 9, TIMEOUT = 10, LOST = 15 };
 enum { BOARDS = 16, KEYS = 48 };
 
-struct board { int count; char key[KEYS][32]; char value[KEYS][96]; };
+struct board { int count; char key[KEYS][32]; char value[KEYS][512]; };
 struct state { int boards; struct board board[BOARDS]; char driver[96]; int not_loaded; int failed; int hangs; int xids; int xid[64][2]; };
 struct event { void *device; unsigned long long type, data; unsigned gpu_instance, compute_instance; };
 struct pci { char legacy[16]; unsigned domain, bus, device, pci_id, subsystem_id; char bus_id[32]; };
@@ -28,23 +28,24 @@ struct busy { unsigned gpu, memory; };
 struct process { unsigned pid; unsigned long long memory; unsigned gpu_instance, compute_instance; };
 struct profile { unsigned id, p2p, slices, instances, sms, copy, decoders, encoders, jpeg, ofa; unsigned long long memory_mb; };
 struct place { unsigned start, size; };
+struct instance_info { void *device; unsigned id, profile; struct place place; };
 struct temperature { unsigned version; int sensor; int value; };
 
 static int initialized, told;
 static char handles[BOARDS]; /* a handle is the address of its board's place */
 
 static void load(struct state *s, const char *function) {
-    char line[160], key[32], value[96];
+    char line[640], key[32], value[512];
     memset(s, 0, sizeof *s);
     strcpy(s->driver, "570.86.15");
     const char *path = getenv("MOCK_NVML");
     FILE *file = path ? fopen(path, "r") : NULL;
     while (file && fgets(line, sizeof line, file)) {
-        int words = sscanf(line, "%31s %95[^\n]", key, value);
+        int words = sscanf(line, "%31s %511[^\n]", key, value);
         if (words < 1) continue;
         if (words < 2) value[0] = 0;
         if (!strcmp(key, "gpu") && s->boards < BOARDS) s->boards++;
-        else if (!strcmp(key, "driver")) snprintf(s->driver, sizeof s->driver, "%s", value);
+        else if (!strcmp(key, "driver")) snprintf(s->driver, sizeof s->driver, "%.95s", value);
         else if (!strcmp(key, "not-loaded")) s->not_loaded = 1;
         else if (!strcmp(key, "fail")) {
             char name[64]; int code;
@@ -57,8 +58,8 @@ static void load(struct state *s, const char *function) {
         else if (s->boards) {
             struct board *b = &s->board[s->boards - 1];
             if (b->count < KEYS) {
-                snprintf(b->key[b->count], 32, "%s", key);
-                snprintf(b->value[b->count++], 96, "%s", value);
+                snprintf(b->key[b->count], 32, "%.31s", key);
+                snprintf(b->value[b->count++], 512, "%s", value);
             }
         }
     }
@@ -185,6 +186,65 @@ API int nvmlDeviceGetGpuInstancePossiblePlacements_v2(void *h, unsigned id, stru
     *count = n;
     return OK;
 }
+/* Key "instances": "PROFILE START SIZE" of each GPU instance that was made, with commas between. */
+static int instance(struct state *s, void *h, unsigned nth, struct instance_info *into) {
+    const char *from = get(s, h, "instances");
+    for (; from && nth; nth--) { from = strchr(from, ','); if (from) from++; }
+    if (!from || sscanf(from, "%u %u %u", &into->profile, &into->place.start, &into->place.size) != 3) return NOT_FOUND;
+    into->device = h;
+    return OK;
+}
+API int nvmlDeviceGetGpuInstances(void *h, unsigned profile, void **found, unsigned *count) {
+    BOARD;
+    struct instance_info info;
+    unsigned n = 0;
+    /* a handle is the board's with the instance's number, counted from 1, above it */
+    for (unsigned i = 0; instance(&s, h, i, &info) == OK; i++)
+        if (info.profile == profile && n < *count) found[n++] = (void *)(((unsigned long long)(i + 1) << 56) | (unsigned long long)h);
+    *count = n;
+    return OK;
+}
+API int nvmlGpuInstanceGetInfo(void *g, struct instance_info *info) {
+    ENTER;
+    unsigned long long word = (unsigned long long)g;
+    memset(info, 0, sizeof *info);
+    info->id = (unsigned)(word >> 56);
+    return instance(&s, (void *)(word & 0xffffffffffffffULL), info->id - 1, info);
+}
+/* Key "vgpus": "NUMBER MEMORY_MIB MOST PROFILE NAME" of each type, with commas between; PROFILE -1: time-sliced. Types are the
+ * same for all boards. */
+static int vgpu(struct state *s, void *h, unsigned nth, unsigned number, unsigned *at, unsigned *mib, unsigned *most, int *profile, char *name) {
+    for (int b = 0; b < s->boards; b++) {
+        if (h && h != &handles[b]) continue;
+        const char *from = get(s, &handles[b], "vgpus");
+        unsigned n = 0;
+        for (; from; n++) {
+            if (sscanf(from, "%u %u %u %d %63[^,]", at, mib, most, profile, name) != 5) break;
+            if (number ? *at == number : n == nth) return OK;
+            from = strchr(from, ',');
+            if (from) from++;
+        }
+    }
+    return NOT_FOUND;
+}
+#define TYPE struct state s; int rc = enter(&s, __func__); if (rc) return rc; \
+    unsigned at, mib, most; int profile; char name[64]; \
+    if (vgpu(&s, NULL, 0, type, &at, &mib, &most, &profile, name)) return INVALID
+API int nvmlDeviceGetSupportedVgpus(void *h, unsigned *count, unsigned *types) {
+    BOARD;
+    if (!get(&s, h, "vgpus")) return NOT_SUPPORTED;
+    unsigned at, mib, most, n = 0, room = *count;
+    int profile;
+    char name[64];
+    for (; vgpu(&s, h, n, 0, &at, &mib, &most, &profile, name) == OK; n++)
+        if (types && n < room) types[n] = at;
+    *count = n;
+    return n > room || !types ? SMALL : OK;
+}
+API int nvmlVgpuTypeGetName(unsigned type, char *into, unsigned *size) { TYPE; snprintf(into, *size, "%s", name); return OK; }
+API int nvmlVgpuTypeGetFramebufferSize(unsigned type, unsigned long long *bytes) { TYPE; *bytes = (unsigned long long)mib << 20; return OK; }
+API int nvmlVgpuTypeGetMaxInstances(void *h, unsigned type, unsigned *count) { (void)h; TYPE; *count = most; return OK; }
+API int nvmlVgpuTypeGetGpuInstanceProfileId(unsigned type, unsigned *id) { TYPE; *id = (unsigned)profile; return OK; }
 static int processes(struct state *s, void *h, unsigned *count, struct process *into) {
     const char *from = get(s, h, "processes");
     unsigned n = 0, pid;
