@@ -73,6 +73,8 @@ class Config:
     #: Functions that are GPUs though no library tells them, and what is asked of GPUs between tenants.
     gpus: tuple[GpuRule, ...] = ()
     gpu: GpuPolicy = DEFAULT_POLICY
+    #: Where the Fabric Manager of a board with NVSwitches is: HOST:PORT or unix:PATH; empty: there is none to be asked.
+    fabric_manager: str = ""
     #: How long a simulated guest boots.
     boot_s: float = 0.5
 

@@ -19,6 +19,7 @@ from casemate_agent.drivers.http import http_download
 from casemate_agent.drivers.image import ImageStore
 from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
+from casemate_agent.drivers.nvfm import NvFabric
 from casemate_agent.drivers.partitions import CgroupPartitions
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.drivers.seriallog import SerialLogFiles
@@ -52,7 +53,12 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
     async with AsyncExitStack() as stack:
         gpus = HostGpus(state_dir, rules=config.gpus)
         stack.push_async_callback(gpus.aclose)
-        machine = HostMachine(state_dir, ports=config.ports, devices=config.devices, gpus=gpus, isolate=config.isolate)
+        fabric = NvFabric(config.fabric_manager) if config.fabric_manager else None
+        if fabric is not None:
+            stack.push_async_callback(fabric.aclose)
+        machine = HostMachine(
+            state_dir, ports=config.ports, devices=config.devices, gpus=gpus, isolate=config.isolate, fabric=fabric
+        )
         stack.push_async_callback(machine.aclose)
         cards = HostCards(gpus, scrubber=config.gpu.scrubber)
         stack.push_async_callback(cards.aclose)
@@ -103,6 +109,7 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             gpus=gpus,
             cards=cards,
             shares=shares,
+            fabric=fabric,
             functions=functions,
             tuning=tuning,
             partitions=partitions,

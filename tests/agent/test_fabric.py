@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from casemate_agent.drivers.simulated_fabric import FabricBusy, FabricVersionMismatch, SimulatedFabric
+from casemate_agent.drivers.fabricports import FabricBusy, FabricVersionMismatch
+from casemate_agent.drivers.simulated_fabric import SimulatedFabric
 from casemate_agent.execute.fabrickeeper import keep
 from casemate_agent.hardware.fabric import FabricFacts, PartitionState, plan, sight
 from casemate_core.claims import HostClaims

@@ -44,9 +44,12 @@ async def until(what: str, met: Callable[[], object]) -> None:
         pytest.fail(f"in vain: {what}")
 
 
-@pytest.mark.parametrize("call", ["nvmlDeviceGetCount_v2", "nvmlDeviceGetTemperatureV"])
+@pytest.mark.parametrize(
+    "trouble",
+    ["hang nvmlInitWithFlags", "hang nvmlDeviceGetCount_v2", "hang nvmlDeviceGetTemperatureV", "not-loaded"],
+)
 async def test_an_agent_whose_library_hangs_starts_vms_says_so_and_reads_again(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in (("vendor", "0x10de"), ("class", "0x030200")):
         (tmp_path / CARD).mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ async def test_an_agent_whose_library_hangs_starts_vms_says_so_and_reads_again(
     boot.parent.mkdir(parents=True)
     boot.write_text("one")
     mock_nvml.load(mock_nvml.build(tmp_path))
-    boards = Boards(tmp_path / "boards", lines=[f"hang {call}"])
+    boards = Boards(tmp_path / "boards", lines=[trouble])
     boards.write()
     monkeypatch.setenv("MOCK_NVML", str(boards.path))
     host = SimulatedHost("box", from_line(HOST_LINE), time.time, SimulatedPace(0.0, 0.0, 0.02, 0.02, 0.02))

@@ -5,13 +5,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from casemate_core.spec.environment import GpuSpec
 from casemate_manager.fleet.commands import DeleteResource
-from casemate_wire.v1 import audit_pb2
+from casemate_wire.v1 import audit_pb2, operators_pb2
 from casemate_wire.v1.audit_pb2_grpc import AuditStub
+from casemate_wire.v1.operators_pb2_grpc import FleetStub
 from support.whole_fleet import WholeFleet, environment, until, whole_fleet
 
 LINE = "1s 8k/c 1t 32G disk=1T gpu=2xH200 name=a"
@@ -109,3 +111,23 @@ async def test_slices_of_one_gpu_for_several(tmp_path: Path) -> None:
         await soon(lambda: any(d.facts.name.startswith("whole") for d in host.domains.values()))
         await soon(lambda: fleet.phases() == ["Ready"])
         assert host.vgpus == {} and host.check() == []
+
+
+async def test_a_watch_tells_what_becomes_of_a_gpu(tmp_path: Path) -> None:
+    async with whole_fleet(tmp_path, {"a": LINE}) as fleet:
+        await soon(lambda: phase(fleet) == "HostOwned")
+        async with grpc.aio.insecure_channel(fleet.address) as channel:
+            stub = FleetStub(channel)
+            page = await stub.List(operators_pb2.ListRequest(kind="GPU"), timeout=60)  # type: ignore[misc]
+            assert sorted(r.gpu.metadata.name for r in page.resources) == [GPU, "GPU-a-0-01"]
+            request = operators_pb2.WatchRequest(kind="GPU", resume_token=page.resume_token)
+            stream: Any = stub.Watch(request, timeout=60)
+            await casemate(fleet, "gpu", "quarantine", GPU, "--reason", "its fan is loud")
+            while True:
+                event = await stream.read()
+                assert event is not grpc.aio.EOF, "the watch ended"
+                if event.resource.gpu.metadata.name == GPU and event.resource.gpu.status.phase == "Quarantined":
+                    break
+            assert event.type == operators_pb2.WatchEvent.CHANGED
+            assert event.resource.gpu.status.reason == "its fan is loud"
+            stream.cancel()

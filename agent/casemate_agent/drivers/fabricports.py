@@ -3,6 +3,25 @@
 from typing import Protocol
 
 from casemate_agent.hardware.fabric import FabricFacts
+from casemate_core.errors import MachineError
+
+
+class FabricBusy(MachineError):
+    """Another active partition has GPUs of this one."""
+
+    reason = "FabricBusy"
+
+
+class FabricVersionMismatch(MachineError):
+    """Manager, driver and this agent do not speak the same version, and nothing is done."""
+
+    reason = "FabricVersionMismatch"
+
+
+class FabricFailed(MachineError):
+    """The manager did not do as asked."""
+
+    reason = "FabricFailed"
 
 
 class Fabric(Protocol):

@@ -6,21 +6,10 @@ is not, anything at all while its version is not the driver's. Its state outlive
 
 from dataclasses import dataclass, field
 
+from casemate_agent.drivers.fabricports import FabricBusy, FabricVersionMismatch
 from casemate_agent.hardware.fabric import FabricFacts, PartitionState
-from casemate_core.errors import MachineError, NotFound, Unavailable
+from casemate_core.errors import NotFound, Unavailable
 from casemate_core.topology import Topology
-
-
-class FabricBusy(MachineError):
-    """Another active partition has GPUs of this one."""
-
-    reason = "FabricBusy"
-
-
-class FabricVersionMismatch(MachineError):
-    """The manager was built for another version of the driver, and does nothing."""
-
-    reason = "FabricVersionMismatch"
 
 
 @dataclass(slots=True)

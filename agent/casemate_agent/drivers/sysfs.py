@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from casemate_agent.drivers.deadline import DeadlineExecutor
+from casemate_agent.drivers.fabricports import Fabric
 from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.hostfiles import HostFiles, collect
 from casemate_agent.drivers.inventory import Inventory, take
@@ -26,11 +27,12 @@ from casemate_agent.drivers.partitions import why_not
 from casemate_agent.drivers.portreader import PortReader, read_ports
 from casemate_agent.drivers.ports import MachineFacts
 from casemate_agent.gpu.inventory import GpuSight
+from casemate_agent.hardware.fabric import FabricSight, sight
 from casemate_agent.hardware.rules import DeviceRule, PortRule
 from casemate_core.cpuset import EMPTY, CpuSet
-from casemate_core.errors import MachineError, Unavailable
+from casemate_core.errors import CasemateError, MachineError, Unavailable
 from casemate_core.quantity import MIB
-from casemate_core.topology import Core, Topology
+from casemate_core.topology import Core, FabricPartition, Topology
 from casemate_core.topology_loaders import BadRecording, GpuFacts, HostFacts, from_sysfs
 from casemate_core.topology_loaders.sysfs import CPU, MEMINFO
 
@@ -40,6 +42,8 @@ MIN_THREADS_FOR_HOUSEKEEPING = 8
 RESERVED_MIB = 1024
 RESERVED_SHARE = 32
 DISK_RESERVE_SHARE = 20
+#: So long a look at the machine waits for a fabric manager; what it told before holds meanwhile.
+FABRIC_S = 2.0
 
 
 ISOLATED = f"{CPU}/isolated"
@@ -73,8 +77,12 @@ class HostMachine:
         port_reader: PortReader = read_ports,
         gpus: HostGpus | None = None,
         isolate: CpuSet = EMPTY,
+        fabric: Fabric | None = None,
     ) -> None:
         self._gpus = gpus
+        self._fabric = fabric
+        #: As the fabric manager told them last: while it is silent they are what they were.
+        self._told = FabricSight()
         #: Threads that partitions are to isolate; why they cannot, once it was looked.
         self._isolate = isolate
         self._no_partitions = why_not(root) if isolate else ""
@@ -88,7 +96,10 @@ class HostMachine:
         self._memory_mib: int | None = None
         self._files = HostFiles(root)
         #: The last topology, and what it was made from: the same is not made again.
-        self._made: tuple[tuple[Mapping[str, str], Inventory, tuple[GpuFacts, ...]], Topology] | None = None
+        self._made: (
+            tuple[tuple[Mapping[str, str], Inventory, tuple[GpuFacts, ...], tuple[FabricPartition, ...]], Topology]
+            | None
+        ) = None
 
     async def aclose(self) -> None:
         """Let the thread go."""
@@ -97,11 +108,25 @@ class HostMachine:
     async def observe(self, deadline_s: float) -> MachineFacts:
         try:
             gpus = await self._gpus.look(deadline_s) if self._gpus is not None else GpuSight()
-            return await self._calls.run("read host facts", lambda: self._observe(gpus), deadline_s)
+            fabric = await self._look_at_fabric(gpus, deadline_s)
+            return await self._calls.run("read host facts", lambda: self._observe(gpus, fabric), deadline_s)
         except (OSError, ValueError, BadRecording) as error:
             raise BadSysfs(f"host facts: {error}") from error
 
-    def _observe(self, gpus: GpuSight) -> MachineFacts:
+    async def _look_at_fabric(self, gpus: GpuSight, deadline_s: float) -> FabricSight:
+        """Partitions of the board, by the UUIDs of its GPUs."""
+        if self._fabric is None:
+            return self._told
+        try:
+            facts = await self._fabric.observe(min(deadline_s, FABRIC_S))
+        except CasemateError as error:
+            there = {gpu.uuid for gpu in gpus.gpus}
+            known = tuple(p for p in self._told.partitions if there.issuperset(p.gpus))
+            return FabricSight(known, (f"FabricSilent: {error}",))
+        self._told = sight(facts, gpus.gpus)
+        return self._told
+
+    def _observe(self, gpus: GpuSight, fabric: FabricSight) -> MachineFacts:
         if self._disk_mib is None:
             self._disk_mib = self._disk()
         if self._memory_mib is None:
@@ -112,7 +137,7 @@ class HostMachine:
         # What is a GPU is no other device, whatever else a rule says.
         its = {gpu.address for gpu in gpus.gpus}
         found = replace(found, devices=tuple(device for device in found.devices if device.address not in its))
-        topology = self._topology(found, gpus.gpus)
+        topology = self._topology(found, gpus.gpus, fabric.partitions)
         refused = (
             (f"IsolationUnavailable: threads {self._isolate}: {self._no_partitions}",) if self._no_partitions else ()
         )
@@ -121,7 +146,7 @@ class HostMachine:
             boot_id=(self._root / "proc/sys/kernel/random/boot_id").read_text().strip(),
             kernel=os.uname().release,
             topology=topology,
-            problems=(*gpus.problems, *found.problems, *refused),
+            problems=(*gpus.problems, *fabric.problems, *found.problems, *refused),
             partitionable=self._partitions & topology.isolated - _isolated_at_boot(self._files.read()),
         )
 
@@ -129,15 +154,18 @@ class HostMachine:
     def _partitions(self) -> CpuSet:
         return EMPTY if self._no_partitions else self._isolate
 
-    def _topology(self, found: Inventory, gpus: tuple[GpuFacts, ...]) -> Topology:
+    def _topology(
+        self, found: Inventory, gpus: tuple[GpuFacts, ...], fabric: tuple[FabricPartition, ...] = ()
+    ) -> Topology:
         assert self._disk_mib is not None and self._memory_mib is not None
         files = self._files.read()
         made = self._made
-        if made is not None and made[0][0] is files and made[0][1:] == (found, gpus):
+        if made is not None and made[0][0] is files and made[0][1:] == (found, gpus, fabric):
             return made[1]
         isolated = {**files, ISOLATED: str(_isolated_at_boot(files) | self._partitions)} if self._partitions else files
         topology = _topology(isolated, self._memory_mib, self._disk_mib, self._housekeeping, found, gpus)
-        self._made = (files, found, gpus), topology
+        topology = replace(topology, partitions=fabric) if fabric else topology
+        self._made = (files, found, gpus, fabric), topology
         return topology
 
     def _disk(self) -> int:

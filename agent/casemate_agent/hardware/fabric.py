@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from casemate_core.topology import FabricPartition, Gpu
+from casemate_core.topology_loaders import GpuFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class FabricSight:
     problems: tuple[str, ...] = ()
 
 
-def sight(facts: FabricFacts, gpus: Iterable[Gpu]) -> FabricSight:
+def sight(facts: FabricFacts, gpus: Iterable[Gpu | GpuFacts]) -> FabricSight:
     """Partitions of GPUs that this host has, by UUID. One with a module that nobody has told is held back."""
     if facts.version != facts.driver:
         told = f"FabricVersion: fabric manager {facts.version} beside driver {facts.driver}: install the same version of both"
