@@ -17,11 +17,14 @@ import pytest
 
 from casemate_agent.drivers.guest import GuestChannels, GuestRefused
 from casemate_agent.drivers.ports import ExecRequest, GuestEvent, GuestGone, GuestHello, GuestNote, GuestPods
-from casemate_agent.guest import casemate_guest as helper
+from casemate_agent.guest import archive
+from casemate_agent.guest.casemate_guest.containers import backoff
+from casemate_agent.guest.casemate_guest.frames import VERSION, Decoder, encode
+from casemate_agent.guest.casemate_guest.logs import LOG_KEEP, trim_log
+from casemate_agent.guest.casemate_guest.network import instance_env, network_commands
 from casemate_core.errors import Unavailable
 from casemate_core.spec.instance import ContainerState, PodState
 
-HELPER = Path(helper.__file__)
 FAKE = Path(__file__).parent.parent / "support/fake_podman.py"
 UID = "0d0c9f3a"
 T = TypeVar("T")
@@ -40,6 +43,8 @@ class Guest:
         self._reader: asyncio.Task[None] | None = None
 
     async def start_helper(self) -> None:
+        helper = self.root / "casemate_guest.py"
+        helper.write_bytes(archive.helper())
         tools = []
         for name in ("podman", "crun"):
             tool = self.root / name
@@ -47,7 +52,7 @@ class Guest:
             tool.chmod(0o755)
             tools.append(f"{name}={tool}")
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", "-E", HELPER, f"root={self.root}", f"socket={self.socket}", *tools
+            sys.executable, "-I", "-S", "-E", helper, f"root={self.root}", f"socket={self.socket}", *tools
         )
 
     async def stop_helper(self, number: int = signal.SIGTERM) -> None:
@@ -169,7 +174,7 @@ async def test_a_greeted_helper_tells_its_boot_and_its_pods(guest: Guest) -> Non
     hello = guest.last(GuestHello)
     assert hello is not None
     assert hello.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert hello.version == helper.VERSION
+    assert hello.version == VERSION
     assert await guest.until(lambda: guest.last(GuestPods)) == GuestPods(UID, (), "")
 
 
@@ -229,7 +234,7 @@ async def test_a_container_that_fails_is_restarted_at_once_and_then_ever_later(g
 
 
 def test_the_back_off_is_that_of_the_kubelet() -> None:
-    assert [helper.backoff(n) for n in range(1, 9)] == [0, 10, 20, 40, 80, 160, 300, 300]
+    assert [backoff(n) for n in range(1, 9)] == [0, 10, 20, 40, 80, 160, 300, 300]
 
 
 async def test_a_killed_container_comes_back(guest: Guest) -> None:
@@ -329,7 +334,7 @@ async def test_an_instance_knows_who_it_is_and_who_its_peers_are(guest: Guest) -
         'CASEMATE_ORDINAL="1"',
         'CASEMATE_PEERS="hello-0=10.0.0.1 hello-2=10.0.0.3"',
     ]
-    assert helper.instance_env({"local-hostname": 'x"; reboot; "'}, {}).startswith('CASEMATE_ENVIRONMENT=""\n')
+    assert instance_env({"local-hostname": 'x"; reboot; "'}, {}).startswith('CASEMATE_ENVIRONMENT=""\n')
 
 
 # --- restarts ---------------------------------------------------------------------------------------------------------
@@ -378,7 +383,7 @@ async def test_the_host_reconnects_in_the_middle_of_a_frame(guest: Guest) -> Non
     await guest.running("web")
     await guest.channels.detach(UID)
     reader, writer = await asyncio.open_unix_connection(guest.socket)
-    writer.write(helper.encode({"t": "apply", "revision": "6"}, b"[]" * 500)[:700])
+    writer.write(encode({"t": "apply", "revision": "6"}, b"[]" * 500)[:700])
     await writer.drain()
     writer.close()
     await writer.wait_closed()
@@ -408,8 +413,8 @@ async def test_a_host_that_sends_nonsense_does_not_hurt_the_helper(guest: Guest)
         {"t": "power", "id": 5, "action": "explode"},
         {"t": "ping", "id": 6},
     ):
-        writer.write(helper.encode(header))
-    decoder = helper.Decoder()
+        writer.write(encode(header))
+    decoder = Decoder()
     answers: list[dict[str, Any]] = []
     async with asyncio.timeout(60):
         while not {1, 2, 3, 4, 5, 6} <= {h.get("id") for h in answers}:
@@ -482,13 +487,13 @@ async def test_a_trimmed_log_says_what_is_gone(tmp_path: Path) -> None:
     line = b"2026-11-23T00:00:00.000000000+00:00 stdout F " + b"x" * 954 + b"\n"
     assert len(line) == 1000
     path.write_bytes(line * 40_000)
-    end, lines = helper.trim_log(str(path))
-    assert end == (40_000_000 - helper.LOG_KEEP) // 4096 * 4096
+    end, lines = trim_log(str(path))
+    assert end == (40_000_000 - LOG_KEEP) // 4096 * 4096
     assert lines == end // 1000 + 1
     state = path.stat()
     assert state.st_size == 40_000_000
-    assert state.st_blocks * 512 <= helper.LOG_KEEP + 8192
-    assert helper.trim_log(str(path)) == (0, 0)
+    assert state.st_blocks * 512 <= LOG_KEEP + 8192
+    assert trim_log(str(path)) == (0, 0)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -626,7 +631,7 @@ def test_the_network_of_the_seed_becomes_commands() -> None:
             }
         },
     }
-    lines, servers, search = helper.network_commands(json.dumps(config))
+    lines, servers, search = network_commands(json.dumps(config))
     assert lines[0] == "link set lo up"
     assert lines[-5:] == [
         "link set eth7 mtu 1400",
@@ -638,16 +643,14 @@ def test_the_network_of_the_seed_becomes_commands() -> None:
     assert (servers, search) == (["10.0.0.1"], ["example"])
     config["ethernets"]["eth1"] = {"match": {"macaddress": "02:00:00:00:00:FE"}, "addresses": ["10.0.1.5/24"]}
     with pytest.raises(ValueError, match="no interface has the address 02:00:00:00:00:fe"):
-        helper.network_commands(json.dumps(config))
+        network_commands(json.dumps(config))
     late: list[str] = []
-    assert helper.network_commands(json.dumps(config), late) == (lines, servers, search), (
-        "the others do not wait for it"
-    )
+    assert network_commands(json.dumps(config), late) == (lines, servers, search), "the others do not wait for it"
     assert late == ["02:00:00:00:00:fe"]
     del config["ethernets"]["eth1"]
     config["ethernets"]["eth0"]["addresses"] = ["10.0.0.5/24\nlink set lo down"]
     with pytest.raises(ValueError, match="line break"):
-        helper.network_commands(json.dumps(config))
+        network_commands(json.dumps(config))
 
 
 async def test_added_processors_are_brought_online_and_cloud_init_is_told(guest: Guest) -> None:

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from casemate_agent.drivers import guestwire as wire
-from casemate_agent.guest import casemate_guest as helper
+from casemate_agent.guest.casemate_guest.frames import MAX_CONTENT, MAX_PAYLOAD, Decoder, encode
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -25,8 +25,8 @@ FRAMES = st.lists(
 def test_frames_arrive_whole_however_they_are_cut(
     frames: list[tuple[dict[str, Any], bytes]], data: st.DataObject
 ) -> None:
-    raw = b"".join(helper.encode(header, payload) for header, payload in frames)
-    decoder = helper.Decoder()
+    raw = b"".join(encode(header, payload) for header, payload in frames)
+    decoder = Decoder()
     got = []
     while raw:
         size = data.draw(st.integers(1, len(raw)))
@@ -38,8 +38,8 @@ def test_frames_arrive_whole_however_they_are_cut(
 
 @given(st.binary(max_size=400), st.binary(max_size=400), st.binary(max_size=200))
 def test_a_good_frame_is_found_after_any_garbage(garbage: bytes, more: bytes, payload: bytes) -> None:
-    decoder = helper.Decoder()
-    frame = helper.encode({"t": "x"}, payload)
+    decoder = Decoder()
+    frame = encode({"t": "x"}, payload)
     decoder.feed(garbage)
     assert ({"t": "x"}, payload) in decoder.feed(frame)
     assert decoder.feed(more + frame)[-1] == ({"t": "x"}, payload)
@@ -48,9 +48,9 @@ def test_a_good_frame_is_found_after_any_garbage(garbage: bytes, more: bytes, pa
 @given(st.binary(max_size=300), st.integers(0, 400))
 @example(payload=b"\xfe", cut=21)
 def test_a_frame_cut_off_by_a_reconnect_is_dropped_and_the_next_one_read(payload: bytes, cut: int) -> None:
-    first, second = helper.encode({"t": "first"}, payload), helper.encode({"t": "second"}, payload)
+    first, second = encode({"t": "first"}, payload), encode({"t": "second"}, payload)
     cut = min(cut, len(first) - 2)  # all but the closing FF is the whole frame
-    decoder = helper.Decoder()
+    decoder = Decoder()
     assert decoder.feed(first[:cut]) == []
     assert decoder.feed(second) == [({"t": "second"}, payload)]
     assert decoder.dropped == (1 if cut > 1 else 0)
@@ -58,27 +58,27 @@ def test_a_frame_cut_off_by_a_reconnect_is_dropped_and_the_next_one_read(payload
 
 @given(st.binary(max_size=300), st.integers(0, 10_000), st.integers(1, 255))
 def test_a_flipped_byte_never_gives_another_frame(payload: bytes, at: int, flip: int) -> None:
-    frame = bytearray(helper.encode({"t": "x"}, payload))
+    frame = bytearray(encode({"t": "x"}, payload))
     frame[at % len(frame)] ^= flip
-    for header, got in helper.Decoder().feed(bytes(frame) + b"\xff"):
+    for header, got in Decoder().feed(bytes(frame) + b"\xff"):
         assert (header, got) == ({"t": "x"}, payload)
 
 
 def test_an_endless_frame_holds_no_more_than_one_frame_of_memory() -> None:
-    decoder = helper.Decoder()
+    decoder = Decoder()
     decoder.feed(b"\xff")
     for _ in range(200):
         assert decoder.feed(b"a" * 65536) == []
-        assert decoder._held_bytes <= 2 * helper.MAX_CONTENT
-    assert decoder.feed(b"\xff" + helper.encode({"t": "x"})) == [({"t": "x"}, b"")]
+        assert decoder._held_bytes <= 2 * MAX_CONTENT
+    assert decoder.feed(b"\xff" + encode({"t": "x"})) == [({"t": "x"}, b"")]
     assert decoder.dropped == 1
 
 
 def test_frames_that_are_too_large_are_not_sent() -> None:
     with pytest.raises(ValueError, match="too large"):
-        helper.encode({"t": "x" * 70_000})
+        encode({"t": "x" * 70_000})
     with pytest.raises(ValueError, match="too large"):
-        helper.encode({"t": "x"}, bytes(helper.MAX_PAYLOAD + 1))
+        encode({"t": "x"}, bytes(MAX_PAYLOAD + 1))
 
 
 def test_a_length_that_points_outside_of_the_frame_is_no_frame() -> None:
@@ -86,7 +86,7 @@ def test_a_length_that_points_outside_of_the_frame_is_no_frame() -> None:
 
     body = (9999).to_bytes(2, "big") + b'{"t":"x"}'
     stuffed = (crc32(body).to_bytes(4, "big") + body).replace(b"\xfe", b"\xfe\x01").replace(b"\xff", b"\xfe\x02")
-    decoder = helper.Decoder()
+    decoder = Decoder()
     assert decoder.feed(b"\xff" + stuffed + b"\xff") == []
     assert decoder.dropped == 1
 

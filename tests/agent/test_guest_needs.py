@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from casemate_agent.guest import casemate_guest as helper
+from casemate_agent.guest.casemate_guest.amounts import format_cpus, own_cpus, parse_amount, parse_cpus
 from casemate_core.spec import podresources
 from support.guest_bench import RealGuestBench
 from support.guest_bench import pod as simple_pod
@@ -318,20 +318,20 @@ def test_helper_and_manager_agree_on_who_has_cpus_for_itself(limits: dict[str, A
     manifest = pod("a", limits)
     container = manifest["spec"]["containers"][0]
     container["resources"]["requests"] = requests
-    assert helper.own_cpus(manifest["spec"], container) == podresources.exclusive_cpus(manifest, container)
+    assert own_cpus(manifest["spec"], container) == podresources.exclusive_cpus(manifest, container)
 
 
 @pytest.mark.parametrize("text", ["1", "250m", "2.5", "64Mi", "1Gi", "3k", "5G", "0"])
 def test_helper_and_manager_read_quantities_alike(text: str) -> None:
     if text.endswith("m"):
-        assert helper.parse_amount(text) == int(text[:-1]) / 1000
+        assert parse_amount(text) == int(text[:-1]) / 1000
     elif "." in text:
-        assert helper.parse_amount(text) == float(text)
+        assert parse_amount(text) == float(text)
     else:
-        assert helper.parse_amount(text) == podresources._number(text)
+        assert parse_amount(text) == podresources._number(text)
 
 
 @pytest.mark.parametrize(("text", "cpus"), [("0-3,8\n", {0, 1, 2, 3, 8}), ("0", {0}), ("", set()), ("x-2", set())])
 def test_lists_of_cpus(text: str, cpus: set[int]) -> None:
-    assert helper.parse_cpus(text) == cpus
-    assert helper.parse_cpus(helper.format_cpus(cpus)) == cpus
+    assert parse_cpus(text) == cpus
+    assert parse_cpus(format_cpus(cpus)) == cpus

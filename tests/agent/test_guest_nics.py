@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from casemate_agent.drivers.seed import meta_data, network_config
-from casemate_agent.guest import casemate_guest as helper
+from casemate_agent.guest.casemate_guest.files import Paths
+from casemate_agent.guest.casemate_guest.loop import Loop
+from casemate_agent.guest.casemate_guest.nics import PodNics
 from casemate_core.spec.instance import Nic
 from support import fake_net
 from support.agents import instance
@@ -159,14 +161,14 @@ async def test_a_missing_interface_holds_the_pod_back_and_is_named(
 
 
 async def test_what_cannot_be_moved_is_told_with_its_reason(tmp_path: Path) -> None:
-    paths = helper.Paths(str(tmp_path), "podman", "crun")
+    paths = Paths(str(tmp_path), "podman", "crun")
     (tmp_path / "run/casemate/seed").mkdir(parents=True)
     (tmp_path / "run/casemate/seed/meta-data").write_text(json.dumps(meta_data(instance(1, nics=NICS))))
-    nics = helper.PodNics(helper.Loop(), paths)
+    nics = PodNics(Loop(), paths)
     assert [nic["mac"] for nic in nics.of("du")] == [FIRST, SECOND] and not nics.of("web")
     for bad in ("no json", "[]", '{"casemate-pod-interfaces": [{"pod": "du"}]}', '{"casemate-pod-interfaces": 7}'):
         (tmp_path / "run/casemate/seed/meta-data").write_text(bad)
-        assert helper.PodNics(helper.Loop(), paths).wanted == []
+        assert PodNics(Loop(), paths).wanted == []
     entry = {"pod": "du", "mac": FIRST, "name": "net1 up", "guest-name": "eth1", "address": "10.0.0.1/24", "mtu": 1500}
     (tmp_path / "run/casemate/seed/meta-data").write_text(json.dumps({"casemate-pod-interfaces": [entry]}))
-    assert helper.PodNics(helper.Loop(), paths).wanted == [], "a name with a space would be a command more"
+    assert PodNics(Loop(), paths).wanted == [], "a name with a space would be a command more"

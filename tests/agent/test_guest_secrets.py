@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from casemate_agent.drivers.guest import GuestChannels
 from casemate_agent.drivers.ports import GuestHello
-from casemate_agent.guest import casemate_guest as helper
+from casemate_agent.guest.casemate_guest.secrets import take_files
 from casemate_core.errors import CasemateError
 from casemate_core.spec.secret import SecretText, resolved
 from support.guest_bench import RealGuestBench, guest_bench, pod
@@ -157,7 +157,7 @@ JSON = st.recursive(
 def test_any_volumes_have_their_files_taken_out_or_are_refused(volumes: list[Any]) -> None:
     manifest = {"spec": {"volumes": volumes}}
     try:
-        found = helper.take_files(manifest)
+        found = take_files(manifest)
     except (ValueError, KeyError, TypeError):
         return
     assert set(found) == {v["name"] for v in volumes if "secret" in v}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from casemate_agent.guest import casemate_guest as helper
+from casemate_agent.guest.casemate_guest.volumes import file_system_is_smaller
 from support.guest_bench import RealGuestBench, pod
 
 SERIAL = "0123456789abcdef0123"
@@ -183,5 +183,5 @@ async def test_one_that_was_not_unmounted_is_read_without_its_journal(tmp_path: 
 )
 def test_whether_a_file_system_is_smaller_than_its_disk(tmp_path: Path, content: bytes, smaller: bool) -> None:
     (tmp_path / "disk").write_bytes(content)
-    assert helper.file_system_is_smaller(str(tmp_path / "disk")) is smaller
-    assert not helper.file_system_is_smaller(str(tmp_path / "none"))
+    assert file_system_is_smaller(str(tmp_path / "disk")) is smaller
+    assert not file_system_is_smaller(str(tmp_path / "none"))

@@ -7,7 +7,8 @@ import pycdlib
 import pytest
 import yaml
 
-from casemate_agent.drivers.seed import HELPER, VENDOR_DATA, build_seed, network_config, seed_files
+from casemate_agent.drivers.seed import VENDOR_DATA, build_seed, network_config, seed_files
+from casemate_agent.guest import archive
 from support.instances import UID, instance, nic
 
 
@@ -37,10 +38,10 @@ def read(data: bytes, extension: str) -> dict[str, bytes]:
 def test_the_seed_holds_what_cloud_init_and_the_helper_read(extension: str) -> None:
     user_data = "#cloud-config\n# ]]> &amp; \u00fc\nruncmd: [[touch, /tmp/x]]\n"
     desired = instance(user_data=user_data, ssh_keys=("ssh-ed25519 AAAA one",), nics=(nic(2), nic(3, "backhaul")))
-    files = read(build_seed(seed_files(desired, HELPER.read_bytes())), extension)
+    files = read(build_seed(seed_files(desired, archive.helper())), extension)
     assert set(files) == {"meta-data", "user-data", "vendor-data", "network-config", "casemate_guest.py"}
     assert files["user-data"].decode() == user_data
-    assert files["casemate_guest.py"] == HELPER.read_bytes()
+    assert files["casemate_guest.py"] == archive.helper()
     meta = json.loads(files["meta-data"])
     assert meta == {"instance-id": UID, "local-hostname": "web", "public-keys": ["ssh-ed25519 AAAA one"]} | {
         "casemate-environment": desired.environment,

@@ -25,7 +25,7 @@ from casemate_agent.drivers.ports import (
     LogRecord,
 )
 from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
-from casemate_agent.guest import casemate_guest as helper
+from casemate_agent.guest import archive
 from casemate_core.spec.instance import ContainerState, PodState
 from casemate_core.topology_loaders import from_line
 from support import fake_podman
@@ -214,12 +214,13 @@ class RealGuestBench(GuestBench):
         # guest that boots: the helper asks again.
         early = f'test -e {self.root}/early || {{ touch {self.root}/early; echo "Host is down" >&2; exit 1; }}'
         self._program("systemctl", f'{early}; echo "$@" > {self.root}/power; kill -TERM "$PPID"')
+        (programs / "casemate_guest.py").write_bytes(archive.helper())
         self.command = [
             sys.executable,
             "-I",
             "-S",
             "-E",
-            helper.__file__,
+            str(programs / "casemate_guest.py"),
             f"root={self.root}",
             f"socket={self.path}",
             *tools,

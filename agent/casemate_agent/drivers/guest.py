@@ -1,7 +1,7 @@
 """The host's end of the guests' channels: what the agent asks of a helper, and what helpers push.
 
 What may live here: connections to the sockets that libvirt makes for each guest's port ``casemate.guest.0``, sessions on
-them, requests, streams. What a guest may say is `guestwire`; what the helper does is ``guest/casemate_guest.py``.
+them, requests, streams. What a guest may say is `guestwire`; what the helper does is ``guest/casemate_guest/``.
 
 Theory of operation. `GuestChannel` keeps one connection to one guest: it dials, says hello with a session name of its
 own, and takes nothing for true before the answer carries that name. It dials again when QEMU or the agent was restarted,
@@ -37,7 +37,7 @@ from casemate_agent.drivers.ports import (
     GuestRefused,
     LogRecord,
 )
-from casemate_agent.guest.casemate_guest import CHUNK, PROTOCOL, STDIN_WINDOW, Decoder, encode
+from casemate_agent.guest.casemate_guest.frames import CHUNK, PROTOCOL, STDIN_WINDOW, Decoder, encode
 from casemate_core.errors import DeadlineExceeded, MachineError, Unavailable
 
 GREET_EVERY_S = 5.0

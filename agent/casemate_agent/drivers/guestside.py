@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from casemate_agent.drivers import guestwire as wire
 from casemate_agent.drivers.ports import ExecSession, GuestRefused
 from casemate_agent.drivers.sideports import EOF, CopyRequest
-from casemate_agent.guest.casemate_guest import CHUNK
+from casemate_agent.guest.casemate_guest.frames import CHUNK
 from casemate_core.errors import Unavailable
 
 if TYPE_CHECKING:

@@ -35,8 +35,9 @@ from casemate_agent.drivers.files import UNFINISHED, sync_folder, write_private
 from casemate_agent.drivers.http import Download, http_download
 from casemate_agent.drivers.imageformat import HEAD_BYTES, ImageInfo, ImageRefused, read_header, read_qcow2
 from casemate_agent.drivers.ports import DomainFiles, StoredFiles
-from casemate_agent.drivers.seed import HELPER, build_seed, seed_files
+from casemate_agent.drivers.seed import build_seed, seed_files
 from casemate_agent.drivers.tool import run_tool
+from casemate_agent.guest import archive
 from casemate_core.errors import DeadlineExceeded, InternalError, MachineError, NotFound, shown
 from casemate_core.quantity import MIB, format_mib
 from casemate_core.spec.instance import DIGEST, DesiredInstance, File, ImageRef
@@ -67,14 +68,12 @@ class _Transfer:
 class ImageStore:
     """``ports.Images`` in a folder. One event loop; close it with ``aclose``."""
 
-    def __init__(
-        self, state_dir: Path, rules: SourceRules, helper: Path = HELPER, download: Download = http_download
-    ) -> None:
+    def __init__(self, state_dir: Path, rules: SourceRules, download: Download = http_download) -> None:
         self._images = state_dir / "images"
         self._instances = state_dir / "instances"
         self._rules = rules
         self._download = download
-        self._helper = helper
+        self._helper = archive.helper()
         self._calls = DeadlineExecutor("files")
         self._transfers: dict[str, _Transfer] = {}
         self._making: set[str] = set()
@@ -234,7 +233,7 @@ class ImageStore:
 
     async def write_seed(self, desired: DesiredInstance, deadline_s: float) -> None:
         def write() -> None:
-            data = build_seed(seed_files(desired, self._helper.read_bytes()))
+            data = build_seed(seed_files(desired, self._helper))
             # It may hold keys and passwords of the tenant: for root (and, by libvirt, its one QEMU) alone.
             write_private(self._folder(desired.uid) / SEED, data)
 

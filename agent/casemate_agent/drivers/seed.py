@@ -14,7 +14,6 @@ Pods and the addresses of peers are not on the seed: they change while the guest
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pycdlib
@@ -23,8 +22,8 @@ from casemate_core.errors import InternalError
 from casemate_core.spec.instance import DesiredInstance
 
 LABEL = "CIDATA"
+#: Images start what lies under this name; that it is an archive, Python sees by itself.
 HELPER_NAME = "casemate_guest.py"
-HELPER = Path(__file__).resolve().parent.parent / "guest" / HELPER_NAME
 EMPTY_USER_DATA = "#cloud-config\n{}\n"
 
 #: Runs early at each boot of a stock cloud image (cloud-init, "Cloud boothook"). /usr/lib/casemate is in our own image,

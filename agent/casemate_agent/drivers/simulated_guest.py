@@ -30,7 +30,7 @@ from casemate_agent.drivers.simulated_side import (
     SimulatedFiles,
     SimulatedTunnel,
 )
-from casemate_agent.guest.casemate_guest import BACKOFF_FORGET_S, backoff, restarts_after
+from casemate_agent.guest.casemate_guest.containers import BACKOFF_FORGET_S, backoff, restarts_after
 from casemate_core.spec.instance import ContainerState, PodState
 
 #: Lines kept of each container's log.
