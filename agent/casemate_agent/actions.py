@@ -464,6 +464,30 @@ Action = (
 )
 
 
+#: What may be done side by side where it follows one another in a plan, by lane. The rules of taps do not say whose they are:
+#: the seed goes before them, so that with the ledger lost too there is a file that names their instance.
+BESIDE: dict[type, int] = {CreateOverlay: 0, WriteSeed: 1, Guard: 1}
+
+
+def stages(actions: tuple[Action, ...]) -> list[list[list[Action]]]:
+    """The same actions as stages, one after the other, of lanes, side by side; of a lane's actions one follows the other."""
+    found: list[list[list[Action]]] = []
+    lanes: dict[int, list[Action]] = {}
+    for action in actions:
+        lane = BESIDE.get(type(action))
+        if lane is None:
+            lanes = {}
+            found.append([[action]])
+            continue
+        if not lanes:
+            found.append([])
+        if lane not in lanes:
+            lanes[lane] = []
+            found[-1].append(lanes[lane])
+        lanes[lane].append(action)
+    return found
+
+
 def name(action: Action) -> str:
     """The name of an action's kind, as logs, intents and failures carry it."""
     return type(action).__name__

@@ -59,8 +59,10 @@ class Pace:
     """How often the loop looks without being woken, in seconds."""
 
     resync_s: float = 30.0
-    #: Least time between rounds, so that a talkative guest cannot keep the hypervisor busy.
+    #: Time between rounds on average, at the least, so that a talkative guest cannot keep the hypervisor busy.
     least_s: float = 0.05
+    #: Rounds that may follow one another at once before that: what is asked of a quiet host does not wait.
+    burst: int = 5
     retry_s: float = 5.0
     #: How exactly it is known when a guest wrote something to its console.
     serial_s: float = 5.0
@@ -170,6 +172,8 @@ class Agent:
         #: Rounds that were done: whether the agent makes progress.
         self.rounds = 0
         self._wake = asyncio.Event()
+        #: Rounds that may be made at once, and when that was worked out.
+        self._rounds_left, self._counted_s = float(self._pace.burst), 0.0
         self._events = 0
         self._refused: dict[str, tuple[int, int]] = {}
         self._boot_id = ""
@@ -493,8 +497,14 @@ class Agent:
             )
 
     async def _pause(self, wake_s: float) -> None:
-        """Until woken, the time comes, or the next look is due; never shorter than the least pace."""
-        await asyncio.sleep(self._pace.least_s)
+        """Until woken, the time comes, or the next look is due. Rounds are paid for: one comes back every ``least_s``, up to
+        ``burst``, and without any left the next one is waited for."""
+        loop, pace = asyncio.get_running_loop(), self._pace
+        earned = (loop.time() - self._counted_s) / pace.least_s
+        self._rounds_left = min(float(pace.burst), self._rounds_left + earned) - 1.0
+        self._counted_s = loop.time()
+        if self._rounds_left < 1.0:
+            await asyncio.sleep((1.0 - self._rounds_left) * pace.least_s)
         timeout_s = max(0.0, min(self._pace.resync_s, wake_s - self.now() if wake_s < inf else inf))
         try:
             async with asyncio.timeout(timeout_s):

@@ -145,7 +145,7 @@ class Executor:
         self._trace = trace
         self._slots = asyncio.Semaphore(concurrency)
         self._jobs: dict[str, asyncio.Task[None]] = {}
-        self._running: dict[str, Action] = {}
+        self._running: dict[str, list[Action]] = {}
         self._interrupted: set[str] = set()
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self._waiting: dict[str, int] = {}
@@ -172,7 +172,7 @@ class Executor:
 
     def running(self, uid: str) -> Action | None:
         """The action that is under way for an instance."""
-        return self._running.get(uid)
+        return next(iter(self._running.get(uid, ())), None)
 
     def start(self, group: asyncio.TaskGroup, plan: InstancePlan, boot_id: str) -> None:
         """Begin the job of an instance's plan, unless there is nothing to do or to write."""
@@ -200,7 +200,7 @@ class Executor:
 
     def interrupt(self, uid: str) -> None:
         """What is wanted of the instance changed: give up an action that would hold it up for long."""
-        if isinstance(self._running.get(uid), INTERRUPTIBLE) and uid not in self._interrupted:
+        if isinstance(self.running(uid), INTERRUPTIBLE) and uid not in self._interrupted:
             self._interrupted.add(uid)
             self._jobs[uid].cancel()
 
@@ -229,6 +229,7 @@ class Executor:
             log.error("%s: %s", uid, error, extra={"instance": uid})
         finally:
             self._jobs.pop(uid, None)
+            self._running.pop(uid, None)
             self._begun.discard(uid)
             self._done(uid, tuple(outcomes))
 
@@ -248,6 +249,7 @@ class Executor:
                 await asyncio.sleep(BARE_RETRY_S)
         finally:
             self._jobs.pop(key, None)
+            self._running.pop(key, None)
             self._done(uid, tuple(outcomes))
 
     async def _keep(self, outcome: ActionOutcome) -> None:
@@ -259,7 +261,21 @@ class Executor:
     async def _run_actions(
         self, uid: str, actions: tuple[Action, ...], outcomes: list[ActionOutcome], key: str = ""
     ) -> None:
+        """Carry actions out until one fails; ``outcomes`` has them in the order of the plan."""
         key = key or uid
+        for stage in act.stages(actions):
+            lanes: list[list[ActionOutcome]] = [[] for _ in stage]
+            if len(stage) == 1:
+                await self._run_lane(uid, stage[0], lanes[0], key)
+            else:
+                async with asyncio.TaskGroup() as group:
+                    for lane, ended in zip(stage, lanes, strict=True):
+                        group.create_task(self._run_lane(uid, lane, ended, key), name=f"job-{uid}-lane")
+            outcomes += [outcome for ended in lanes for outcome in ended]
+            if not all(ended and ended[-1].ok and not ended[-1].interrupted for ended in lanes):
+                return
+
+    async def _run_lane(self, uid: str, actions: list[Action], outcomes: list[ActionOutcome], key: str) -> None:
         for action in actions:
             self._trace(Step(Point.BEFORE_ACTION, uid, action))
             if isinstance(action, act.Start):
@@ -268,11 +284,11 @@ class Executor:
                     outcomes.append(ActionOutcome(uid, action, self._now(), interrupted=True))
                     return
                 self._begun.add(uid)
-            self._running[key] = action
+            self._running.setdefault(key, []).append(action)
             try:
                 outcome = await self._attempt(uid, action)
             finally:
-                self._running.pop(key, None)
+                self._running[key].remove(action)
                 self._interrupted.discard(key)
             outcomes.append(outcome)
             self._trace(Step(Point.AFTER_ACTION, uid, action, outcome))

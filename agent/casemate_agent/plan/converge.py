@@ -5,8 +5,9 @@ What may live here: decisions about a single instance. The host as a whole is in
 Theory of operation. Every call looks at the machine anew and returns the whole rest of the way to where the instance
 should be, as an ordered list of actions; the record that must be on disk before the first of them; and the state to
 report. Executed to any step and planned again, it comes to the same end: each action leaves something that is seen the
-next time. The order of making is overlay, seed, guard, domain, start; the order of ending is the reverse, and the record
-goes last, so that whatever is left over always has a record, or at least an overlay, that names its instance.
+next time. The order of making is overlay, seed, guard, domain, start (the overlay beside the other two: :func:`actions.stages`);
+the order of ending is the reverse, and the record goes last, so that whatever is left over always has a record, or at least
+a file, that names its instance.
 
 States of an instance here, by what is wanted and what its domain does::
 
@@ -588,8 +589,9 @@ class ActionOutcome:
 
 
 def remember(record: InstanceRecord, outcomes: tuple[ActionOutcome, ...], boot_id: str) -> InstanceRecord:
-    """The record after actions ended. Only what a later look at the machine cannot tell is kept."""
-    r = replace(record, intent=None)
+    """The record after actions ended. Only what a later look at the machine cannot tell is kept; of what failed side by side
+    the first in the plan, for that holds the others back."""
+    r, failed = replace(record, intent=None), False
     for outcome in outcomes:
         kind = act.name(outcome.action)
         if outcome.interrupted:
@@ -612,7 +614,8 @@ def remember(record: InstanceRecord, outcomes: tuple[ActionOutcome, ...], boot_i
                     stop_asked_s=0.0,
                     stop_heard=False,
                 )
-        else:
+        elif not failed:
+            failed = True
             count = r.failure.count + 1 if r.failure is not None and r.failure.action == kind else 1
             failure = Failure(
                 kind, count, outcome.at_s, outcome.reason, outcome.message, outcome.permanent, r.desired.generation
