@@ -49,9 +49,9 @@ KINDS: Final[tuple[Kind, ...]] = (
     Kind("Reservation", "reservation", "reservations", (), False, served=False),
 )
 #: What `get all` shows, in this order.
-ALL: Final = ("Environment", "Instance", "Pod", "Host", "Image", "Network", "Policy")
+ALL: Final = ("Environment", "Instance", "Pod", "Volume", "Host", "Image", "Network", "Policy")
 #: Kinds that `--prune` may end, in the order in which they can end: users before what they use.
-PRUNABLE: Final = ("Environment", "Policy", "Image", "Network")
+PRUNABLE: Final = ("Environment", "Volume", "Policy", "Image", "Network")
 
 _BY_WORD: Final[dict[str, Kind]] = {
     word: kind for kind in KINDS for word in (kind.name.lower(), kind.word, kind.plural, *kind.aliases)

@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from casemate_cli.failure import Exit, Failure
 
@@ -93,6 +94,24 @@ def unpack(pieces: Iterator[bytes], destination: str, name: str) -> int:
     for here, mode in reversed(folders):
         here.chmod(mode)
     return count
+
+
+def unpack_file(pieces: Iterator[bytes], out: IO[bytes], name: str) -> None:
+    """Write the one file of the archive to ``out``. Raises Failure for a folder, before anything is written."""
+    try:
+        with tarfile.open(fileobj=_Source(pieces), mode="r|", errorlevel=2) as tar:  # type: ignore[call-overload]
+            for member in tar:
+                _place(Path(), member)
+                if not member.isreg():
+                    raise Failure(f"{name} is a folder", remedy="name a folder of yours as the destination, not -")
+                content = tar.extractfile(member)
+                while data := content.read(CHUNK):
+                    out.write(data)
+    except (tarfile.TarError, EOFError) as error:
+        raise Failure(f"what came is no whole archive: {error}", remedy="copy it again") from error
+    out.flush()
+    for _ in pieces:  # up to the last word
+        pass
 
 
 def _target(destination: str, name: str) -> Path:

@@ -34,7 +34,7 @@ from casemate_core.spec.views import (
 )
 from casemate_core.spec.volume import device_of
 from casemate_manager.fleet import quotas, volumes
-from casemate_manager.fleet.observed import Observed
+from casemate_manager.fleet.observed import HostSeen, Observed
 from casemate_manager.fleet.records import (
     EnvironmentRecord,
     HostRecord,
@@ -308,11 +308,10 @@ def host_status(state: State, observed: Observed, record: HostRecord, *, topolog
     inventory = state.inventories.get(name)
     claims = state.claims.get(name, HostClaims.empty())
     report = seen.report
-    conditions = report.conditions if report and seen.connected else ()
     made_of = inventory.topology if inventory else None
     return HostStatus(
         phase=_host_phase(record, seen.connected, inventory is not None and seen.whole),
-        conditions=conditions,
+        conditions=_host_conditions(record, seen),
         agent_version=record.agent_version,
         boot_id=record.boot_id,
         kernel=record.kernel,
@@ -333,6 +332,20 @@ def host_status(state: State, observed: Observed, record: HostRecord, *, topolog
         profile=report.profile if report and seen.connected else (),
         topology=made_of.to_dict() if made_of and topology else None,
     )
+
+
+def _host_conditions(record: HostRecord, seen: HostSeen) -> tuple[Condition, ...]:
+    """What a host says of itself; ``Ready`` is always among it. Of one that is not heard nothing else is known."""
+    if record.held:
+        return (Condition("Ready", "False", "Held", record.held),)
+    if not seen.connected:
+        if not record.boot_id:
+            return (Condition("Ready", "False", "NeverJoined", "no agent has come as this host yet"),)
+        return (Condition("Ready", "Unknown", "NotHeard", "the host's agent is not connected", seen.heard_s),)
+    told = seen.report.conditions if seen.report else ()
+    if any(condition.type == "Ready" for condition in told):
+        return told
+    return (Condition("Ready", "Unknown", "NotTold", "the host has not said yet how it is"), *told)
 
 
 def _host_phase(record: HostRecord, connected: bool, told: bool) -> str:

@@ -22,7 +22,7 @@ WELL = Observation(
     virtualisation="kvm",
     network_problem="",
 )
-TYPES = ["Virtualisation", "Hypervisor", "Network", "Images", "DiskSpace", "Hardware", "LedgerComplete"]
+TYPES = ["Ready", "Virtualisation", "Hypervisor", "Network", "Images", "DiskSpace", "Hardware", "LedgerComplete"]
 
 
 def say(observed: Observation, host: HostRecord | None = None, *damage: str) -> dict[str, Condition]:
@@ -61,6 +61,8 @@ def test_a_silent_part_is_told_with_its_time_and_its_last_words() -> None:
     )
     told = say(away)
     assert told["Hypervisor"] == Condition("Hypervisor", "False", "NoAnswer", "libvirtd ended", since_s=1_800_000_000.0)
+    assert told["Ready"] == replace(told["Hypervisor"], type="Ready"), "nothing new can be started"
+    assert say(replace(away, domains={}))["Ready"].status == "True", "what runs here, and what is placed here, can wait"
     assert (told["Images"].status, told["Images"].message) == ("False", "i")
     assert (told["Network"].status, told["Network"].message) == ("False", "n")
     assert told["DiskSpace"].status == "Unknown"

@@ -65,6 +65,7 @@ WELL: dict[str, Any] = {
     "nvml": Nvml("580.1", 1),
     "clock": Clock(True, 900),
     "disk": Disk("/var/lib/casemate", 1_000_000, 400_000),
+    "mkfs_ext4": "/usr/sbin/mkfs.ext4",
     "network_problem": "",
 }
 
@@ -125,6 +126,7 @@ LACKS: list[tuple[str, dict[str, Any], str, str]] = [
     ("network", {"network_problem": "no nf_tables"}, "no nf_tables", "nftables"),
     ("disk", {"disk": Disk("/s", 100_000, 9_999)}, "9.8 of 97.7 GiB (9 %)", "--state-dir"),
     ("disk", {"disk": Disk("/s", 10_000, 4_000)}, "the least", "--state-dir"),
+    ("volumes", {"mkfs_ext4": ""}, "no mkfs.ext4", "e2fsprogs"),
     ("clock", {"clock": Clock(False, 10)}, "not synchronised", "chrony"),
     ("clock", {"clock": Clock(True, 2_500_000)}, "2.5 s", "chrony"),
     ("cgroup", {"cgroup": Cgroup(1, frozenset(), hybrid=True)}, "beside it", "unified_cgroup_hierarchy"),

@@ -225,6 +225,20 @@ def test_a_folder_goes_in_and_comes_out_with_its_modes(side: Fleet, tmp_path: Pa
     assert side.run("cp", "--vm", "side:/tmp/site", str(tmp_path / "no")).code == 4
 
 
+def test_one_file_goes_through_standard_input_and_output(side: Fleet, tmp_path: Path) -> None:
+    side.run("cp", "-", "side:/tmp/words", stdin="one\ntwo\n").ok()
+    assert side.run("cp", "side:/tmp/words", "-", cwd=tmp_path).ok() == "one\ntwo\n"
+    assert not list(tmp_path.iterdir()), "no file called -"
+    side.run("cp", "side:/tmp/words", str(tmp_path / "words")).ok()
+    assert (tmp_path / "words").stat().st_mode & 0o777 == 0o644
+    refused = side.run("cp", "side:/tmp", "-")
+    assert (refused.code, refused.out) == (1, "")
+    assert "error: /tmp is a folder" in refused.err and "not -" in refused.err
+    side.run("cp", "-", "side:/tmp", stdin="x").ok()
+    assert side.run("cp", "side:/tmp/stdin", "-").ok() == "x"
+    assert side.run("cp", "side:/nothing", "-").code == 4
+
+
 def test_copies_that_cannot_be(side: Fleet, tmp_path: Path) -> None:
     (tmp_path / "links").mkdir()
     (tmp_path / "links/out").symlink_to("/etc/passwd")

@@ -266,6 +266,18 @@ def test_prune_deletes_only_what_is_selected_and_not_applied(fleet: Fleet, name:
     assert fleet.run("get", "env", "-l", f"app={name}", "-o", "name").ok() == f"environment/{name}\n"
 
 
+def test_volumes_are_among_all_and_are_pruned_after_who_uses_them(fleet: Fleet, name: str) -> None:
+    volume = f"apiVersion: casemate/v1\nkind: Volume\nmetadata: {{name: {name}-v, labels: {{app: {name}}}}}\nspec: {{size: 64Mi}}\n"
+    fleet.run("apply", "-f", "-", stdin=manifest(name, app=name) + "---\n" + volume).ok()
+    assert f"volume/{name}-v" in fleet.run("get", "all").ok()
+    kept = fleet.run("apply", "-f", "-", "--prune", "-l", f"app={name}", stdin=volume).ok()
+    assert f"environment/{name} pruned" in kept and f"volume/{name}-v pruned" not in kept
+    fleet.run("apply", "-f", "-", stdin=manifest(name, app=name)).ok()
+    done = fleet.run("apply", "-f", "-", "--prune", "-l", f"app={name}", stdin=manifest(name, app=name)).ok()
+    assert f"volume/{name}-v pruned" in done
+    fleet.run("wait", f"volume/{name}-v", "--for", "delete", "--timeout", "30s").ok()
+
+
 def test_delete_by_file_waits_until_it_is_gone(fleet: Fleet, name: str) -> None:
     fleet.run("apply", "-f", "-", stdin=manifest(name)).ok()
     fleet.run("delete", "-f", "-", stdin=manifest(name)).ok()

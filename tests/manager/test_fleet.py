@@ -14,6 +14,7 @@ from casemate_core.spec.instance import Phase, Run
 from casemate_core.spec.meta import Meta
 from casemate_core.spec.operation import OrderPhase, OrderState, Verb
 from casemate_core.spec.views import Condition
+from casemate_manager import views
 from casemate_manager.fleet import desired
 from casemate_manager.fleet.commands import (
     Advance,
@@ -250,6 +251,25 @@ def test_a_host_that_says_it_is_not_ready_gets_nothing_until_it_is(fleet: SmallF
     assert "not ready" in fleet.observed.attempts[only(fleet)].message
     say("True")
     assert len(fleet.state.placements) == 1
+
+
+def test_ready_is_among_the_conditions_of_every_host(fleet: SmallFleet) -> None:
+    def ready() -> tuple[str, str]:
+        status = views.host_status(fleet.state, fleet.observed, fleet.state.hosts["h1"])
+        (found,) = [c for c in status.conditions if c.type == "Ready"]
+        return found.status, found.reason
+
+    fleet.apply(Host(Meta("h1"), HostSpec()))
+    assert ready() == ("False", "NeverJoined")
+    fleet.join("h1")
+    fleet.do(HostFacts("h1", 1, Facts(2, host=HostReport(conditions=(Condition("Hypervisor", "True"),)))))
+    assert ready() == ("Unknown", "NotTold"), "an agent before this one says nothing of it"
+    fleet.apply(environment())
+    assert len(fleet.state.placements) == 1, "only what says that it is not ready gets nothing"
+    fleet.do(HostFacts("h1", 1, Facts(3, host=HostReport(conditions=(Condition("Ready", "True", "Fine"),)))))
+    assert ready() == ("True", "Fine")
+    fleet.do(HostGone("h1", 1, "cut"))
+    assert ready() == ("Unknown", "NotHeard")
 
 
 def test_what_waits_is_placed_by_priority_and_then_by_age(fleet: SmallFleet) -> None:

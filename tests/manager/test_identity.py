@@ -396,6 +396,8 @@ async def test_the_command_line_says_who_you_are_and_takes_a_key_from_the_enviro
         made = await both("key", "create", "ci", "--description", "deploys")
         secret = made.stdout.strip()
         assert secret.startswith("cak_") and secret not in made.stderr
+        assert "no User" not in made.stderr
+        assert "there is no User cl: this key may do what roles bound" in (await both("key", "create", "cl")).stderr
         assert "user    ci" in (await both("whoami", token=secret)).stdout
         assert "deploys" in (await both("key", "list")).stdout
         token = (await both("token", token=secret)).stdout.strip()

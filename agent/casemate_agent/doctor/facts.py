@@ -119,6 +119,8 @@ class HostSurvey:
     cgroup: Cgroup | None = None
     clock: Clock | None = None
     disk: Disk | None = None
+    #: Where the tool is that makes file systems of volumes; empty: nowhere.
+    mkfs_ext4: str | None = None
     #: What the kernel cannot do of guests' networks; empty: nothing.
     network_problem: str | None = None
     #: Name of a check -> why it could not be looked at.

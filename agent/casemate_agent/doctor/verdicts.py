@@ -130,6 +130,14 @@ def _disk(host: HostSurvey) -> Finding | None:
     return _ok(message)
 
 
+def _volumes(host: HostSurvey) -> Finding | None:
+    if host.mkfs_ext4 is None:
+        return None
+    if not host.mkfs_ext4:
+        return _lacks("there is no mkfs.ext4: no volume can be made here", "apt-get install e2fsprogs")
+    return _ok(f"file systems of volumes are made by {host.mkfs_ext4}")
+
+
 def _cgroup(host: HostSurvey) -> Finding | None:
     found = host.cgroup
     if found is None:
@@ -278,6 +286,7 @@ CHECKS: Final[Mapping[str, Callable[[HostSurvey], Finding | None]]] = {
     "libvirt": _libvirt,
     "network": _network,
     "disk": _disk,
+    "volumes": _volumes,
     "clock": _clock,
     "cgroup": _cgroup,
     "hugepages": _hugepages,

@@ -40,6 +40,7 @@ class SimulatedSurvey:
             libvirt=None if hung else Libvirt("simulated", (12, 0, 0), (10, 0, 0)),
             cgroup=Cgroup(2, frozenset({"cpu", "cpuset", "memory"})),
             clock=Clock(True, 0),
+            mkfs_ext4="simulated",
             disk=Disk("simulated", topology.disk_mib, free_mib),
             network_problem=host.faults.no_rules,
             problems={"libvirt": "the hypervisor hangs"} if hung else {},

@@ -11,6 +11,7 @@ file.
 
 import ctypes
 import os
+import shutil
 import socket
 import struct
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from casemate_agent.drivers import kvm
 from casemate_agent.drivers.deadline import DeadlineExecutor
 from casemate_agent.drivers.network import HostNetworks
 from casemate_agent.drivers.nvml import NvmlGpus
+from casemate_agent.drivers.volumes import TOOLS
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CasemateError, MachineError
 from casemate_core.quantity import MIB
@@ -89,6 +91,7 @@ class HostSurveyor:
             nvml=await ask_nvml(deadline_s, problems),
             clock=await self._ask("clock", ask_clock, deadline_s, problems),
             disk=await self._ask("disk", lambda: ask_disk(self._state_dir), deadline_s, problems),
+            mkfs_ext4=await self._ask("volumes", ask_mkfs, deadline_s, problems),
             network_problem=network,
             problems=problems,
             **files,
@@ -269,6 +272,11 @@ def ask_clock() -> Clock:
     (error_us,) = struct.unpack_from("@l", buffer, MAXERROR_AT)
     (status,) = struct.unpack_from("@i", buffer, STATUS_AT)
     return Clock(state != TIME_ERROR and not status & STA_UNSYNC, error_us)
+
+
+def ask_mkfs() -> str:
+    """Where mkfs.ext4 is that makes the file systems of volumes; empty: nowhere."""
+    return shutil.which("mkfs.ext4", path=TOOLS) or ""
 
 
 def ask_disk(state_dir: Path) -> Disk:

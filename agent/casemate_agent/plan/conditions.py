@@ -24,6 +24,7 @@ def host_conditions(
     """All conditions of a host, in the order in which they are shown. ``damage`` is what was wrong with the ledger, ``closed``
     the GPUs for which it takes nothing new."""
     return (
+        _ready(observed, closed),
         *_gpus(closed),
         _virtualisation(observed),
         _hypervisor(observed),
@@ -35,12 +36,18 @@ def host_conditions(
     )
 
 
+def _ready(observed: Observation, closed: tuple[str, ...]) -> Condition:
+    """Whether something new can be started here: the scheduler places nothing where this is False."""
+    if closed:
+        return Condition("Ready", "False", "GpuNotWell", "; ".join(closed)[:1000])
+    if observed.domains is None:
+        return _no_answer("Ready", observed, "hypervisor")
+    return Condition("Ready", "True", "CanStartInstances")
+
+
 def _gpus(closed: tuple[str, ...]) -> tuple[Condition, ...]:
-    """A board for whose sake the host is to be cordoned. The scheduler places nothing where ``Ready`` is False."""
-    if not closed:
-        return ()
-    why = "; ".join(closed)[:1000]
-    return (Condition("Ready", "False", "GpuNotWell", why), Condition("Gpus", "False", "GpuNotWell", why))
+    """Boards for whose sake the host is to be cordoned."""
+    return (Condition("Gpus", "False", "GpuNotWell", "; ".join(closed)[:1000]),) if closed else ()
 
 
 def _virtualisation(observed: Observation) -> Condition:

@@ -1,12 +1,16 @@
 """`casemate cp`: files and folders to and from a container, or the VM itself."""
 
+import contextlib
 import os
 import posixpath
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 #: `hello:/etc`, `hello-0.web:/etc`, `env/hello:/etc`; a local name with a colon is written ./like:this.
 _REMOTE = re.compile(r"((?:[a-z]+/)?[a-z0-9][a-z0-9.-]*):(.*)\Z", re.DOTALL)
+#: Standard input or output, where a file is named.
+STANDARD = "-"
 NOT_THERE = 4
 """What a copy ends with where there is no such file (channels.proto)."""
 
@@ -43,14 +49,16 @@ def cp(ctx: click.Context, source: str, destination: str, pod: str, container: s
     """Copy a file or a folder to or from a container, or with --vm the VM itself.
 
     One side is written NAME:/PATH, NAME being an environment, an instance, or INSTANCE.POD. An existing folder gets the copy
-    inside. Modes and times are kept. Symbolic links and devices within a folder are not copied: each is named on standard
-    error, and the exit code is 1. The container needs no tar.
+    inside. For one file, - is standard input or output (in a folder it is called stdin). Modes and times are kept. Symbolic
+    links and devices within a folder are not copied: each is named on standard error, and the exit code is 1. The container
+    needs no tar.
 
     \b
     Examples:
       casemate cp hello:/etc/hostname .
       casemate cp site/ hello-0.web:/srv/site
       casemate cp --vm hello:/var/log/cloud-init.log boot.log
+      casemate cp hello:/etc/hostname -
     """
     from casemate_cli.client import Client
     from casemate_wire.v1 import channels_pb2 as pb
@@ -64,8 +72,11 @@ def cp(ctx: click.Context, source: str, destination: str, pod: str, container: s
             target.pod = _only_pod(client, instance)
         if vm:
             target.pod = target.container = ""
+        if into and local == STANDARD:
+            with _spooled() as file:
+                return _into(client, target, Path(file.name), remote.path, name="stdin")
         if into:
-            return _into(client, target, Path(local), remote.path)
+            return _into(client, target, Path(local), remote.path, Path(os.path.abspath(local)).name)
         return _out(client, target, remote.path, local)
 
 
@@ -102,7 +113,17 @@ def _only_pod(client: "Client", name: str) -> str:
     raise Failure(f"{name} has {len(names)} pods", remedy=f"name one with --pod: {', '.join(sorted(names)[:8])}")
 
 
-def _into(client: "Client", target: "pb.ChannelTarget", local: Path, path: str) -> int:
+@contextlib.contextmanager
+def _spooled() -> "Iterator[IO[bytes]]":
+    """All of standard input as a file: an archive says the length before the data."""
+    with tempfile.NamedTemporaryFile(prefix="casemate-cp-") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        os.fchmod(file.fileno(), 0o644)
+        yield file
+
+
+def _into(client: "Client", target: "pb.ChannelTarget", local: Path, path: str, name: str) -> int:
     import grpc
 
     from casemate_cli import failure
@@ -113,7 +134,6 @@ def _into(client: "Client", target: "pb.ChannelTarget", local: Path, path: str) 
         raise Failure(f"{local}: no such file or folder", code=Exit.NOT_FOUND)
     left_out: list[str] = []
     failed: list[BaseException] = []
-    name = Path(os.path.abspath(local)).name
 
     def sent() -> "Iterator[pb.CopyInput]":
         yield pb.CopyInput(start=pb.CopyStart(target=target, into=True, path=path, name=name))
@@ -149,7 +169,7 @@ def _into(client: "Client", target: "pb.ChannelTarget", local: Path, path: str) 
 
 
 def _out(client: "Client", target: "pb.ChannelTarget", path: str, destination: str) -> int:
-    from casemate_cli.tarball import unpack
+    from casemate_cli.tarball import unpack, unpack_file
     from casemate_wire.v1 import channels_pb2 as pb
 
     target.ticket = client.ticket("copy", target.tenant, target.instance)
@@ -175,7 +195,11 @@ def _out(client: "Client", target: "pb.ChannelTarget", path: str, destination: s
             yield first
             yield from arriving
 
-        unpack(all_pieces(), destination, posixpath.basename(posixpath.normpath(path)))
+        name = posixpath.basename(posixpath.normpath(path))
+        if destination == STANDARD:
+            unpack_file(all_pieces(), sys.stdout.buffer, path)
+        else:
+            unpack(all_pieces(), destination, name)
     return _end(code[0] if code else None, b"".join(told), [])
 
 

@@ -6,9 +6,10 @@ import click
 
 from casemate_cli import options, output, term
 from casemate_cli.columns import NONE, Table, age
-from casemate_cli.failure import Failure
+from casemate_cli.failure import Exit, Failure
 
 if TYPE_CHECKING:
+    from casemate_cli.client import Client
     from casemate_wire.v1 import identity_pb2 as pb
 
 
@@ -73,7 +74,23 @@ def create(ctx: click.Context, user: str, description: str, lifetime: float | No
         request_key=request_key(), user=user, description=description, lifetime_s=int(lifetime or 0)
     )
     with Client(options.settings(ctx)) as client:
-        _print_secret(client.call(identity_pb2_grpc.IdentityStub(client.channel).CreateKey, request))
+        answer: pb.KeySecret = client.call(identity_pb2_grpc.IdentityStub(client.channel).CreateKey, request)
+        _print_secret(answer)
+        if answer.key.user and not _is_there(client, answer.key.user):
+            term.say(
+                f"there is no User {answer.key.user}: this key may do what roles bound to that name allow, and no more; "
+                "apply a User where the name is right, or delete the key",
+                "yellow",
+            )
+
+
+def _is_there(client: "Client", user: str) -> bool:
+    """Whether there is a User of this name; who may not look is not told otherwise."""
+    try:
+        client.get("User", user, "")
+    except Failure as failure:
+        return failure.code is not Exit.NOT_FOUND
+    return True
 
 
 @key.command("list")
