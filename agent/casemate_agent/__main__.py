@@ -43,7 +43,7 @@ from casemate_agent.uplink.transport import GrpcTransport, Transport, checked_ad
 from casemate_core.errors import CallerError, CasemateError, MachineError, Unavailable, shown
 from casemate_core.metrics import Meter, Rows, with_label
 from casemate_core.spec.meta import NAME
-from casemate_wire import exposition
+from casemate_wire import coredump, exposition
 from casemate_wire.notify import Notifier
 from casemate_wire.token import Token, parse
 
@@ -402,6 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 ended as asked, 1 error or a host that is not fit, 2 wrong settings."""
     flags = vars(parser().parse_args(arguments))
     verb = flags.pop("verb")
+    coredump.forbid()
     try:
         if verb == "doctor":
             return doctor.main(flags)

@@ -132,11 +132,13 @@ async def _serve(settings: Config) -> None:
     from casemate_manager.app import running
     from casemate_manager.authority import Authorities
     from casemate_manager.store.sqlite import SqliteStore
+    from casemate_wire import coredump
     from casemate_wire.notify import Notifier
 
     state_dir = Path(settings.state_dir)
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     _allow_descriptors()
+    coredump.forbid()
     lock = _lock(state_dir / "manager.lock")
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

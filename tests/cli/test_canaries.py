@@ -61,6 +61,19 @@ def pod() -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web"}, "spec": spec}
 
 
+def core_limit(package: str) -> set[str]:
+    """Largest core dumps, in bytes, of all processes of a package that run now."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if package.encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                limits = (process / "limits").read_text().splitlines()
+                found |= {words.split()[4] for words in limits if words.startswith("Max core file size")}
+        except OSError:
+            continue
+    return found
+
+
 @contextmanager
 def watched_arguments(seen: set[bytes]) -> Iterator[None]:
     """The arguments and environments of all processes, looked at again and again."""
@@ -161,10 +174,12 @@ def test_fifty_canaries_through_real_processes_are_found_in_one_place_alone(tmp_
             for note in root.rglob("metrics-url"):
                 with urllib.request.urlopen(note.read_text().strip(), timeout=60) as answer:
                     told.append(answer.read())
+            limits = {name: core_limit(name) for name in ("casemate_manager", "casemate_agent")}
             kept = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and p.parent.name != "private"}
             modes = {p.stat().st_mode & 0o777 for p in kept if "ledger" in p.parts}
     finally:
         casemate("dev", "down", "--dir", str(root), environ=environ, timeout_s=100).ok()
+    assert limits == {"casemate_manager": {"0"}, "casemate_agent": {"0"}}, "no memory of theirs is ever dumped"
     assert {p.name for p in kept} >= {"fleet.db", "manager.log", "host.json"}, sorted(p.name for p in kept)
     assert any(p.name.endswith("-wal") for p in kept), "the store's log of writes was looked at too"
     assert modes == {0o600}

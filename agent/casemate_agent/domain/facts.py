@@ -33,9 +33,13 @@ _BYTES = {
 def parse_domain(xml: str, phase: DomainPhase, pid: int = 0) -> tuple[DomainFacts, Ownership | None]:
     """Facts of the domain that ``xml`` describes. Raises InternalError for what is no domain XML."""
     try:
-        domain = fromstring(xml)
-    except ParseError as error:
+        return _parsed(fromstring(xml), phase, pid)
+    except (ParseError, ValueError) as error:
         raise InternalError(f"libvirt's XML does not parse: {error}") from error
+
+
+def _parsed(domain: Element, phase: DomainPhase, pid: int) -> tuple[DomainFacts, Ownership | None]:
+    """Raises ValueError for what is no number where one belongs."""
     uuid = domain.findtext("uuid", "")
     owner = parse_metadata(domain, uuid)
     vcpu = domain.find("vcpu")

@@ -10,8 +10,8 @@ from casemate_core.spec.instance import DesiredInstance
 
 
 def add_memory(domain: Element, desired: DesiredInstance) -> None:
-    """``<memory>``: what the guest has, in MiB."""
-    add(domain, "memory", {"unit": "MiB"}, str(desired.memory_mib))
+    """``<memory>``: what the guest has, in MiB. Secrets are in it: no core dump of QEMU has it, whatever the host sets."""
+    add(domain, "memory", {"unit": "MiB", "dumpCore": "off"}, str(desired.memory_mib))
 
 
 def binds_memory(desired: DesiredInstance, shape: HostShape) -> bool:

@@ -371,7 +371,8 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, Any], bytes], GuestMessage]] = {
 
 def parse(header: Mapping[str, Any], payload: bytes) -> GuestMessage:
     """One message of a guest. Raises `Rejected`, and nothing else, whatever it is given."""
-    parser = _PARSERS.get(header.get("t", ""))
+    kind = header.get("t", "")
+    parser = _PARSERS.get(kind) if isinstance(kind, str) else None
     if parser is None:
         raise Rejected("no such message")
     return parser(header, payload)
