@@ -5,7 +5,7 @@ from xml.etree.ElementTree import Element
 from casemate_agent.domain.elements import add
 from casemate_agent.domain.memory import binds_memory
 from casemate_agent.domain.shape import HostShape
-from casemate_agent.hardware.pciplace import needs_host_addresses
+from casemate_agent.hardware.pciplace import DEFAULT_ADDRESS_BITS, address_bits
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import InternalError
 from casemate_core.spec.instance import DesiredInstance
@@ -64,7 +64,7 @@ def add_cpu_model(domain: Element, desired: DesiredInstance, shape: HostShape, h
     named model of the host, which it can compare with another host's. Under TCG ``maximum`` is what QEMU can emulate.
     All vCPUs are cores of one socket: a guest that was told of hyper-threads that float would schedule on a lie. Memory
     that is bound to cells of the host is one cell of the guest's (:mod:`casemate_agent.domain.memory`). ``hole``: bytes
-    of the window for the memory of devices, which a guest of ordinary reach could not address beside its own.
+    of the window for the memory of devices; a guest that could not address it beside its own memory gets the host's addresses.
     """
     _, most = vcpu_counts(desired)
     if shape.kind != "kvm":
@@ -77,10 +77,10 @@ def add_cpu_model(domain: Element, desired: DesiredInstance, shape: HostShape, h
     if desired.placement.claim.realtime and shape.kind == "kvm":
         # A timer of the guest is one write, and no exit for each tick of an emulated APIC.
         add(cpu, "feature", {"policy": "require", "name": "tsc-deadline"})
-    if shape.kind == "kvm" and needs_host_addresses(
-        max(desired.memory_mib, desired.placement.claim.memory_max_mib), hole
-    ):
-        add(cpu, "maxphysaddr", {"mode": "passthrough"})
+    bits = address_bits(max(desired.memory_mib, desired.placement.claim.memory_max_mib), hole)
+    if bits > DEFAULT_ADDRESS_BITS:
+        emulated = {"mode": "emulate", "bits": bits}
+        add(cpu, "maxphysaddr", {"mode": "passthrough"} if shape.kind == "kvm" else emulated)
     if binds_memory(desired, shape):
         numa = add(cpu, "numa")
         cpus = f"0-{most - 1}" if most > 1 else "0"

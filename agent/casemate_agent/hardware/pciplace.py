@@ -17,8 +17,11 @@ LARGE_BYTES = 256 << 20
 DEFAULT_HOLE = 32 * GIB
 #: Left for what is not passed through: virtio devices behind root ports take 64-bit windows too.
 OTHERS = 8 * GIB
-#: Physical addresses that a guest has whose processor is not told to have those of the host (target/i386/cpu.c).
+#: Physical addresses that a guest has whose processor is not told to have others (target/i386/cpu.c, TCG_PHYS_ADDR_BITS).
 DEFAULT_ADDRESS_BITS = 40
+#: From here to 1 TiB a guest whose processor is AMD's has nothing: QEMU puts all that would reach into it above 1 TiB
+#: (hw/i386/pc.c, AMD_HT_START and AMD_ABOVE_1TB_START).
+HYPERTRANSPORT = 1012 * GIB
 #: Lines of the file ``resource`` that are the function's own BARs; those after them are its ROM, then its VFs' BARs.
 BARS = 6
 #: include/linux/ioport.h
@@ -70,9 +73,16 @@ def hole_bytes(places: Iterable[FunctionPlace]) -> int:
     return power_of_two(needed + OTHERS) if needed + OTHERS > DEFAULT_HOLE else 0
 
 
-def needs_host_addresses(memory_mib: int, hole: int) -> bool:
-    """Whether memory and window reach beyond what a guest can address by default."""
-    return bool(hole) and (memory_mib << 20) + hole + 4 * GIB > 1 << DEFAULT_ADDRESS_BITS
+def address_bits(memory_mib: int, hole: int = 0) -> int:
+    """Physical address bits of a guest with so much memory and such a window (0: the default one), whoever made its processor.
+
+    QEMU does not start one whose memory and window reach further than its processor: ``phys-bits too low``.
+    """
+    above = (memory_mib << 20) + max(hole, DEFAULT_HOLE)
+    reach = 4 * GIB + above
+    if reach > HYPERTRANSPORT:
+        reach = 1024 * GIB + above
+    return max(DEFAULT_ADDRESS_BITS, (reach - 1).bit_length())
 
 
 def mirrored(places: Iterable[FunctionPlace]) -> dict[str, tuple[FunctionPlace, ...]]:
