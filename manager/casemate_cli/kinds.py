@@ -91,15 +91,16 @@ class Target:
 def targets(arguments: tuple[str, ...], default_kind: str = "") -> list[Target]:
     """`env a b`, `env/a inst/b`, `env,inst`, or (with a default kind) `a b`. Raises Failure.
 
-    The default kind is taken for names without a slash where the first word names no kind or stands alone.
+    The default kind is taken for names without a slash where the first word names no kind or stands alone. A slash after a word
+    that is no kind is the name's own, once a kind was said: so ``gpu GPU-1002:744c@0000:20/04.0/00.0``.
     """
     if not arguments:
         raise Failure(
             "nothing is named", remedy="name objects as KIND NAME or KIND/NAME, for example environment/hello"
         )
-    if any("/" in argument for argument in arguments):
-        return [_slashed(argument, default_kind) for argument in arguments]
     first, *names = arguments
+    if "/" in first or any(_says_kind(name) for name in names):
+        return [_slashed(argument, default_kind) for argument in arguments]
     if default_kind and (first.lower() not in _BY_WORD or not names):
         kind = find(default_kind)
         return [Target(kind, name) for name in arguments]
@@ -109,6 +110,12 @@ def targets(arguments: tuple[str, ...], default_kind: str = "") -> list[Target]:
         return [Target(find(word)) for word in first.split(",") if word]
     kind = find(first)
     return [Target(kind, name) for name in names] or [Target(kind)]
+
+
+def _says_kind(argument: str) -> bool:
+    """Whether it is written as KIND/NAME."""
+    word, slash, _ = argument.partition("/")
+    return bool(slash) and word.lower() in _BY_WORD
 
 
 def _slashed(argument: str, default_kind: str) -> Target:
@@ -122,4 +129,6 @@ def _slashed(argument: str, default_kind: str) -> Target:
         return Target(find(default_kind), argument)
     if not name:
         raise Failure("a name is missing", details=[Detail("name", argument, "ends after the kind")])
+    if default_kind and word.lower() not in _BY_WORD:
+        return Target(find(default_kind), argument)
     return Target(find(word), name)
