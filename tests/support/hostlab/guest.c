@@ -33,31 +33,72 @@ static u32 config(int bus, int slot, int function, int offset)
     return in32(PCI_DATA);
 }
 
-static void list_bus(int bus)
+static void set_config(int bus, int slot, int function, int offset, u32 value)
 {
-    for (int slot = 0; slot < 32; slot++)
-        for (int function = 0; function < 8; function++) {
-            u32 id = config(bus, slot, function, 0);
-            if ((id & 0xffff) == 0xffff) {
-                if (!function) break;
-                continue;
-            }
-            u32 header = config(bus, slot, function, 12);
-            text("PCI "); hex(id & 0xffff, 4); put(':'); hex(id >> 16, 4);
-            text(" class "); hex(config(bus, slot, function, 8) >> 8, 6); text("\r\n");
-            if ((header >> 16 & 0x7f) == 1) {
-                int below = config(bus, slot, function, 0x18) >> 8 & 0xff;
-                if (below > bus) list_bus(below);
-            }
-            if (!function && !(header >> 16 & 0x80)) break;
+    out32(PCI_ADDRESS, 0x80000000u | bus << 16 | slot << 11 | function << 8 | (offset & 0xfc));
+    out32(PCI_DATA, value);
+}
+
+/* Each memory BAR that firmware gave a place, as " barN SIZE@ADDRESS" in hex: sized by writing ones (ibid., 6.2.5.1) while the
+ * function decodes nothing, and put back. */
+static void list_bars(int bus, int slot, int function)
+{
+    u32 command = config(bus, slot, function, 4);
+    set_config(bus, slot, function, 4, command & 0xfffc);
+    for (int bar = 0; bar < 6; bar++) {
+        int at = 0x10 + 4 * bar, wide;
+        u32 low = config(bus, slot, function, at), high = 0, mask_high = 0xffffffff;
+        if (low & 1) continue;
+        wide = (low & 6) == 4;
+        set_config(bus, slot, function, at, 0xffffffff);
+        u32 mask = config(bus, slot, function, at) & 0xfffffff0;
+        set_config(bus, slot, function, at, low);
+        if (wide) {
+            high = config(bus, slot, function, at + 4);
+            set_config(bus, slot, function, at + 4, 0xffffffff);
+            mask_high = config(bus, slot, function, at + 4);
+            set_config(bus, slot, function, at + 4, high);
         }
+        if (mask) mask_high = ~mask_high; else mask_high = ~mask_high + 1;
+        if (mask || (wide && mask_high)) {
+            text(" bar"); put('0' + bar); put(' '); hex(mask_high, 8); hex(~mask + 1, 8);
+            put('@'); hex(high, 8); hex(low & 0xfffffff0, 8);
+        }
+        bar += wide;
+    }
+    set_config(bus, slot, function, 4, command & 0xffff);
+}
+
+/* Every bus, for an expander's are below no bridge of bus 0. */
+static void list_functions(void)
+{
+    for (int bus = 0; bus < 256; bus++)
+        for (int slot = 0; slot < 32; slot++)
+            for (int function = 0; function < 8; function++) {
+                u32 id = config(bus, slot, function, 0);
+                if ((id & 0xffff) == 0xffff) {
+                    if (!function) break;
+                    continue;
+                }
+                u32 header = config(bus, slot, function, 12) >> 16;
+                text("PCI "); hex(id & 0xffff, 4); put(':'); hex(id >> 16, 4);
+                text(" class "); hex(config(bus, slot, function, 8) >> 8, 6);
+                text(" at "); hex(bus, 2); put(':'); hex(slot, 2); put('.'); put('0' + function);
+                if ((header & 0x7f) == 1) {
+                    text(" to "); hex(config(bus, slot, function, 0x18) >> 8, 2);
+                } else if (!(header & 0x7f)) {
+                    list_bars(bus, slot, function);
+                }
+                text("\r\n");
+                if (!function && !(header & 0x80)) break;
+            }
 }
 
 void guest_main(void)
 {
     out8(COM1 + 1, 0);
     text("GUEST-UP\r\n");
-    list_bus(0);
+    list_functions();
     u16 power = config(0, 0x1f, 0, 0x40) & 0xff80;
     text("GUEST-READY\r\n");
     out16(power + 2, POWER_BUTTON);

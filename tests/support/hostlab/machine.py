@@ -4,9 +4,9 @@ What may live here: the machine's shape, starting, waiting, ending, commands and
 `server`'s.
 
 Theory of operation. q35 with an IOMMU that translates, two sockets of two cores of two threads in two cells, for each cell a
-PCIe host bridge of its own with four root ports; behind them two NICs that do SR-IOV (igb, one for each cell), two display
-adapters and a test device that stand for cards to be given away. Its disk is an overlay that is gone with its folder.
-Everything listens on loopback. One ssh connection stays up; commands go through it.
+PCIe host bridge of its own with six root ports; behind them two NICs that do SR-IOV (igb, one for each cell), two display
+adapters and a test device that stand for cards to be given away, and five more that stand for GPUs (`GPUS`). Its disk is an
+overlay that is gone with its folder. Everything listens on loopback. One ssh connection stays up; commands go through it.
 
 Several servers are one image: who each is (name, machine id, UUID of its board, MAC addresses) comes from its number, by the
 kernel's command line and by QEMU's. Servers on one ``Wire`` share an Ethernet segment: both ports of each, and one plain NIC
@@ -34,6 +34,23 @@ from support.hostlab.build import LabFailed, Parts
 MEMORY_MIB = 6144
 BOOT_TIMEOUT_S = 600.0
 """A boot takes about 50 s on two free cores. Whoever waits longer than that waits for other people's work, not for a fault."""
+#: What stands for GPUs, each with its root port. The first two have what a GPU has: a driver of the host that makes nodes in
+#: /dev/dri, function-level reset, MSI-X, error reporting, a BAR of 64 bits. The third has MSI, and is reset by its bus; the
+#: fourth has memory that no reset empties. The fifth hangs behind a PCI bridge beside a function that the host uses: its group
+#: can be given to nobody, and nothing resets it.
+GPUS = (
+    ("virtio-gpu-pci,aer=on,hostmem=512M", "rp04"),
+    ("virtio-gpu-pci,aer=on,hostmem=512M", "rp14"),
+    ("edu", "rp05"),
+    ("ivshmem-plain,memdev=vram", "rp12"),
+    ("edu,addr=1.0", "pb15"),
+)
+GPU_PARTS = (
+    "-object memory-backend-ram,id=vram,size=16M,share=on",
+    "-device pcie-pci-bridge,id=pb15,bus=rp15",
+    "-device virtio-rng-pci,bus=pb15,addr=2.0",
+)
+ROOT_PORTS = 6
 
 
 def loader(tree: Path, program: str) -> list[str]:
@@ -99,6 +116,7 @@ class Shape:
     ports: tuple[str, ...] = ("rp00", "rp10")
     """Root ports of the NICs (``rpCN``: cell C, port N); one that is left out is a card that is missing."""
     cards: tuple[tuple[str, str], ...] = (("bochs-display", "rp01"), ("bochs-display", "rp11"), ("pci-testdev", "rp02"))
+    gpus: tuple[tuple[str, str], ...] = GPUS
 
 
 @dataclass(slots=True)
@@ -305,7 +323,7 @@ class Machine:
             lines.append(f"-device pxb-pcie,id=pxb{cell},bus=pcie.0,bus_nr={bus},numa_node={cell}")
             lines += [
                 f"-device pcie-root-port,id=rp{cell}{n},bus=pxb{cell},chassis={cell + 1},slot={n},addr={n}.0"
-                for n in range(4)
+                for n in range(ROOT_PORTS)
             ]
         for number, (port, mac) in enumerate(zip(shape.ports, self.name.ports, strict=False)):
             if port:
@@ -313,6 +331,9 @@ class Machine:
                 lines.append(f"-device igb,id=igb{number},bus={port},netdev=n{number},mac={mac},romfile=")
         for number, (kind, port) in enumerate(shape.cards):
             lines.append(f"-device {kind},id=card{number},bus={port}")
+        lines += GPU_PARTS if shape.gpus else ()
+        for number, (kind, port) in enumerate(shape.gpus):
+            lines.append(f"-device {kind},id=gpu{number},bus={port}")
         words = [word for line in lines for word in line.split()]
         who = f"systemd.hostname={self.name.host} systemd.machine_id={self.name.machine_id}"
         return [*words, "-append", f"{recipe.KERNEL_LINE} {who}"]

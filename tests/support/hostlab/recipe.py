@@ -39,7 +39,8 @@ MODULES = (
     "kernel/drivers/net/ethernet/intel/igb kernel/drivers/net/ethernet/intel/igbvf kernel/drivers/net/tun.ko.xz "
     "kernel/drivers/net/tap.ko.xz kernel/drivers/net/virtio_net.ko.xz kernel/drivers/net/net_failover.ko.xz "
     "kernel/drivers/net/veth.ko.xz kernel/drivers/net/macvlan.ko.xz kernel/drivers/net/dummy.ko.xz "
-    "kernel/drivers/gpu/drm/tiny kernel/drivers/i2c kernel/drivers/char/hw_random kernel/drivers/block/virtio_blk.ko.xz "
+    "kernel/drivers/gpu/drm/drm.ko.xz kernel/drivers/gpu/drm/drm_kms_helper.ko.xz "
+    "kernel/drivers/gpu/drm/drm_shmem_helper.ko.xz kernel/drivers/gpu/drm/virtio kernel/drivers/i2c kernel/drivers/char/hw_random kernel/drivers/block/virtio_blk.ko.xz "
     "kernel/drivers/block/loop.ko.xz"
 ).split()
 

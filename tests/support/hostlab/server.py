@@ -67,6 +67,26 @@ labels = { type = "card" }
 vendor = "1b36"
 device = "0005"
 labels = { type = "probe" }
+
+[gpu]
+held_limit_s = 8
+
+[[gpus]]
+vendor = "1af4"
+device = "1050"
+model = "Emulated V1"
+memory = "512Mi"
+
+[[gpus]]
+vendor = "1234"
+device = "11e8"
+model = "Emulated E1"
+
+[[gpus]]
+vendor = "1af4"
+device = "1110"
+model = "Emulated M1"
+memory = "16Mi"
 """
 FLEET = """apiVersion: casemate/v1
 kind: Image
