@@ -129,6 +129,4 @@ def _slashed(argument: str, default_kind: str) -> Target:
         return Target(find(default_kind), argument)
     if not name:
         raise Failure("a name is missing", details=[Detail("name", argument, "ends after the kind")])
-    if default_kind and word.lower() not in _BY_WORD:
-        return Target(find(default_kind), argument)
     return Target(find(word), name)

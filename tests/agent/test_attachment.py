@@ -192,7 +192,16 @@ def test_the_window_holds_every_function_at_a_multiple_of_its_size(sizes: tuple[
 @pytest.mark.parametrize(
     ("memory_gib", "hole_gib", "bits"),
     # Those on both sides of each bound were tried on QEMU 7.2, with processors of both makers: one bit less is refused there.
-    [(64, 0, 40), (975, 0, 40), (980, 0, 41), (256, 512, 40), (496, 512, 40), (500, 512, 41), (1024, 8192, 44), (1100, 0, 42)],
+    [
+        (64, 0, 40),
+        (975, 0, 40),
+        (980, 0, 41),
+        (256, 512, 40),
+        (496, 512, 40),
+        (500, 512, 41),
+        (1024, 8192, 44),
+        (1100, 0, 42),
+    ],
 )
 def test_a_guest_that_reaches_further_is_told_so(memory_gib: int, hole_gib: int, bits: int) -> None:
     assert address_bits(memory_gib * 1024, hole_gib * GIB) == bits

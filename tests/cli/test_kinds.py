@@ -38,6 +38,9 @@ def test_no_word_names_two_kinds() -> None:
         (("env/a", "inst/b-0"), ["environment/a", "instance/b-0"]),
         (("env,pods",), ["environments", "pods"]),
         (("po", "x-0.web"), ["pod/x-0.web"]),
+        # A GPU that no library tells is named by its way through the slots.
+        (("gpu", "GPU-1002:744c@0000:20/04.0/00.0"), ["gpu/GPU-1002:744c@0000:20/04.0/00.0"]),
+        (("gpu/GPU-1002:744c@0000:20/04.0/00.0",), ["gpu/GPU-1002:744c@0000:20/04.0/00.0"]),
     ],
 )
 def test_targets(arguments: tuple[str, ...], expected: list[str]) -> None:

@@ -79,7 +79,7 @@ def add_cpu_model(domain: Element, desired: DesiredInstance, shape: HostShape, h
         add(cpu, "feature", {"policy": "require", "name": "tsc-deadline"})
     bits = address_bits(max(desired.memory_mib, desired.placement.claim.memory_max_mib), hole)
     if bits > DEFAULT_ADDRESS_BITS:
-        emulated = {"mode": "emulate", "bits": bits}
+        emulated: dict[str, str | int] = {"mode": "emulate", "bits": bits}
         add(cpu, "maxphysaddr", {"mode": "passthrough"} if shape.kind == "kvm" else emulated)
     if binds_memory(desired, shape):
         numa = add(cpu, "numa")
