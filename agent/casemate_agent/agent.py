@@ -24,6 +24,7 @@ from casemate_agent.execute.executor import MEASURE, Executor, Trace, log_steps
 from casemate_agent.execute.fabrickeeper import withheld
 from casemate_agent.gpu.checks import FATAL_XIDS
 from casemate_agent.gpu.health import GpuHealth, Health, judge
+from casemate_agent.gpu.lifecycle import State
 from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.readings import GpuFault
 from casemate_agent.ledger.records import HOST, GuestView, Note, Observation
@@ -409,7 +410,9 @@ class Agent:
         now_s = self.now()
         for gpu in await self.drivers.gpus.read(GPU_READ_S):
             first, since_s = self._gpu_links.setdefault(gpu.uuid, (gpu.link, now_s))
-            judged = judge(gpu.uuid, gpu.reading, gpu.link, self.gpu_faults, first, now_s - since_s)
+            entry = self.ledger.gpu(gpu.uuid)
+            given = entry is not None and entry.record.state is State.ATTACHED
+            judged = judge(gpu.uuid, gpu.reading, gpu.link, self.gpu_faults, first, now_s - since_s, given=given)
             before = self.gpu_health.get(gpu.uuid)
             self.gpu_health[gpu.uuid] = judged
             if before is None or (before.health, before.reasons) == (judged.health, judged.reasons):

@@ -74,6 +74,8 @@ def test_a_gpu_of_a_guest_is_seen_by_its_link_alone() -> None:
         (judge("GPU-1", replace(WELL, rows_pending=True), LINK), Health.SUSPECT, "waits for a reset"),
         (judge("GPU-1", replace(WELL, ecc_uncorrected=2), LINK), Health.SUSPECT, "2 uncorrected ECC"),
         (judge("GPU-1", None, replace(LINK, width=4)), Health.SUSPECT, "x4 of x16"),
+        (judge("GPU-1", None, replace(LINK, driver=""), given=True), Health.SUSPECT, "being pulled out"),
+        (judge("GPU-1", None, replace(LINK, driver="")), Health.WELL, ""),
         (judge("GPU-1", None, replace(LINK, fatal=1)), Health.BROKEN, "1 fatal"),
         (judge("GPU-1", None, replace(LINK, nonfatal=1)), Health.SUSPECT, "not corrected"),
         (judge("GPU-1", None, replace(LINK, corrected=50), before=LINK, since_s=60), Health.SUSPECT, "50 corrected"),

@@ -177,7 +177,7 @@ class HostCards:
 
     def _holders(self, address: str) -> tuple[str, ...]:
         """Who has it open: by vfio, or by the nodes of the host's own driver."""
-        if self._vfio.driver(address) == DRIVER:
+        if self._vfio.driver(address) in ("", DRIVER):
             return self._vfio.holders(address)
         folder = self._root / "sys/bus/pci/devices" / address
         files = {f"/dev/dri/{node.name}" for node in folder.glob("drm/*") if node.name.startswith(("card", "render"))}

@@ -111,9 +111,12 @@ class Vfio:
             write_attribute(self._root / PCI / "drivers_probe", address, BindFailed)
 
     def holders(self, address: str) -> tuple[str, ...]:
-        """Processes that have the function open, as ``name (pid)``: those with its group's file among their descriptors."""
+        """Processes that have the function open, as ``name (pid)``: those with its group's file among their descriptors.
+
+        One that is being pulled out is bound to nothing already, while the kernel still waits for whoever has it open.
+        """
         folder = self._root / PCI / "devices" / address
-        if not folder.exists() or self.driver(address) != DRIVER:
+        if not (folder / "iommu_group").is_symlink() or self.driver(address) not in ("", DRIVER):
             return ()
         files = {f"/dev/vfio/{self.group(address)}"}
         files |= {f"/dev/vfio/devices/{path.name}" for path in folder.glob("vfio-dev/*")}

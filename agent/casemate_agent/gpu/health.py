@@ -58,8 +58,10 @@ def judge(
     faults: Iterable[GpuFault] = (),
     before: LinkReading | None = None,
     since_s: float = 0.0,
+    *,
+    given: bool = False,
 ) -> GpuHealth:
-    """The record. ``before``: the link ``since_s`` seconds ago, against which its counters are held."""
+    """The record. ``before``: the link ``since_s`` seconds ago, against which its counters are held; ``given``: to a guest."""
     broken: list[str] = []
     suspect: list[str] = []
     if reading is not None and reading.lost:
@@ -73,6 +75,9 @@ def judge(
             suspect.append("a row of its memory waits for a reset to be remapped")
         if reading.ecc_uncorrected:
             suspect.append(f"{reading.ecc_uncorrected} uncorrected ECC errors since the driver was loaded")
+    if given and link is not None and not link.driver:
+        # The kernel unbinds a card that is pulled, and then waits for whoever has it open (vfio, "Relaying device request").
+        suspect.append("it is being pulled out while a guest has it")
     if link is not None:
         _judge_link(link, before, since_s, broken, suspect)
     if broken:
