@@ -418,7 +418,15 @@ class KeepGpu:
     reason: str
 
 
-GpuAction = EnrolGpu | UnprepareGpu | ReturnGpu | SanitiseGpu | QuarantineGpu | ClearGpu | KeepGpu
+@dataclass(frozen=True, slots=True)
+class LoseGpu:
+    """Record that a GPU that was clean is not there: what is done with it meanwhile nobody of this host sees."""
+
+    gpu: str
+    reason: str
+
+
+GpuAction = EnrolGpu | UnprepareGpu | ReturnGpu | SanitiseGpu | QuarantineGpu | ClearGpu | KeepGpu | LoseGpu
 
 Action = (
     FetchImage

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from casemate_agent.actions import LoseGpu
 from casemate_agent.config import BadConfig, load
+from casemate_agent.gpu.lifecycle import Event, GpuRecord, State, move
 from casemate_agent.gpu.passport import Hygiene, proof_step
-from casemate_agent.gpu.planning import unserved
+from casemate_agent.gpu.planning import GpuLook, plan_gpus, unserved
 from casemate_agent.gpu.readings import GpuFault, Proof
-from casemate_agent.gpu.records import GpuPolicy, Response
+from casemate_agent.gpu.records import GpuEntry, GpuPolicy, Response
 from casemate_agent.gpu.settings import gpu_policy
 from casemate_agent.hardware.rules import GpuRule
 from casemate_core.gpu import GpuOrder, GpuVerb, Result
@@ -88,6 +90,18 @@ def test_a_gpu_stays_with_its_instance_through_stops_and_comes_back_after_it() -
         await rig.kill()
 
     run_virtual(story)
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_gpu_that_was_away_is_clean_no_more(state: State) -> None:
+    """Pulled and put back, it may have been in another machine, or be another of its kind in the same slot."""
+    entry = GpuEntry(GpuRecord(GPU, state))
+    found = plan_gpus(GpuLook(there=(), entries={GPU: entry}, running={}), GpuPolicy())
+    lost = state in (State.FREE, State.HOST_OWNED, State.PREPARED)
+    assert found == ({f"gpu:{GPU}": LoseGpu(GPU, "it is not there")} if lost else {})
+    if lost:
+        after = move(entry.record, Event.LOSE)
+        assert after.dirty and not after.assignable and not after.owner
 
 
 def test_an_instance_waits_for_a_gpu_that_is_not_clean_yet() -> None:

@@ -108,7 +108,8 @@ DEADLINES_S: dict[type, float] = {
     # all of its rungs at their own limits, one after the other
     act.SanitiseGpu: 3600.0,
     **dict.fromkeys(
-        (act.EnrolGpu, act.UnprepareGpu, act.ReturnGpu, act.QuarantineGpu, act.ClearGpu, act.KeepGpu), 120.0
+        (act.EnrolGpu, act.UnprepareGpu, act.ReturnGpu, act.QuarantineGpu, act.ClearGpu, act.KeepGpu, act.LoseGpu),
+        120.0,
     ),
 }
 DEADLINE_S = 30.0

@@ -105,6 +105,8 @@ class GpuWork:
                 await self._clear(uuid, order)
             case act.KeepGpu(gpu=uuid, by_host=by_host):
                 await self._move(uuid, Event.TAKE if by_host else Event.RELEASE)
+            case act.LoseGpu(gpu=uuid):
+                await self._move(uuid, Event.LOSE)
 
     # --- giving -----------------------------------------------------------------------------------------------------
 

@@ -54,6 +54,8 @@ class Event(StrEnum):
     #: The agent, or the host, began anew: what was under way is not known to be done.
     CRASH = "crash"
     QUARANTINE = "quarantine"
+    #: It is not there any more; whatever comes back is dirty.
+    LOSE = "lose"
     #: An operator lets it out of quarantine, to be sanitised.
     CLEAR = "clear"
 
@@ -66,16 +68,19 @@ TABLE: Mapping[tuple[State, Event], State] = MappingProxyType(
         (S.FREE, E.CRASH): S.FREE,
         (S.FREE, E.SANITISE): S.SANITISING,
         (S.FREE, E.QUARANTINE): S.QUARANTINED,
+        (S.FREE, E.LOSE): S.RETURNED,
         (S.HOST_OWNED, E.PREPARE): S.PREPARED,
         (S.HOST_OWNED, E.RELEASE): S.FREE,
         (S.HOST_OWNED, E.SANITISE): S.SANITISING,
         (S.HOST_OWNED, E.CRASH): S.HOST_OWNED,
         (S.HOST_OWNED, E.QUARANTINE): S.QUARANTINED,
+        (S.HOST_OWNED, E.LOSE): S.RETURNED,
         (S.PREPARED, E.ATTACH): S.ATTACHED,
         # never attached: nobody has touched it
         (S.PREPARED, E.RELEASE): S.FREE,
         (S.PREPARED, E.CRASH): S.PREPARED,
         (S.PREPARED, E.QUARANTINE): S.QUARANTINED,
+        (S.PREPARED, E.LOSE): S.RETURNED,
         (S.ATTACHED, E.RETURN): S.RETURNED,
         # the domain outlives the agent, and is looked for: Return comes from an observation, never from a crash
         (S.ATTACHED, E.CRASH): S.ATTACHED,
@@ -174,7 +179,7 @@ def move(
     match event:
         case Event.PREPARE:
             return replace(moved, owner=owner, tenant=tenant, generation=record.generation + 1, reason="")
-        case Event.RETURN | Event.RELEASE | Event.TAKE:
+        case Event.RETURN | Event.RELEASE | Event.TAKE | Event.LOSE:
             return replace(moved, owner="")
         case Event.QUARANTINE:
             return replace(moved, owner="", reason=reason or record.reason)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from casemate_agent import actions as act
 from casemate_agent.gpu.health import GpuHealth, Health
-from casemate_agent.gpu.lifecycle import State
+from casemate_agent.gpu.lifecycle import TABLE, Event, State
 from casemate_agent.gpu.readings import CardFacts
 from casemate_agent.gpu.records import GpuEntry, GpuPolicy, Response, state_of
 from casemate_core.claims import Claim
@@ -58,6 +58,9 @@ def plan_gpus(look: GpuLook, policy: GpuPolicy) -> dict[str, act.GpuAction]:
         action = _enrol(look, uuid) if entry is None else _next(look, entry, policy)
         if action is not None:
             found[f"{KEY}{uuid}"] = action
+    for uuid, entry in look.entries.items():
+        if uuid not in look.there and f"{KEY}{uuid}" not in look.busy and (entry.record.state, Event.LOSE) in TABLE:
+            found[f"{KEY}{uuid}"] = act.LoseGpu(uuid, "it is not there")
     return found
 
 
