@@ -265,6 +265,13 @@ def _guest(root: Path) -> None:
     """The tiny guest, and an empty disk for it, in the folder that the agent may take images from."""
     library = root / "var/lib/casemate/library"
     library.mkdir(parents=True)
+    tiny_guest(library / "guest.elf")
+    with (library / "empty.img").open("wb") as file:
+        file.truncate(16 * 1024 * 1024)
+
+
+def tiny_guest(target: Path) -> None:
+    """Compile guest.c, a multiboot kernel, to ``target``. Raises LabFailed."""
     source = Path(__file__).parent / "guest.c"
     flags = "-m32 -ffreestanding -nostdlib -fno-pic -fno-pie -no-pie -fno-stack-protector -fno-asynchronous-unwind-tables -O1 -static"
     flags += " -fcf-protection=none"
@@ -275,9 +282,7 @@ def _guest(root: Path) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".ld") as linker:
         linker.write(script)
         linker.flush()
-        run(["gcc", *flags.split(), "-Wl,--build-id=none", "-T", linker.name, "-o", library / "guest.elf", source])
-    with (library / "empty.img").open("wb") as file:
-        file.truncate(16 * 1024 * 1024)
+        run(["gcc", *flags.split(), "-Wl,--build-id=none", "-T", linker.name, "-o", target, source])
 
 
 def _initrd(root: Path, version: str, work: Path) -> None:
