@@ -11,11 +11,11 @@ from support.hostlab.server import HARDWARE, Server
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
 TOP = "/sys/fs/cgroup"
-SPEC = "  nics: []\n"
-REALTIME = "{count: 2, realtime: true}"
+SPEC = "  isolated: true\n"
+REALTIME = "{count: 2, policy: dedicated, realtime: true}"
 MEMORY = "{size: 64Mi, hugepages: 2Mi, cells: one}"
-#: A core of the second cell; the other one of it stays for emulators.
-THREADS = "6-7"
+#: The core of the first cell that is not the host's own, on which emulators run.
+THREADS = "2-3"
 
 
 @pytest.fixture
@@ -65,21 +65,21 @@ def test_vcpus_are_isolated_before_the_guest_runs_and_again_when_somebody_undoes
     server.until("it is isolated", lambda: cgroup(server, "cpuset.cpus.isolated") == THREADS, 60)
     cpusets = [cpuset_of(server, pid, vcpu) for vcpu in (0, 1)]
     assert [cgroup(server, f"{name}/cpuset.cpus.partition") for name in cpusets] == ["isolated", "isolated"]
-    assert [cgroup(server, f"{name}/cpuset.cpus.effective") for name in cpusets] == ["6", "7"]
+    assert [cgroup(server, f"{name}/cpuset.cpus.effective") for name in cpusets] == ["2", "3"]
     # Nobody else may run there: not the host's services, not the guest's own emulator.
     others = server.machine.run("for p in /proc/[0-9]*; do grep -s Cpus_allowed_list $p/status; done | sort -u").split()
-    assert not {"6", "7", "0-7", "6-7", "4-7"} & set(others), others
+    assert not {"2", "3", "2-3", "0-3", "0-7"} & set(others), others
     assert server.machine.run(f"virsh domstate {started['metadata']['uid']}").strip() == "running"
-    server.until("the profile says so", lambda: line(server, "isolated").get("found") == "6-7", 60)
+    server.until("the profile says so", lambda: line(server, "isolated").get("found") == THREADS, 60)
     assert line(server, "isolated")["state"].lower().endswith("held"), line(server, "isolated")
     host = json.dumps(server.get("host", "lab")["status"]["profile"])
-    assert "none since boot, 6-7 by partitions" in host
+    assert f"none since boot, {THREADS} by partitions" in host
 
     server.machine.run(f"echo member > '{TOP}/{cpusets[1]}/cpuset.cpus.partition'")
     server.until("it is told", lambda: "IsolationLost" in server.log(200), 30)
     server.until("it is isolated again", lambda: cgroup(server, "cpuset.cpus.isolated") == THREADS, 30)
     # libvirt writes the cpuset of a vCPU whenever somebody pins it: the partition stays.
-    server.machine.run(f"virsh vcpupin {started['metadata']['uid']} 0 6 --live")
+    server.machine.run(f"virsh vcpupin {started['metadata']['uid']} 0 2 --live")
     assert cgroup(server, f"{cpusets[0]}/cpuset.cpus.partition") == "isolated"
     server.kill_agent()
     server.until("the next agent has it", lambda: server.get("instance", "rt-0")["status"]["pid"] == pid, 120)
@@ -92,7 +92,7 @@ def test_vcpus_are_isolated_before_the_guest_runs_and_again_when_somebody_undoes
 
 def test_a_partition_that_the_kernel_refuses_keeps_the_guest_from_running_and_is_named(isolating: Server) -> None:
     server = isolating
-    server.machine.run(f"mkdir {TOP}/blocker && echo 7 > {TOP}/blocker/cpuset.cpus.exclusive")
+    server.machine.run(f"mkdir {TOP}/blocker && echo 3 > {TOP}/blocker/cpuset.cpus.exclusive")
     try:
         server.apply("rt", SPEC, cpu=REALTIME, memory=MEMORY)
         status = server.until(

@@ -19,7 +19,7 @@ GOOD: dict[str, Any] = {
     "metadata": {"name": "hello", "labels": {"tier": "demo"}},
     "spec": {
         "replicas": 2,
-        "cpu": {"count": 2, "policy": "dedicated", "threads": "isolate", "emulator": "isolate"},
+        "cpu": {"count": 2, "policy": "dedicated", "threads": "isolate", "emulator": "isolate", "realtime": True},
         "memory": {"size": "1Gi", "hugepages": "2Mi"},
         "image": "debian-13",
         "disk": {"size": "8Gi"},

@@ -31,7 +31,9 @@ def add_memory_backing(domain: Element, desired: DesiredInstance, shape: HostSha
     sizes = {pages.page_kib for pages in claim.pages}
     if len(sizes) > 1:
         raise InternalError(f"{desired.uid}: claim mixes pages of {sorted(sizes)} KiB")
-    if limits.lock_mib:
+    # Of what is locked as a whole libvirt lifts the limit. One would be no protection: mlockall(2) counts all that QEMU has
+    # mapped, threads' arenas and the translator's code among it, and fails where that is more, however little is used.
+    if limits.lock_mib and not claim.realtime:
         add(add(domain, "memtune"), "hard_limit", {"unit": "MiB"}, str(limits.lock_mib))
     backing = add(domain, "memoryBacking")
     if sizes:

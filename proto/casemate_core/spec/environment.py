@@ -352,6 +352,8 @@ def _check_cpu(cpu: Cpu) -> Iterator[Violation]:
             )
         if cpu.emulator == "isolate":
             yield Violation("spec.cpu.emulator", cpu.emulator, "needs dedicated threads", "write policy: dedicated")
+        if cpu.realtime:
+            yield Violation("spec.cpu.realtime", "true", "needs dedicated threads", "write policy: dedicated")
     if cpu.threads == "require" and cpu.count % 2 and cpu.count > 1:
         yield Violation(
             "spec.cpu.count",

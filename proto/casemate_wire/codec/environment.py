@@ -43,6 +43,7 @@ def from_message(message: pb.Environment) -> Environment:
                 policy=spec.cpu.policy or "shared",
                 threads=spec.cpu.threads or "any",
                 emulator=spec.cpu.emulator or "share",
+                realtime=spec.cpu.realtime,
             ),
             memory=Memory(
                 size_mib=parse_mib(spec.memory.size),
@@ -149,6 +150,7 @@ def to_message(env: Environment, status: EnvironmentStatus | None = None) -> pb.
                 policy=spec.cpu.policy,
                 threads=spec.cpu.threads,
                 emulator=spec.cpu.emulator,
+                realtime=spec.cpu.realtime,
             ),
             memory=pb.Memory(
                 size=format_mib(spec.memory.size_mib),

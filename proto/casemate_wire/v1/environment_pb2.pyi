@@ -252,7 +252,7 @@ class Cpu(_message.Message):
     emulator: _builtins.str
     """Where QEMU's own threads run: `isolate` on a thread of their own, `share` on the host's shared pool."""
     realtime: _builtins.bool
-    """Real-time profile: needs dedicated, isolated threads."""
+    """Real time: whole isolated cores of one cell, vCPUs but the first under SCHED_FIFO, memory locked (docs/realtime.md)."""
     def __init__(
         self,
         *,
