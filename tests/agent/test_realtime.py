@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 
 from casemate_agent.drivers.ports import DMA_LATENCY, ProcessFacts, QemuThreads
+from casemate_agent.drivers.sysfs import HostMachine
 from casemate_agent.drivers.tuning import HostTuning, confine
 from casemate_agent.plan.drafting import Settings
 from casemate_agent.plan.tuning import short_pools, tune
@@ -277,3 +278,40 @@ async def test_this_agent_keeps_off_quiet_threads() -> None:
     assert own
     assert await tuning.confine(CpuSet.of(8191), 20) == own
     await tuning.aclose()
+
+
+async def test_the_profile_of_this_machine_says_what_its_files_say(tmp_path: Path) -> None:
+    """A real kernel, whatever it is: nothing is presumed of it, and no line says another thing than the file it names."""
+    machine, tuning = HostMachine(tmp_path), HostTuning()
+    try:
+        topology = (await machine.observe(30)).topology
+        quiet = CpuSet.of(max(topology.online))
+        files = await tuning.read(patterns(quiet), 30)
+    finally:
+        await machine.aclose()
+        await tuning.aclose()
+    found = lines(dict(files), topology, quiet)
+    assert len(found) > 15 and LineState.UNKNOWN not in {line.state for line in found.values()}
+    for line in found.values():
+        assert line.found and line.source.startswith("/") and bool(line.remedy) is (line.state is LineState.BROKEN), (
+            line
+        )
+        path = Path(line.source)
+        if line.state is LineState.NOT_APPLICABLE:
+            assert "*" in line.source or line.source[1:] not in files, line
+        elif line.name in (
+            "rt-throttling",
+            "nmi-watchdog",
+            "numa-balancing",
+            "timer-migration",
+            "ksm",
+            "stat-interval",
+        ):
+            assert line.found == path.read_text().strip()
+        elif line.name == "thp":
+            assert f"[{line.found}]" in path.read_text()
+        elif line.name in ("workqueues", "writeback"):
+            mask = from_hex(path.read_text().strip())
+            assert mask is not None and (line.state is LineState.HELD) is (not mask & quiet)
+        elif line.name == "isolated":
+            assert (line.state is LineState.HELD) is (quiet <= topology.isolated)

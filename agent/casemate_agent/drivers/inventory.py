@@ -57,10 +57,14 @@ class Port:
     total_vfs: int
     vfs: int
     link_mbps: int = 0
+    #: Its eswitch works in mode switchdev, in which its VFs can be given this alone; None: it works in mode legacy, or has none.
+    switched: tuple[str, ...] | None = None
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What its driver lets a VF be given."""
+        """What it lets a VF be given, in the mode in which it is."""
+        if self.switched is not None:
+            return self.switched
         return tuple(sorted(DRIVER_CAPABILITIES.get(self.driver, PLAIN_CAPABILITIES)))
 
 

@@ -25,8 +25,9 @@ from typing import TypeVar
 
 from pyroute2 import NetlinkError
 
-from casemate_agent.drivers import vflink
+from casemate_agent.drivers import eswitch, vflink
 from casemate_agent.drivers.deadline import DeadlineExecutor
+from casemate_agent.drivers.eswitch import Device
 from casemate_agent.drivers.inventory import Port, take
 from casemate_agent.drivers.portreader import PortReader, read_ports
 from casemate_agent.drivers.vfio import DRIVER, PCI, HeldByOther, Vfio
@@ -122,7 +123,7 @@ class HostFunctions:
             return FunctionFacts()
         stamps = self._read_stamps()
         ports = self._ports()
-        told = vflink.read_states([port.interface for port in ports.values()]) if ports else {}
+        told = self._states(*ports.values())
         vfs: dict[str, VfFacts] = {}
         problems, uncut = [], []
         for rule in self._port_rules:
@@ -146,6 +147,16 @@ class HostFunctions:
             for facts in take(self._root, (), (), self._device_rules).devices
         }
         return FunctionFacts(vfs, devices, stamps, tuple(problems), tuple(uncut))
+
+    @staticmethod
+    def _states(*ports: Port) -> dict[str, dict[int, VfState]]:
+        """Interface -> VF index -> what its port keeps of it, wherever that is said in the port's mode."""
+        legacy = [port.interface for port in ports if port.switched is None]
+        found = vflink.read_states(legacy) if legacy else {}
+        for port in ports:
+            if port.switched is not None:
+                found[port.interface] = eswitch.read_states(port.interface, Device("pci", port.address))
+        return found
 
     def _addresses(self, port: Port) -> dict[int, str]:
         folder = self._root / PCI / "devices" / port.address
@@ -217,8 +228,11 @@ class HostFunctions:
             )
 
     def _set_state(self, port: Port, granted: GrantedVf, before: VfState) -> None:
-        vflink.write_state(port.interface, granted.index, granted.state, before)
-        after = vflink.read_states([port.interface])[port.interface].get(granted.index)
+        if port.switched is None:
+            vflink.write_state(port.interface, granted.index, granted.state, before)
+        else:
+            eswitch.write_state(port.interface, Device("pci", port.address), granted.index, granted.state, before)
+        after = self._states(port)[port.interface].get(granted.index)
         if after is None:
             raise VfMismatch(f"VF {granted.key} is gone from its port")
         if differences := granted.state.differences(after):

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
 
-from casemate_agent.drivers.portreader import named_link
+from casemate_agent.drivers.links import named_link
 from casemate_agent.hardware.functions import VfState
 from casemate_core.errors import MachineError
 
@@ -107,6 +107,16 @@ def _writes(wanted: VfState, before: VfState) -> list[tuple[str, dict[str, Any]]
     if wanted.trust and not before.trust:
         writes.append(("trust", {"trust": 1}))
     return writes
+
+
+def write_mac(interface: str, index: int, mac: str) -> None:
+    """Give a VF another address, and nothing else. Raises VfRefused."""
+    with IPRoute() as ip:
+        for number in ip.link_lookup(ifname=interface):
+            try:
+                ip.link("set", index=number, vf={"vf": index, "mac": mac})
+            except NetlinkError as error:
+                raise VfRefused(f"VF {index} of {interface}: mac is refused by the port's driver: {error}") from error
 
 
 def set_up(interface: str) -> None:

@@ -57,23 +57,24 @@ def build(say: Say, cache: Path = CACHE) -> Parts:
     cache.mkdir(parents=True, exist_ok=True)
     tree = cache / f"tree-{recipe.tree_key()}"
     disk = cache / f"disk-{recipe.disk_key(LOCK.read_text())}"
-    with _exclusive(cache, say):
+    with exclusive(cache, say):
         for leftover in cache.glob(".new-*"):
             # What was killed as it built a tree may have left /proc and /sys mounted there: nothing of those is to be removed.
             subprocess.run(["rm", "-rf", "--one-file-system", leftover], capture_output=True, check=False)
         if not tree.exists():
             say(f"Debian {recipe.SUITE} tree, some minutes")
-            _make(tree, cache, _build_tree)
+            make(tree, cache, _build_tree)
         if not disk.exists():
             say("the server's disk")
-            _make(disk, cache, lambda work: _build_disk(tree, work))
+            make(disk, cache, lambda work: _build_disk(tree, work))
     return Parts(
         tree / "root", disk / "lab.img", disk / "vmlinuz", disk / "initrd.gz", disk / "key", disk / "probed.tar"
     )
 
 
 @contextmanager
-def _exclusive(folder: Path, say: Say) -> Iterator[None]:
+def exclusive(folder: Path, say: Say) -> Iterator[None]:
+    """Alone among the builds of this machine."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +84,7 @@ def _exclusive(folder: Path, say: Say) -> Iterator[None]:
         yield
 
 
-def _make(target: Path, cache: Path, fill: Callable[[Path], None]) -> None:
+def make(target: Path, cache: Path, fill: Callable[[Path], None]) -> None:
     """``target`` gets its name only when it is whole."""
     work = Path(tempfile.mkdtemp(prefix=".new-", dir=cache))
     work.chmod(0o755)
@@ -117,9 +118,14 @@ def tree_python(tree: Path, *arguments: str | Path) -> None:
 # --- the tree ---------------------------------------------------------------------------------------------------------
 
 
-def _build_tree(work: Path) -> None:
+def mirrors_here() -> mirror.Mirrors:
+    """Where this machine gets its packages from."""
     release = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text(), re.MULTILINE)
-    mirrors = mirror.ask_apt(release[1] if release else "")
+    return mirror.ask_apt(release[1] if release else "")
+
+
+def _build_tree(work: Path) -> None:
+    mirrors = mirrors_here()
     fetch_kernel = (
         'chroot "$1" sh -c \'mkdir /kernel && chown _apt /kernel && cd /kernel && apt-get -q download '
         f'$(apt-cache depends --important {recipe.KERNEL_META} | sed -n "s/.*Depends: *//p")\''
