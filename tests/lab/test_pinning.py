@@ -94,6 +94,9 @@ def test_the_pool_leaves_before_a_start_and_nobody_is_on_threads_of_another_for_
                     continue  # it was there before they had owners
                 places = [CpuSet.from_ids(cpus) for cpus in (*kinds.get("vcpu", ()), *kinds.get("rest", ()))]
                 assert uid == other or not any(place & threads for place in places), (uid, other, threads, places)
+        # A start is no drift, however long it takes: nobody has moved anything yet.
+        said = server.machine.run("journalctl -u casemate-agent --no-pager -o cat").splitlines()
+        assert not [line for line in said if "AffinityChanged" in line and any(uid in line for uid in owned)]
         server.deleted("one")
         server.deleted("two")
         pid = floating["status"]["pid"]

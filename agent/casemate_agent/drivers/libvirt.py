@@ -335,7 +335,10 @@ class LibvirtHypervisor:
                     continue  # gone since the list was made
                 raise
             pid = 0
-            if number >= 0:
+            # Where the threads of a QEMU may run means nothing before libvirt has bound them, and until the guest's first
+            # instruction libvirt lets nobody else bind them.
+            starting = state == libvirt.VIR_DOMAIN_PAUSED and why == libvirt.VIR_DOMAIN_PAUSED_STARTING_UP
+            if number >= 0 and not starting:
                 key = (domain.UUIDString(), number)
                 pid = self._pids.get(key) or _qemu_pid(key[0])
                 pids[key] = pid
