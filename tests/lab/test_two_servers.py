@@ -75,7 +75,10 @@ def test_two_servers_are_two_hosts_to_everybody(servers: list[Server]) -> None:
     listed = servers[0].casemate("get", "hosts", "-o", "name").ok().split()
     assert listed == [f"host/{server.host}" for server in servers]
     vfs = json.loads(servers[0].casemate("get", "vfs", "-o", "json").ok())["items"]
-    assert len(vfs) == 12 and len({vf["metadata"]["name"] for vf in vfs}) == 12
+    assert len({(vf["port"], vf["index"]) for vf in vfs}) == len(vfs) == 12
+    assert {vf["port"]: vf["host"] for vf in vfs} == {
+        mac: server.host for server in servers for mac in server.machine.name.ports
+    }
 
 
 def test_instances_are_spread_and_whoever_must_be_apart_from_both_waits(
