@@ -94,6 +94,31 @@ static void list_functions(void)
             }
 }
 
+/* Between two looks the processor is halted, as a guest's is that has nothing to do: one that spins costs an emulated server an
+ * eighth of its time, or more. What wakes it is the timer of the PC (8254, 18 times a second) through the first 8259.
+ */
+enum { PIC1 = 0x20, PIC2 = 0xa0, PIT_COUNTER = 0x40, PIT_MODE = 0x43, TIMER_VECTOR = 0x20, CODE_SEGMENT = 8 };
+
+static u32 segments[] = {0, 0, 0x0000ffff, 0x00cf9a00, 0x0000ffff, 0x00cf9200}; /* none, code, data: flat, 4 GiB */
+static u32 gates[2 * (TIMER_VECTOR + 1)];
+
+__asm__(".text\ntimer_gate: pushl %eax\n movb $0x20, %al\n outb %al, $0x20\n popl %eax\n iret\n");
+extern void timer_gate(void);
+
+static void wake_by_timer(void)
+{
+    struct { u16 limit; u32 base; } __attribute__((packed)) table = {sizeof segments - 1, (u32)segments};
+    __asm__ volatile("lgdt %0\n ljmp $8, $1f\n1: movw $16, %%ax\n movw %%ax, %%ds\n movw %%ax, %%es\n movw %%ax, %%ss" ::"m"(table) : "eax", "memory");
+    gates[2 * TIMER_VECTOR] = CODE_SEGMENT << 16 | ((u32)timer_gate & 0xffff);
+    gates[2 * TIMER_VECTOR + 1] = ((u32)timer_gate & 0xffff0000) | 0x8e00;
+    table.limit = sizeof gates - 1;
+    table.base = (u32)gates;
+    __asm__ volatile("lidt %0" ::"m"(table) : "memory");
+    out8(PIC1, 0x11); out8(PIC1 + 1, TIMER_VECTOR); out8(PIC1 + 1, 4); out8(PIC1 + 1, 1); out8(PIC1 + 1, 0xfe);
+    out8(PIC2, 0x11); out8(PIC2 + 1, TIMER_VECTOR + 8); out8(PIC2 + 1, 2); out8(PIC2 + 1, 1); out8(PIC2 + 1, 0xff);
+    out8(PIT_MODE, 0x34); out8(PIT_COUNTER, 0); out8(PIT_COUNTER, 0);
+}
+
 void guest_main(void)
 {
     out8(COM1 + 1, 0);
@@ -102,6 +127,7 @@ void guest_main(void)
     u16 power = config(0, 0x1f, 0, 0x40) & 0xff80;
     text("GUEST-READY\r\n");
     out16(power + 2, POWER_BUTTON);
+    wake_by_timer();
     u32 seconds = 0, gathered = 0, before = in32(power + 8) & PM_TIMER_MASK;
     for (;;) {
         u32 now = in32(power + 8) & PM_TIMER_MASK;
@@ -116,6 +142,6 @@ void guest_main(void)
             text("POWER-BUTTON\r\n");
             out16(power + 4, SLEEP_ENABLE);
         }
-        for (volatile int i = 0; i < 200000; i++);
+        __asm__ volatile("sti\n hlt\n cli");
     }
 }
