@@ -12,21 +12,24 @@ memory beyond one state for each instance.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, TypeVar
 
 from casemate_agent import actions as act
 from casemate_agent.causes import Causes, step_told
+from casemate_agent.drivers.gpuports import GpuParts
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
 from casemate_agent.execute.executor import MEASURE, Executor, Trace, log_steps
 from casemate_agent.execute.fabrickeeper import withheld
+from casemate_agent.execute.guestrun import gpus_in_guest
 from casemate_agent.gpu.checks import FATAL_XIDS
-from casemate_agent.gpu.health import GpuHealth, Health, judge
+from casemate_agent.gpu.guestside import GivenGpu
+from casemate_agent.gpu.health import GpuHealth, Health, judge, with_figures
 from casemate_agent.gpu.lifecycle import State
 from casemate_agent.gpu.link import LinkReading
-from casemate_agent.gpu.readings import GpuFault
+from casemate_agent.gpu.readings import GpuFault, GpuReading
 from casemate_agent.ledger.records import HOST, GuestView, Note, Observation
 from casemate_agent.ledger.store import Ledger
 from casemate_agent.metrics import families as metrics
@@ -53,6 +56,10 @@ MAX_GPU_FAULTS = 256
 
 POOL_DEADLINE_S = 60.0
 GPU_READ_S = 10.0
+GPU_FIGURES_S = 60.0
+"""Between two tellings of a GPU's figures, unless its judgement is another one."""
+GUEST_GPUS_S = 20.0
+"""So long a guest has to say how its GPUs are: nvidia-smi takes seconds where nothing keeps its driver loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +165,8 @@ class Agent:
         #: How each GPU was judged last.
         self.gpu_health: dict[str, GpuHealth] = {}
         self._gpu_links: dict[str, tuple[LinkReading | None, float]] = {}
+        #: What guests told of their GPUs last: the instance, its words, and when.
+        self._guest_gpus: dict[str, tuple[str, GpuReading, float]] = {}
         self._executor = Executor(
             drivers,
             ledger,
@@ -243,6 +252,7 @@ class Agent:
             group.create_task(self._watch("guests", self.drivers.guests.events, self._guest_event), name="guests")
             group.create_task(self._watch_gpus(), name="gpus")
             group.create_task(self._judge_gpus(), name="gpu-health")
+            group.create_task(self._ask_guests_of_gpus(), name="guest-gpus")
             while True:
                 self._wake.clear()
                 wake_s = await self._round(group)
@@ -398,6 +408,57 @@ class Agent:
                     log.info("GPUs are not judged: %s", error)
             await asyncio.sleep(self._pace.gpu_health_s)
 
+    def judged(self, gpu: GpuParts, first: LinkReading | None, since_s: float) -> GpuHealth:
+        """The one record of a GPU. ``first``: its link, ``since_s`` seconds ago."""
+        guest, hot_c = self.told_by_guest(gpu.uuid), self._settings.gpu.hot_c
+        entry = self.ledger.gpu(gpu.uuid)
+        given = entry is not None and entry.record.state is State.ATTACHED
+        return judge(gpu.uuid, gpu.reading, gpu.link, self.gpu_faults, first, since_s, guest, hot_c, given=given)
+
+    async def _ask_guests_of_gpus(self) -> None:
+        """Ask the guests that have GPUs how these are, for their hosts cannot see it. A real-time guest is left in peace."""
+        every_s = self._settings.gpu.guest_health_s
+        while every_s:
+            await asyncio.sleep(every_s)
+            given = self._given_gpus()
+            await asyncio.gather(*(self._ask_guest(uid, gpus) for uid, gpus in given.items()))
+            owned = {uuid for gpus in given.values() for uuid in gpus}
+            self._guest_gpus = {u: told for u, told in self._guest_gpus.items() if u in owned}
+
+    def _given_gpus(self) -> dict[str, dict[str, GivenGpu]]:
+        """By instance, of those whose helper is there."""
+        found: dict[str, dict[str, GivenGpu]] = {}
+        for gpu in self.machine.topology.gpus if self.machine is not None else ():
+            entry = self.ledger.gpu(gpu.uuid)
+            owner = entry.record.owner if entry is not None and entry.record.state is State.ATTACHED else ""
+            record = self.ledger.get(owner) if owner else None
+            view = self._guests.get(owner)
+            if record is None or view is None or not view.connected or record.desired.placement.claim.realtime:
+                continue
+            found.setdefault(owner, {})[gpu.uuid] = GivenGpu(gpu.uuid, gpu.place.address, gpu.model)
+        return found
+
+    async def _ask_guest(self, uid: str, gpus: Mapping[str, GivenGpu]) -> None:
+        try:
+            told = await gpus_in_guest(self.drivers.guests, uid, gpus, GUEST_GPUS_S)
+        except (CasemateError, TimeoutError, OSError) as error:
+            log.info("%s does not tell how its GPUs are: %s", uid, error or type(error).__name__)
+            return
+        except Exception:
+            log.exception("%s: what it tells of its GPUs is not read: defect", uid)
+            return
+        for reading in told:
+            self._guest_gpus[reading.uuid] = uid, reading, self.now()
+
+    def told_by_guest(self, uuid: str) -> GpuReading | None:
+        """What the guest that has a GPU told of it last, while that is new and the GPU still its own."""
+        uid, reading, at_s = self._guest_gpus.get(uuid, ("", None, 0.0))
+        entry = self.ledger.gpu(uuid)
+        if reading is None or entry is None or entry.record.owner != uid or entry.record.state is not State.ATTACHED:
+            return None
+        age_s = self.now() - at_s
+        return reading if 0 <= age_s < self._settings.gpu.guest_health_s * 3 else None
+
     def _forget_gpu(self, uuid: str) -> None:
         """What a GPU told and counted until now is dealt with."""
         kept = [fault for fault in self.gpu_faults if fault.uuid != uuid]
@@ -410,10 +471,9 @@ class Agent:
         now_s = self.now()
         for gpu in await self.drivers.gpus.read(GPU_READ_S):
             first, since_s = self._gpu_links.setdefault(gpu.uuid, (gpu.link, now_s))
-            entry = self.ledger.gpu(gpu.uuid)
-            given = entry is not None and entry.record.state is State.ATTACHED
-            judged = judge(gpu.uuid, gpu.reading, gpu.link, self.gpu_faults, first, now_s - since_s, given=given)
+            judged = self.judged(gpu, first, now_s - since_s)
             before = self.gpu_health.get(gpu.uuid)
+            judged = with_figures(judged, before, now_s, GPU_FIGURES_S)
             self.gpu_health[gpu.uuid] = judged
             if before is None or (before.health, before.reasons) == (judged.health, judged.reasons):
                 continue

@@ -43,6 +43,13 @@ def phase(fleet: WholeFleet, uuid: str = GPU) -> str:
     return view.phase if view is not None else ""
 
 
+def has_figures(fleet: WholeFleet) -> bool:
+    from casemate_manager.fleet import gpus
+
+    view = gpus.view(fleet.manager.writer.state, fleet.manager.writer.observed, GPU)
+    return view is not None and view.state is not None and view.state.figures is not None
+
+
 async def test_from_one_tenant_to_the_next(tmp_path: Path) -> None:
     async with whole_fleet(tmp_path, {"a": LINE}) as fleet:
         host = fleet.hosts["a"].host
@@ -104,6 +111,10 @@ async def test_slices_of_one_gpu_for_several(tmp_path: Path) -> None:
         for words in ("slices:", "default/one-0", "default/two-0", "milli: 250"):
             assert words in told, (words, told)
         assert "default/one-0,default/two-0" in await casemate(fleet, "get", "gpus")
+        await soon(lambda: has_figures(fleet))
+        told = await casemate(fleet, "describe", "gpu", GPU)
+        for words in ("toldBy: host", "temperatureC: 30", "linkWidth: 16", "linkErrors:"):
+            assert words in told, (words, told)
         await fleet.apply(environment("whole", gpus=(GpuSpec(),)))
         await soon(lambda: "0 free of 1" in fleet_waits(fleet))
         for name in ("one", "two"):

@@ -101,6 +101,8 @@ class SimulatedHost:
         #: What its GPUs have told of themselves.
         self.xids: list[GpuFault] = []
         self.cards = Cards()
+        #: What the guest of an instance says when it is asked for its GPUs, where that is not what its boards are.
+        self.guest_gpus: dict[str, bytes] = {}
         #: Commands that its guests know.
         self.guest_programs = set(PROGRAMS)
         #: Files of its kernel by which it is tuned, by path.

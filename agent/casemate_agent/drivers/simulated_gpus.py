@@ -51,6 +51,8 @@ class Board:
     unscrubbable: bool = False
     #: Uncorrected ECC errors that it tells.
     ecc_uncorrected: int = 0
+    #: As it is while a guest has it.
+    heat_c: int = 61
     #: Fatal PCIe errors that its port has counted.
     pcie_fatal: int = 0
 
@@ -147,6 +149,11 @@ class SimulatedCards:
             self._free(uuid).driver = DRIVER
 
         await self._step("unbind_gpu", unbind, deadline_s)
+
+
+def guest_line(uuid: str, board: Board) -> str:
+    """What a guest's nvidia-smi says of a board, for the question of ``gpu.guestside``."""
+    return f"{uuid}, {board.heat_c}, 310.25, 87, 40, [N/A], 512, 0, {board.ecc_uncorrected}, 0, 0, No, No\n"
 
 
 def link_of_board(gpu: Gpu, board: Board) -> LinkReading:

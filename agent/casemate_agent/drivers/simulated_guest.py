@@ -36,7 +36,7 @@ from casemate_core.spec.instance import ContainerState, PodState
 #: Lines kept of each container's log.
 KEPT_LINES = 1000
 
-PROGRAMS = ("echo", "cat", "true", "false", "sleep", "uname", "cyclictest")
+PROGRAMS = ("echo", "cat", "true", "false", "sleep", "uname", "cyclictest", "nvidia-smi")
 """Commands that a simulated guest knows."""
 SIMULATED_LATENCY = b"""# Histogram
 000000 000100
@@ -384,8 +384,9 @@ class SimulatedExec:
     """A command in a simulated container: ``echo``, ``cat``, ``true``, ``false``, ``sleep``; any other is not found. In the guest
     itself there are ``uname`` and ``cyclictest`` too, which takes its time and measures nothing."""
 
-    def __init__(self, request: ExecRequest) -> None:
+    def __init__(self, request: ExecRequest, gpus: bytes = b"") -> None:
         self._request = request
+        self._gpus = gpus
         self._stdin: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._killed = asyncio.Event()
         self._signal = 0
@@ -408,6 +409,9 @@ class SimulatedExec:
                 await self._sleep(next(float(a.partition("=")[2]) for a in arguments if a.startswith("--duration=")))
                 yield "stdout", SIMULATED_LATENCY
                 self._exit_code = self._ended()
+            case "nvidia-smi":
+                yield "stdout", self._gpus
+                self._exit_code = 0
             case "cat" if arguments:
                 yield "stdout", b"0.00 0.00 0.00 1/1 1\n"
                 self._exit_code = 0

@@ -33,7 +33,7 @@ from casemate_agent.drivers.ports import (
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, simulated_stats, tap_name
 from casemate_agent.drivers.simulated_functions import SimulatedFunctions
-from casemate_agent.drivers.simulated_gpus import VFIO, SimulatedCards, SimulatedGpus
+from casemate_agent.drivers.simulated_gpus import VFIO, SimulatedCards, SimulatedGpus, guest_line
 from casemate_agent.drivers.simulated_guest import SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_partitions import SimulatedPartitions
 from casemate_agent.drivers.simulated_shares import SimulatedShares
@@ -610,7 +610,10 @@ class _Guests:
             raise GuestRefused("argv must be a list of texts")
         if not request.pod and request.argv[0].rsplit("/", 1)[-1] not in self._host.guest_programs:
             raise GuestRefused(f"{request.argv[0]}: No such file or directory")
-        return SimulatedExec(request)
+        domain = self._host.domains.get(uid)
+        told = (guest_line(uuid, self._host.board(uuid)) for uuid in domain.gpus) if domain is not None else ()
+        said = self._host.guest_gpus.get(uid)
+        return SimulatedExec(request, "".join(told).encode() if said is None else said)
 
     async def dial(self, uid: str, pod: str, container: str, port: int, deadline_s: float) -> ExecSession:
         return await self._lease.call("guests", "dial", lambda: self._guest(uid).dial(pod, port), deadline_s)

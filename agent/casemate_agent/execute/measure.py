@@ -4,17 +4,15 @@ What may live here: the commands, in their order, and the bounds of what is take
 :mod:`casemate_agent.realtime.certificate`'s.
 """
 
-import asyncio
 from collections.abc import Callable
 
 from casemate_agent.actions import Certify
-from casemate_agent.drivers.ports import ExecRequest, GuestRefused, Guests
+from casemate_agent.drivers.ports import GuestRefused, Guests
+from casemate_agent.execute.guestrun import NOT_FOUND, GuestSaysTooMuch, run_in_guest
 from casemate_agent.realtime.certificate import MAX_OUTPUT_BYTES, MISSING, BadMeasurement, Told, arguments, certificate
 from casemate_core.errors import CallerError
 from casemate_core.spec.realtime import Certificate
 
-#: What a shell answers where there is no such program.
-NOT_FOUND = 127
 MAX_WORDS_BYTES = 4096
 SHORT_S = 10.0
 
@@ -56,16 +54,7 @@ async def _run(
     guests: Guests, uid: str, argv: tuple[str, ...], deadline_s: float, most_bytes: int
 ) -> tuple[int | None, str, str]:
     """Exit code, output and errors of a command in the guest itself."""
-    async with asyncio.timeout(deadline_s):
-        session = await guests.exec(uid, ExecRequest(argv), deadline_s)
-        try:
-            await session.close_stdin()
-            found = {"stdout": bytearray(), "stderr": bytearray()}
-            async for stream, data in session.output():
-                found[stream] += data
-                if len(found[stream]) > most_bytes:
-                    raise BadMeasurement(f"{argv[0]} says more than {most_bytes} bytes")
-            texts = {name: bytes(data).decode(errors="replace") for name, data in found.items()}
-            return session.exit_code, texts["stdout"], texts["stderr"]
-        finally:
-            await session.close()
+    try:
+        return await run_in_guest(guests, uid, argv, deadline_s, most_bytes)
+    except GuestSaysTooMuch as error:
+        raise BadMeasurement(str(error)) from error

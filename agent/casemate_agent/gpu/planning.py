@@ -135,8 +135,16 @@ def _judged(look: GpuLook, entry: GpuEntry, policy: GpuPolicy, *, later: bool = 
 
 
 def response_to(health: GpuHealth, policy: GpuPolicy) -> Response:
-    """What is done about a judgement."""
-    match health.health:
+    """What is done about a judgement: of the host's own, what the policy says; of what a guest adds to it, no more than the
+    policy allows to a guest's word."""
+    own = _response(health.own, policy)
+    if own is not Response.TELL or health.health is health.own:
+        return own
+    return min(_response(health.health, policy), policy.guest, key=list(Response).index)
+
+
+def _response(health: Health, policy: GpuPolicy) -> Response:
+    match health:
         case Health.BROKEN:
             return policy.broken
         case Health.SUSPECT:
@@ -187,6 +195,7 @@ def states(look: GpuLook) -> tuple[GpuState, ...]:
                     card.driver if card else "",
                     health.health if health else Health.UNKNOWN,
                     health.reasons if health else (),
+                    health.figures if health else None,
                 )
             )
     return tuple(found)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
+from casemate_agent.gpu.checks import HOT_C
 from casemate_agent.gpu.lifecycle import Event, GpuRecord, move
 from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.passport import Hygiene, Passport, Step
 from casemate_agent.gpu.readings import GpuReading
-from casemate_core.gpu import GpuPhase, GpuState
+from casemate_core.gpu import GpuFigures, GpuPhase, GpuState
 
 MOST_PASSPORTS = 4
 """Passports kept on the host; the manager keeps more."""
@@ -45,6 +46,12 @@ class GpuPolicy:
     held_limit_s: float = 60.0
     #: Program and arguments that overwrite a GPU's memory; with it comes ``hygiene.scrub``.
     scrubber: tuple[str, ...] = ()
+    #: The most that is done about what a guest alone says of its GPU.
+    guest: Response = Response.TELL
+    #: Between two questions to a guest about its GPUs; 0: none is asked.
+    guest_health_s: float = 60.0
+    #: From this temperature on a GPU is suspect.
+    hot_c: int = HOT_C
 
 
 DEFAULT_POLICY: Final = GpuPolicy()
@@ -85,7 +92,9 @@ def with_passport(entry: GpuEntry, passport: Passport) -> GpuEntry:
     return replace(entry, passports=(*entry.passports, passport)[-MOST_PASSPORTS:])
 
 
-def state_of(entry: GpuEntry, address: str, driver: str, health: str, reasons: tuple[str, ...]) -> GpuState:
+def state_of(
+    entry: GpuEntry, address: str, driver: str, health: str, reasons: tuple[str, ...], figures: GpuFigures | None = None
+) -> GpuState:
     """What the manager is told of a GPU."""
     record = entry.record
     return GpuState(
@@ -102,4 +111,5 @@ def state_of(entry: GpuEntry, address: str, driver: str, health: str, reasons: t
         reasons=reasons,
         order=entry.order,
         passport=entry.passports[-1] if entry.passports else None,
+        figures=figures,
     )

@@ -18,7 +18,9 @@ CHECKS = frozenset(
 )  # fmt: skip
 """What may be required of a passport."""
 
-_KNOWN = ("scrub", "driver_checks", "required", "broken", "suspect", "held_limit_s")
+_KNOWN = (
+    "scrub", "driver_checks", "required", "broken", "suspect", "held_limit_s", "guest", "guest_health_s", "hot_c",
+)  # fmt: skip
 MAX_HELD_LIMIT_S = 600
 
 
@@ -46,12 +48,25 @@ def gpu_policy(table: Any) -> GpuPolicy:
     limit_s = table.get("held_limit_s", 60)
     if isinstance(limit_s, bool) or not isinstance(limit_s, int | float) or not 0 <= limit_s <= MAX_HELD_LIMIT_S:
         raise ValueError(f"gpu.held_limit_s: {limit_s!r} is not a number of seconds from 0 to {MAX_HELD_LIMIT_S}")
+    every_s = table.get("guest_health_s", DEFAULT_POLICY.guest_health_s)
+    if (
+        isinstance(every_s, bool)
+        or not isinstance(every_s, int | float)
+        or not (every_s == 0 or 5 <= every_s <= 86_400)
+    ):
+        raise ValueError(f"gpu.guest_health_s: {every_s!r} is not a number of seconds from 5 to 86400, or 0 for never")
+    hot_c = table.get("hot_c", DEFAULT_POLICY.hot_c)
+    if isinstance(hot_c, bool) or not isinstance(hot_c, int) or not 40 <= hot_c <= 120:
+        raise ValueError(f"gpu.hot_c: {hot_c!r} is not a temperature from 40 to 120 degrees Celsius")
     return GpuPolicy(
         Hygiene(scrub=bool(scrub), driver_checks=driver_checks, required=frozenset(required)),
         broken=_response(table, "broken", DEFAULT_POLICY.broken),
         suspect=_response(table, "suspect", DEFAULT_POLICY.suspect),
         held_limit_s=float(limit_s),
         scrubber=scrub,
+        guest=_response(table, "guest", DEFAULT_POLICY.guest),
+        guest_health_s=float(every_s),
+        hot_c=hot_c,
     )
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from casemate_agent.agent import Agent
 from casemate_agent.drivers.ports import DomainStats
-from casemate_agent.gpu.health import judge
 from casemate_agent.gpu.link import LinkReading
 from casemate_agent.gpu.metrics import gpu_values
 from casemate_agent.metrics import families as m
@@ -94,7 +93,7 @@ class AgentMetrics:
         judged = []
         for gpu in gpus:
             first, since_s = self._links.setdefault(gpu.uuid, (gpu.link, now_s))
-            judged.append(judge(gpu.uuid, gpu.reading, gpu.link, agent.gpu_faults, first, now_s - since_s))
+            judged.append(agent.judged(gpu, first, now_s - since_s))
         return gpu_values(agent.name, judged, {fault.uuid: fault.xid for fault in agent.gpu_faults})
 
     def _bridges(self) -> dict[str, str]:
