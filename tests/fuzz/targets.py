@@ -19,7 +19,7 @@ from casemate_agent.domain import parse_domain
 from casemate_agent.drivers import guestwire
 from casemate_agent.drivers.imageformat import HEAD_BYTES, read_header, read_qcow2
 from casemate_agent.drivers.ports import DomainPhase
-from casemate_agent.guest.casemate_guest import Decoder, encode
+from casemate_agent.guest.casemate_guest.frames import Decoder, encode
 from casemate_agent.ledger.desired import from_metadata
 from casemate_core.checkpoint import witnessed_from_json
 from casemate_core.cpuset import CpuSet
