@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casemate_agent.drivers.simulated_gpus import Board, guest_line
+from casemate_agent.execute.guestrun import GuestSaysTooMuch, gpus_in_guest
 from casemate_agent.gpu.guestside import GivenGpu, readings
 from casemate_agent.gpu.health import Health, figures, judge
 from casemate_agent.gpu.link import LinkReading
@@ -20,6 +22,7 @@ from casemate_agent.gpu.records import GpuPolicy, Response
 from casemate_agent.gpu.settings import gpu_policy
 from casemate_agent.metrics.scrape import AgentMetrics
 from casemate_core.claims import HostClaims
+from casemate_core.errors import CasemateError
 from casemate_core.fit import CpuPolicy, CpuRequest, EmulatorPolicy, Fit, GpuRequest, MemoryRequest, Request, fit
 from casemate_core.gpu import GpuFigures
 from casemate_core.spec.instance import Placement
@@ -27,6 +30,7 @@ from casemate_core.topology_loaders import from_line
 from casemate_wire.codec.gpus import figures_from_message, figures_to_message
 from support.agents import Rig, uid
 from support.gpus import GPU_SETTINGS, GPUS, HOST, SCRUBBED, gpu_states, told_of, with_gpus
+from support.guest_bench import guest_bench
 from support.virtual import VirtualLoop, run_virtual
 
 GPU = GPUS[0]
@@ -247,3 +251,22 @@ def test_a_guest_that_is_not_to_be_asked_is_not(how: str) -> None:
         await rig.kill()
 
     run_virtual(story)
+
+
+async def test_the_real_helper_runs_the_guests_own_program_and_takes_no_more_than_is_asked(tmp_path: Path) -> None:
+    async with guest_bench("real", tmp_path) as bench:
+        assert await gpus_in_guest(bench.guests, bench.uid, OWN, 60) == (), "there is no such program"
+        program = tmp_path / "bin/nvidia-smi"
+        program.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\nprintf "{LINE.strip()}\\n"\n')
+        program.chmod(0o755)
+        (gpu,) = await gpus_in_guest(bench.guests, bench.uid, OWN, 60)
+        assert (gpu.temperature_c, gpu.power_mw) == (61, 310250)
+        assert (tmp_path / "asked").read_text().startswith("--query-gpu=uuid,temperature.gpu,")
+        program.write_text("#!/bin/sh\nexit 9\n")
+        assert await gpus_in_guest(bench.guests, bench.uid, OWN, 60) == (), "No devices were found"
+        program.write_text("#!/bin/sh\nexec cat /dev/zero\n")
+        with pytest.raises(GuestSaysTooMuch):
+            await gpus_in_guest(bench.guests, bench.uid, OWN, 60)
+        program.write_text("#!/bin/sh\nexec sleep 600\n")
+        with pytest.raises((TimeoutError, CasemateError)):
+            await gpus_in_guest(bench.guests, bench.uid, OWN, 1)

@@ -266,3 +266,23 @@ async def test_with_mig_a_type_is_there_where_an_instance_was_made_for_it(gpus: 
     assert [(p.name, p.milli, p.slots, p.starts, p.bare) for p in gpu.share_profiles] == [
         ("A100D-1-10C", 125, 1, (4, 6), False)
     ]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "nvmlDeviceGetSupportedVgpus",
+        "nvmlVgpuTypeGetName",
+        "nvmlVgpuTypeGetFramebufferSize",
+        "nvmlVgpuTypeGetMaxInstances",
+    ],
+)
+@pytest.mark.parametrize("code", [UNKNOWN_ERROR, 2])
+async def test_a_library_that_fails_about_vgpus_tells_the_rest(
+    gpus: NvmlGpus, boards: Boards, function: str, code: int
+) -> None:
+    boards.gpus[0] |= {"vgpus": VGPUS}
+    boards.lines = [f"fail {function} {code}"]
+    boards.write()
+    (gpu,) = await gpus.read(10)
+    assert gpu.temperature_c == 31 and not gpu.share_alike and all(p.bare for p in gpu.share_profiles)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casemate_core.claims import HostClaims
+from casemate_core.claims import Claim, HostClaims
 from casemate_core.fit import (
     CellPolicy,
     CpuPolicy,
@@ -24,7 +24,7 @@ from casemate_core.fit import (
 )
 from casemate_core.spec.environment import Affinity, Toleration
 from casemate_core.spec.fleet import Taint
-from casemate_core.topology import Topology
+from casemate_core.topology import ShareProfile, Topology
 from casemate_core.topology_loaders import from_line
 from casemate_manager.columns import HostView, UnknownHost
 from casemate_manager.scheduler.place import Scheduler
@@ -110,6 +110,55 @@ def healthy(made: Scheduler) -> None:
             assert mine.cells.free[order, a].tolist() == other.cells.free[:, b].tolist()
             assert sorted(mine.cells.gpu[:, a])[::-1][: len(other.cells.gpu)] == sorted(other.cells.gpu[:, b])[::-1]
         assert mine.hosts.total[row.number] == other.hosts.total[twin.number]
+
+
+# --- slices and labels of GPUs ---
+
+
+def gpu_hosts() -> Scheduler:
+    """Two hosts: one whose GPUs are cut in vGPUs of one size at a time, one with bare MIG instances; labels tell GPUs apart."""
+    sizes = (ShareProfile("A100-10C", 250, 10240), ShareProfile("A100-20C", 500, 20480))
+    made = Scheduler()
+    for name, profiles, alike in (
+        ("alike", sizes, True),
+        ("mig", tuple(replace(p, bare=True) for p in sizes), False),
+    ):
+        topology = from_line(f"1s 8k/c 2t 64G gpu=2xA100:40G disk=1T name={name}")
+        gpus = tuple(
+            replace(g, share_profiles=profiles, share_alike=alike, labels=(("pool", f"{name}-{i}"),))
+            for i, g in enumerate(topology.gpus)
+        )
+        made.upsert_host(HostView(name, replace(topology, gpus=gpus), HostClaims.empty()))
+    return made
+
+
+def asked(uid: str, **gpu: object) -> PlacementRequest:
+    return PlacementRequest(uid, plain(gpus=(GpuRequest(**gpu),)))  # type: ignore[arg-type]
+
+
+def test_slices_of_one_size_share_a_gpu_and_no_bare_mig_instance_is_promised() -> None:
+    made = gpu_hosts()
+    for n, size in enumerate(("A100-10C", "A100-20C", "A100-10C", "A100-20C")):
+        assert put(made, asked(f"i{n}", share_profile=size)) == "alike"
+        healthy(made)
+    on = [share.gpu for n in (0, 2) for share in _claim(made, f"i{n}").shares]
+    assert len(set(on)) == 1, "both small ones on one GPU, both large ones on the other"
+    refused = made.place(asked("more", share_profile="A100-20C"))
+    assert isinstance(refused, Unplaceable)
+    made.release("alike", "i1")
+    assert put(made, asked("more", share_profile="A100-20C")) == "alike"
+
+
+def _claim(made: Scheduler, owner: str) -> Claim:
+    return next(claim for claim in made.columns.row("alike").claims if claim.owner == owner)
+
+
+def test_gpus_are_found_by_their_labels_on_whichever_host() -> None:
+    made = gpu_hosts()
+    for n, pool in enumerate(("mig-1", "alike-1", "alike-0", "mig-0")):
+        assert put(made, asked(f"i{n}", labels=(("pool", pool),))) == pool.partition("-")[0]
+        healthy(made)
+    assert isinstance(made.place(asked("none", labels=(("pool", "other"),))), Unplaceable)
 
 
 # --- it finds a place whenever one exists ---------------------------------------------------------------------------------

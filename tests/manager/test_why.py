@@ -1,14 +1,20 @@
 """The answer to ``why``, as operators get it."""
 
+from dataclasses import replace
+
 import pytest
 
 from casemate_core.fit import Fit, fit
+from casemate_core.gpu import GpuPhase, GpuState
+from casemate_core.spec.environment import GpuSpec
 from casemate_core.spec.fleet import Host, HostSpec
 from casemate_core.spec.meta import Meta
+from casemate_core.topology import ShareProfile
 from casemate_manager.api.why import PlacerWhy
-from casemate_manager.fleet.commands import HostGone
+from casemate_manager.fleet.commands import HostGone, HostInventory
 from casemate_manager.fleet.placing import request_of
-from support.small_fleet import SmallFleet, environment, image, network
+from casemate_wire.stream import HostReport, Inventory
+from support.small_fleet import SmallFleet, environment, image, network, topology
 
 
 def fleet() -> SmallFleet:
@@ -145,3 +151,33 @@ async def test_columns_are_kept_warm_some_hosts_at_a_time(monkeypatch: pytest.Mo
     instance = made.state.instances[made.state.instance_names["default/big-0"]]
     assert (await other.why(made.state, made.observed, instance, "")).reasons[0].hosts == 4
     assert await other.warm(made.state, made.observed)
+
+
+async def test_a_slice_that_no_vm_can_be_given_and_a_label_that_no_gpu_has() -> None:
+    made = SmallFleet()
+    made.apply(image(), network())
+    plain = topology("1s 4k/c 1t 8G disk=100G gpu=2xA100:40G name=h1")
+    bare = (ShareProfile("1g.5gb", 125, 5120, 1, (0, 1, 2, 3, 4, 5, 6), bare=True),)
+    gpus = tuple(replace(g, share_slots=8, share_profiles=bare, labels=(("pool", "train"),)) for g in plain.gpus)
+    made.hello("h1", 1)
+    made.do(HostInventory("h1", 1, Inventory("digest", replace(plain, gpus=gpus))))
+    free = HostReport(gpus=tuple(GpuState(g.uuid, GpuPhase.HOST_OWNED) for g in gpus))
+    made.tell("h1", 1, snapshot=True, report=free)
+    why = PlacerWhy(made.rules.placer)
+    for name, spec, words in (
+        ("slice", GpuSpec(share="1g.5gb"), "a MIG instance without a vGPU: it has no PCI function, and goes to no VM"),
+        (
+            "label",
+            GpuSpec(labels={"pool": "infer"}),
+            "GPUs pool=infer asked, none of 2 of model * is; they are pool=train",
+        ),
+    ):
+        made.apply(environment(name, gpus=(spec,)))
+        instance = made.state.instances[made.state.instance_names[f"default/{name}-0"]]
+        answer = await why.why(made.state, made.observed, instance, "h1")
+        assert not answer.placed and words in answer.nearest[0].messages[0], answer.nearest
+    suggested = await why.why(made.state, made.observed, instance, "")
+    assert any("leave out labels in gpus[0]" in s.change for s in suggested.suggestions), suggested.suggestions
+    made.apply(environment("right", gpus=(GpuSpec(labels={"pool": "train"}),)))
+    right = made.state.instances[made.state.instance_names["default/right-0"]]
+    assert (await why.why(made.state, made.observed, right, "")).placed

@@ -53,7 +53,7 @@ def shares(told: Told, handle: Any, memory_mib: int, mig: bool | None) -> Slices
     for number, name, size_mib in types:
         if _instance_profile(told, number) != NOT_MIG_BACKED:
             continue
-        most = told(pynvml.nvmlVgpuTypeGetMaxInstances, handle, number) or 0
+        most = told(_vgpu, pynvml.nvmlVgpuTypeGetMaxInstances, handle, number) or 0
         if most:
             found.setdefault(name, ShareProfile(name, max(1, min(999, 1000 // most)), min(size_mib, memory_mib)))
     return 0, tuple(sorted(found.values(), key=lambda p: (p.milli, p.name))), bool(found)
@@ -62,9 +62,9 @@ def shares(told: Told, handle: Any, memory_mib: int, mig: bool | None) -> Slices
 def _types(told: Told, handle: Any) -> list[tuple[int, str, int]]:
     """(number, name, memory in MiB) of each type of vGPU that the board supports, whatever is on it now."""
     found = []
-    for number in (told(pynvml.nvmlDeviceGetSupportedVgpus, handle) or ())[:MOST_TYPES]:
-        name = told(pynvml.nvmlVgpuTypeGetName, number)
-        size = told(pynvml.nvmlVgpuTypeGetFramebufferSize, number)
+    for number in (told(_vgpu, pynvml.nvmlDeviceGetSupportedVgpus, handle) or ())[:MOST_TYPES]:
+        name = told(_vgpu, pynvml.nvmlVgpuTypeGetName, number)
+        size = told(_vgpu, pynvml.nvmlVgpuTypeGetFramebufferSize, number)
         if name is None or size is None:
             continue
         text = name.decode("utf-8", "replace") if isinstance(name, bytes) else name
@@ -72,9 +72,19 @@ def _types(told: Told, handle: Any) -> list[tuple[int, str, int]]:
     return found
 
 
+def _vgpu(ask: Callable[..., T], *arguments: Any) -> T:
+    """Ask about vGPUs. Whatever a library without them answers, it is about them alone: the rest of the board is told."""
+    try:
+        return ask(*arguments)
+    except pynvml.NVMLError_GpuIsLost:
+        raise
+    except pynvml.NVMLError:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED) from None
+
+
 def _instance_profile(told: Told, number: int) -> int:
     """The MIG profile that a type takes; a library that does not know of them has time-sliced types only."""
-    found = told(pynvml.nvmlVgpuTypeGetGpuInstanceProfileId, number)
+    found = told(_vgpu, pynvml.nvmlVgpuTypeGetGpuInstanceProfileId, number)
     return NOT_MIG_BACKED if found is None else int(found)
 
 
@@ -86,7 +96,7 @@ def _backed(told: Told, handle: Any, memory_mib: int, types: list[tuple[int, str
         profile = _instance_profile(told, number)
         if profile == NOT_MIG_BACKED:
             continue
-        places = sorted(told(_instances, handle, profile) or ())
+        places = sorted(told(_vgpu, _instances, handle, profile) or ())
         if not places:
             continue
         slots = max(slots, *(start + size for start, size in places))
