@@ -15,7 +15,7 @@ from casemate_agent.execute.guestrun import GuestSaysTooMuch, gpus_in_guest
 from casemate_agent.gpu.guestside import GivenGpu, readings
 from casemate_agent.gpu.health import Health, figures, judge
 from casemate_agent.gpu.link import LinkReading
-from casemate_agent.gpu.metrics import BUSY, HEALTH, POWER, ROWS_FAILED, TEMPERATURE, gpu_values
+from casemate_agent.gpu.metrics import BUSY, ECC_UNCORRECTED, HEALTH, POWER, ROWS_FAILED, TEMPERATURE, gpu_values
 from casemate_agent.gpu.planning import response_to
 from casemate_agent.gpu.readings import GpuFault, GpuReading
 from casemate_agent.gpu.records import GpuPolicy, Response
@@ -121,12 +121,13 @@ def test_one_record_from_the_link_the_xids_and_the_guest() -> None:
 
 
 def test_metrics_have_what_a_guest_tells_and_no_more() -> None:
-    (told,) = readings(said(_3="[N/A]"), OWN)
+    (told,) = readings(said(_3="[N/A]", _8="2"), OWN)
     values = gpu_values("box", [judge(GPU, None, LINK, guest=told)], {})
     board = ("0", GPU, "0000:17:00.0", "nvidia0", "H200", "box")
     assert (values[TEMPERATURE], values[POWER], values[ROWS_FAILED]) == ({board: 61.0}, {board: 310.25}, {board: 0.0})
+    assert values[ECC_UNCORRECTED] == {board: 2.0}
     assert BUSY not in values, "unknown is absent"
-    assert values[HEALTH][GPU, "guest", "well"] == 1.0
+    assert values[HEALTH][GPU, "guest", "suspect"] == 1.0
     assert TEMPERATURE not in gpu_values("box", [judge(GPU, None, LINK)], {})
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from random import Random
 from typing import Any
 
 import pytest
@@ -270,3 +271,76 @@ def test_gpus_are_asked_for_by_label() -> None:
             assert more.reasons[0].sentence == (
                 "GPUs pool=inference asked, none of 2 of model * is; they are pool=training,tray=2"
             )
+
+
+ASKED = (
+    GpuRequest(1, share_profile="A100-10C"),
+    GpuRequest(1, share_profile="A100-10C"),
+    GpuRequest(1, share_profile="A100-20C"),
+    GpuRequest(2, share_profile="A100-10C"),
+    GpuRequest(1),
+)
+KILLS = 200
+
+
+async def random_story(seed: int, loop: VirtualLoop) -> int:
+    """Instances with slices and with whole GPUs come and go on two boards, by the books of a manager; deaths of the agent."""
+    random = Random(seed)
+    rig = await rig_of(loop)
+    number = 0
+    for generation in range(2, 7):
+        for owner in list(rig.wanted):
+            if random.random() < 0.4:
+                await rig.unwant(owner)
+            elif random.random() < 0.3:
+                await rig.want(replace(rig.wanted[owner], run=random.choice((Run.STARTED, Run.STOPPED))))
+        for _ in range(random.randrange(1, 4)):
+            # what a former owner has let go of by the books is given at once, whatever is left of it on the host
+            books = HostClaims.of([d.placement.claim for d in rig.wanted.values()])
+            found = fit(HOST, books, Request(gpus=(random.choice(ASKED),)), owner="x")
+            if isinstance(found, Fit):
+                number += 1
+                wanted = with_gpus(number, *found.claim.gpus, generation=generation)
+                claim = replace(wanted.placement.claim, shares=found.claim.shares)
+                await rig.want(replace(wanted, placement=Placement(claim, 1, generation)))
+        await asyncio.sleep(random.choice((0.0, 0.05, 0.3, 1.0, 5.0, 20.0)) * random.random())
+        fault = random.random()
+        if fault < 0.8:
+            await rig.kill()
+            if fault < 0.2:
+                rig.host.reboot()
+                rig.disk.power_cut()
+            await rig.start()
+        elif fault < 0.9:
+            rig.host.faults.hung.add("shares")
+            await asyncio.sleep(random.random() * 15)
+            rig.host.faults.hung.clear()
+    await rig.settle(900)
+    claims = [d.placement.claim for d in rig.wanted.values()]
+    asked = {share_id(claim.owner, share.gpu) for claim in claims for share in claim.shares}
+
+    def as_wanted() -> bool:
+        # a stopped instance keeps what it was given, and is given nothing before its first start
+        mine = {name for name, facts in rig.host.vgpus.items() if facts.owner in rig.wanted}
+        states, whole = gpu_states(rig), {gpu for claim in claims for gpu in claim.gpus}
+        clean = all(states[gpu] == "HostOwned" for gpu in states if gpu not in whole)
+        return set(rig.host.vgpus) == mine <= asked and clean
+
+    await until(rig, as_wanted, 900)
+    for owner, wanted in rig.wanted.items():
+        if wanted.run is Run.STARTED:
+            assert owner in rig.active(), (seed, rig.states()[owner])
+            assert all(share_id(owner, s.gpu) in rig.host.vgpus for s in wanted.placement.claim.shares)
+    assert (rig.broken, rig.host.check()) == ([], []), seed
+    deaths = rig.deaths
+    await rig.kill()
+    return deaths
+
+
+@pytest.mark.timeout(600)
+def test_slices_and_whole_gpus_come_and_go_under_two_hundred_kills() -> None:
+    kills = seed = 0
+    while kills < KILLS:
+        kills += run_virtual(partial(random_story, seed))
+        seed += 1
+        assert seed < KILLS, "nobody is killed any more"

@@ -24,15 +24,15 @@ async def soon(condition: Callable[[], bool]) -> None:
     await until(condition, 60.0)
 
 
-async def casemate(fleet: WholeFleet, *arguments: str) -> str:
-    """Standard output of the program, which must end well."""
+async def casemate(fleet: WholeFleet, *arguments: str, fails: bool = False) -> str:
+    """What the program says; it must end well, or fail."""
     environ = os.environ | {"CASEMATE_MANAGER": fleet.address, "CASEMATE_INSECURE_LOOPBACK": "1", "NO_COLOR": "1"}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "casemate_cli", *arguments,
         env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     out, _ = await process.communicate()
-    assert process.returncode == 0, out.decode()
+    assert bool(process.returncode) is fails, out.decode()
     return out.decode()
 
 
@@ -111,6 +111,9 @@ async def test_slices_of_one_gpu_for_several(tmp_path: Path) -> None:
         for words in ("slices:", "default/one-0", "default/two-0", "milli: 250"):
             assert words in told, (words, told)
         assert "default/one-0,default/two-0" in await casemate(fleet, "get", "gpus")
+        assert "carries 2 slices: it is sanitised once nobody has one" in await casemate(
+            fleet, "gpu", "sanitise", GPU, fails=True
+        )
         await soon(lambda: has_figures(fleet))
         told = await casemate(fleet, "describe", "gpu", GPU)
         for words in ("toldBy: host", "temperatureC: 30", "linkWidth: 16", "linkErrors:"):

@@ -21,6 +21,12 @@ MEMORY_BUSY: Final = gauge("DCGM_FI_DEV_MEM_COPY_UTIL", "Memory utilisation in p
 MEMORY_USED: Final = gauge("DCGM_FI_DEV_FB_USED", "Memory in use in MiB.", *_BOARD)
 MEMORY_FREE: Final = gauge("DCGM_FI_DEV_FB_FREE", "Memory free in MiB.", *_BOARD)
 REPLAYS: Final = gauge("DCGM_FI_DEV_PCIE_REPLAY_COUNTER", "PCIe packets that were sent again.", *_BOARD)
+ECC_CORRECTED: Final = gauge(
+    "DCGM_FI_DEV_ECC_SBE_VOL_TOTAL", "Corrected ECC errors since the driver that holds it was loaded.", *_BOARD
+)
+ECC_UNCORRECTED: Final = gauge(
+    "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL", "Uncorrected ECC errors since the driver that holds it was loaded.", *_BOARD
+)
 ROWS_UNCORRECTABLE: Final = gauge(
     "DCGM_FI_DEV_UNCORRECTABLE_REMAPPED_ROWS", "Rows of memory remapped for uncorrected errors.", *_BOARD
 )
@@ -79,6 +85,8 @@ def _of_reading(r: GpuReading) -> dict[Family, float | None]:
         MEMORY_USED: r.memory_used_mib,
         MEMORY_FREE: free,
         REPLAYS: r.pcie_replays,
+        ECC_CORRECTED: r.ecc_corrected,
+        ECC_UNCORRECTED: r.ecc_uncorrected,
         ROWS_UNCORRECTABLE: r.rows_remapped_uncorrected,
         ROWS_CORRECTABLE: r.rows_remapped_corrected,
         ROWS_FAILED: r.rows_failed,

@@ -135,6 +135,8 @@ def _is_needed(state: State, observed: Observed, uuid: str, host: str, verb: Gpu
     waits = last is not None and (said is None or said.order != last.uid)
     if verb is GpuVerb.SANITISE and said is not None and said.phase in _IN_USE:
         raise Conflict(f"GPU {uuid} is {said.phase}: it is sanitised when its instance lets go of it")
+    if verb is GpuVerb.SANITISE and host in state.claims and (n := sum(1 for _ in _slices(state, host, uuid))):
+        raise Conflict(f"GPU {uuid} carries {n} slices: it is sanitised once nobody has one")
     if waits and last is not None and last.verb is verb and (last.reason == reason or verb is not GpuVerb.QUARANTINE):
         return False  # asked for already
     if said is None or waits:
