@@ -18,6 +18,8 @@ from casemate_core.errors import CallerError
 #: What may be done about drift.
 DRIFT = ("repair", "hold")
 REALTIME = ("off", "report", "apply")
+MAX_SOCKET_PATH = 107
+"""sun_path of sockaddr_un without its last zero."""
 
 
 class BadConfig(CallerError):
@@ -73,7 +75,7 @@ class Config:
     #: Functions that are GPUs though no library tells them, and what is asked of GPUs between tenants.
     gpus: tuple[GpuRule, ...] = ()
     gpu: GpuPolicy = DEFAULT_POLICY
-    #: Where the Fabric Manager of a board with NVSwitches is: HOST:PORT or unix:PATH; empty: there is none to be asked.
+    #: Socket of the Fabric Manager of a board with NVSwitches, a path; empty: there is none to be asked.
     fabric_manager: str = ""
     #: How long a simulated guest boots.
     boot_s: float = 0.5
@@ -130,6 +132,12 @@ def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Con
         raise BadConfig(
             "manager: a host that has joined (casemate-agent join) knows its manager; another is dialled in plain text, on"
             " loopback, with insecure_loopback (--insecure-loopback)"
+        )
+    socket = config.fabric_manager
+    if socket and (not socket.startswith("/") or len(socket) > MAX_SOCKET_PATH):
+        raise BadConfig(
+            f"fabric_manager: {socket!r} is no path of a socket; write that of FM_CMD_UNIX_SOCKET_PATH in the Fabric Manager's"
+            " configuration (this process has no network, so an address is of no use)"
         )
     if needs_name and not config.name:
         raise BadConfig("name: say which host this is (--name)")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from casemate_agent.config import BadConfig, load
 from casemate_agent.drivers.fabricports import FabricBusy, FabricFailed, FabricVersionMismatch
 from casemate_agent.drivers.gpus import HostGpus
 from casemate_agent.drivers.nvfm import NvFabric
@@ -23,7 +24,7 @@ from support import mock_nvfm
 from support.mock_nvfm import Manager, manager_program
 
 VERSION = "570.86.15"
-ADDRESS = "127.0.0.1:6666"
+SOCKET = "/run/fm.sock"
 BADPARAM, TIMEOUT, IN_USE, NOT_CONFIGURED, NVLINK = -1, -5, -7, -8, -10
 
 
@@ -53,7 +54,7 @@ def manager(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture
 async def fabric(manager: Manager, tmp_path: Path) -> AsyncIterator[NvFabric]:
-    fabric = NvFabric(ADDRESS, driver_version(tmp_path), str(manager_program(tmp_path, VERSION)))
+    fabric = NvFabric(SOCKET, driver_version(tmp_path), str(manager_program(tmp_path, VERSION)))
     yield fabric
     await fabric.aclose()
 
@@ -182,22 +183,29 @@ async def test_a_program_that_tells_no_version(
     monkeypatch.setattr("casemate_agent.drivers.nvfm.VERSION_S", 1.0)
     program = manager_program(tmp_path, "")
     program.write_text(f"#!/bin/sh\n{output}\n")
-    fabric = NvFabric(ADDRESS, driver_version(tmp_path), str(program))
+    fabric = NvFabric(SOCKET, driver_version(tmp_path), str(program))
     with pytest.raises(Unavailable, match=said):
         await fabric.observe(10)
     await fabric.aclose()
 
 
-async def test_a_socket_of_the_file_system(manager: Manager, tmp_path: Path) -> None:
-    program = str(manager_program(tmp_path, VERSION))
-    for address, works in (("unix:/run/fm.sock", True), ("unix:/run/other.sock", False)):
-        fabric = NvFabric(address, driver_version(tmp_path), program)
-        if works:
-            assert (await fabric.observe(10)).partitions
-        else:
-            with pytest.raises(Unavailable, match=f"fmConnect to {address}"):
-                await fabric.observe(10)
-        await fabric.aclose()
+async def test_a_socket_behind_which_there_is_nobody(manager: Manager, tmp_path: Path) -> None:
+    fabric = NvFabric("/run/other.sock", driver_version(tmp_path), str(manager_program(tmp_path, VERSION)))
+    with pytest.raises(Unavailable, match=r"fmConnect to /run/other\.sock"):
+        await fabric.observe(10)
+    await fabric.aclose()
+
+
+@pytest.mark.parametrize("given", ["127.0.0.1:6666", "run/fm.sock", "unix:/run/fm.sock", "/" + "x" * 200])
+def test_an_address_on_the_network_is_none(tmp_path: Path, given: str) -> None:
+    file = tmp_path / "agent.toml"
+    file.write_text(f'fabric_manager = "{given}"\n')
+    with pytest.raises(
+        BadConfig, match=r"fabric_manager: .* is no path of a socket; write that of FM_CMD_UNIX_SOCKET_PATH"
+    ):
+        load(str(file), {"name": "box"})
+    file.write_text(f'fabric_manager = "{SOCKET}"\n')
+    assert load(str(file), {"name": "box"}).fabric_manager == SOCKET
 
 
 CHILD = """
@@ -207,7 +215,7 @@ from casemate_agent.drivers.nvfm import NvFabric
 from casemate_core.errors import CasemateError
 
 async def main():
-    fabric = NvFabric("127.0.0.1:6666", Path(sys.argv[1]), sys.argv[2])
+    fabric = NvFabric("/run/fm.sock", Path(sys.argv[1]), sys.argv[2])
     try:
         print((await fabric.observe(10)).version)
     except CasemateError as error:
@@ -221,7 +229,7 @@ asyncio.run(main())
 @pytest.mark.parametrize(
     ("define", "said"),
     [
-        ("VERSION=2", "FabricVersionMismatch: fmConnect to 127.0.0.1:6666"),
+        ("VERSION=2", "FabricVersionMismatch: fmConnect to /run/fm.sock"),
         ("WITHOUT_LIST", "Unavailable: libnvfm.so.1 has no fmGetSupportedFabricPartitions"),
         ("", "Unavailable: no libnvfm.so.1: install the Fabric Manager's library"),
     ],

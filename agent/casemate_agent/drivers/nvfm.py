@@ -8,6 +8,9 @@ in the top byte; a library that expects another one refuses the call, which is s
 and anew after the manager said that the old one is none: it may be restarted under a running agent. All calls run in one thread
 with a deadline, for the library waits for its manager; while one hangs, further ones are refused, and the agent goes on.
 
+The socket is one of the file system (``FM_CMD_UNIX_SOCKET_PATH`` in the manager's configuration): the agent is root, and root
+has no network, its own loopback included.
+
 The library does not tell versions. The manager's own is what ``nv-fabricmanager --version`` prints, the driver's is in sysfs. A
 manager that is not in its shared mode (``FABRIC_MODE=1``), or still trains the links, has no partitions to switch and says so.
 """
@@ -103,10 +106,10 @@ def _versioned(kind: type[ctypes.Structure], number: int) -> Any:
 
 
 class NvFabric:
-    """The Fabric Manager at ``address``: ``HOST``, ``HOST:PORT`` or ``unix:PATH``. Use it from one event loop, and close it."""
+    """The Fabric Manager behind a socket of the file system. Use it from one event loop, and close it."""
 
-    def __init__(self, address: str, root: Path = Path("/"), manager: str = MANAGER) -> None:
-        self._address = address
+    def __init__(self, socket: str, root: Path = Path("/"), manager: str = MANAGER) -> None:
+        self._socket = socket
         self._root = root
         self._manager = manager
         self._calls = DeadlineExecutor("nvfm", threads=1, max_stuck=1)
@@ -220,13 +223,13 @@ class NvFabric:
         if code not in (SUCCESS, IN_USE):  # in use: it is initialised already
             raise _failed("fmLibInit", code)
         params = _versioned(_Connect, 1)
-        params.address = self._address.removeprefix("unix:").encode()[:255]
-        params.is_unix = int(self._address.startswith("unix:"))
+        params.address = self._socket.encode()[:255]
+        params.is_unix = 1
         params.timeout_ms = CONNECT_MS
         handle = ctypes.c_void_p()
         code = self._function("fmConnect")(ctypes.byref(params), ctypes.byref(handle))
         if code != SUCCESS:
-            raise _failed(f"fmConnect to {self._address}", code)
+            raise _failed(f"fmConnect to {self._socket}", code)
         self._handle = handle
         return handle
 

@@ -83,7 +83,7 @@ API int fmConnect(connect_params *p, void **h) {
     ENTER;
     if (!initialized) return UNINITIALIZED;
     if (p->version != VERSION_OF(connect_params)) return MISMATCH;
-    if (s.gone || strcmp(p->address, p->is_unix ? "/run/fm.sock" : "127.0.0.1:6666")) return NOT_VALID;
+    if (s.gone || !p->is_unix || strcmp(p->address, "/run/fm.sock")) return NOT_VALID;
     connected = 1;
     *h = &connected;
     return OK;
