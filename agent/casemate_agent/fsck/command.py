@@ -54,10 +54,13 @@ def _sum(found: Found) -> str:
 
 
 async def _look(config: Config, *, repair: bool) -> Found:
+    from casemate_agent.drivers.partitions import CgroupPartitions
     from casemate_agent.drivers.sriov import HostFunctions  # pyroute2, only where it is used
 
     functions = HostFunctions(Path(config.run_dir), config.ports, config.devices)
+    partitions = CgroupPartitions()
     try:
-        return await look(functions, repair=repair)
+        return await look(functions, partitions, config.isolate, repair=repair)
     finally:
         await functions.aclose()
+        await partitions.aclose()

@@ -10,7 +10,9 @@ agent: both lock the functions before they touch one, and a stamp (somebody has 
 from dataclasses import dataclass
 from typing import Protocol
 
+from casemate_agent.drivers.ports import PartitionFacts
 from casemate_agent.hardware.functions import FunctionFacts
+from casemate_core.cpuset import EMPTY, CpuSet
 from casemate_core.errors import CasemateError
 
 DEADLINE_S = 60.0
@@ -26,9 +28,20 @@ class Functions(Protocol):
     async def clean(self, key: str, deadline_s: float) -> None: ...
 
 
+class Partitions(Protocol):
+    """What is used of `casemate_agent.drivers.ports.Partitions`."""
+
+    async def look(self, pids: tuple[int, ...], deadline_s: float) -> PartitionFacts: ...
+
+    async def reclaim(self, cpus: CpuSet, deadline_s: float) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One function. ``kind``: held, lost, leak, problem, repaired, unrepaired. ``owner``: uid of its instance."""
+    """One function, or threads that partitions left.
+
+    ``kind``: held, lost, leak, problem, repaired, unrepaired. ``owner``: uid of its instance.
+    """
 
     kind: str
     function: str
@@ -56,8 +69,16 @@ class Found:
         return stamps.count(None)
 
 
-async def look(functions: Functions, *, repair: bool, deadline_s: float = DEADLINE_S) -> Found:
-    """Look, and repair first where that is asked for. Raises CasemateError where the machine does not answer."""
+async def look(
+    functions: Functions,
+    partitions: Partitions,
+    isolate: CpuSet,
+    *,
+    repair: bool,
+    deadline_s: float = DEADLINE_S,
+) -> Found:
+    """Look, and repair first where that is asked for. ``isolate``: threads that partitions may have. Raises CasemateError
+    where the machine does not answer."""
     facts = await functions.observe(deadline_s)
     done: list[Finding] = []
     if repair:
@@ -72,7 +93,22 @@ async def look(functions: Functions, *, repair: bool, deadline_s: float = DEADLI
                 done.append(Finding("unrepaired", key, f"{error.reason}: {error}"))
         if done:
             facts = await functions.observe(deadline_s)
-    return Found(facts, (*_findings(facts), *done))
+    return Found(facts, (*_findings(facts), *done, *await _left(partitions, isolate, repair, deadline_s)))
+
+
+async def _left(partitions: Partitions, isolate: CpuSet, repair: bool, deadline_s: float) -> tuple[Finding, ...]:
+    """Threads that a slice of VMs may take for itself though no VM of it has them."""
+    left = (await partitions.look((), deadline_s)).set_aside & isolate if isolate else EMPTY
+    if not left:
+        return ()
+    what, was = f"threads {left}", "may be taken by a slice of VMs, of which none has them"
+    if not repair:
+        return (Finding("leak", what, was),)
+    try:
+        await partitions.reclaim(left, deadline_s)
+    except CasemateError as error:
+        return (Finding("unrepaired", what, f"{error.reason}: {error}"),)
+    return (Finding("repaired", what, was),)
 
 
 def _findings(facts: FunctionFacts) -> tuple[Finding, ...]:

@@ -157,7 +157,9 @@ async def _serve_witness(stream: Stream[Frame, Frame], witness: Witness) -> None
 
 async def _fsck(request: OpenChannel, drivers: Drivers) -> Mapping[str, Any]:
     """What is left of somebody on this host, after its repair where that is asked for."""
-    found = await leaks.look(drivers.functions, repair=_get(request.parameters, "repair", bool, False))
+    machine = await drivers.machine.observe(leaks.DEADLINE_S)
+    repair = _get(request.parameters, "repair", bool, False)
+    found = await leaks.look(drivers.functions, drivers.partitions, machine.partitionable, repair=repair)
     return {
         "findings": [asdict(finding) for finding in found.findings[: leaks.MOST]],
         "left_off": max(0, len(found.findings) - leaks.MOST),
