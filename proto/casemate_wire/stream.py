@@ -114,6 +114,9 @@ class HostReport:
     volumes: tuple[VolumeFacts, ...] | None = None
     #: Every GPU that the host has a record of.
     gpus: tuple[GpuState, ...] = ()
+    #: Where other hosts reach this one for a migration, and the name of its CPU (casemate_wire.v1.HostFacts).
+    passage: str = ""
+    cpu: str = ""
 
 
 @dataclass(frozen=True, slots=True)

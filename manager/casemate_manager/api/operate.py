@@ -19,6 +19,7 @@ def to_command(request: pb.OperateRequest, seed: str) -> OperateInstances:
         request.timeout_s or DEFAULT_TIMEOUT_S,
         request.uid,
         duration_s=request.duration_s,
+        to_host=request.to_host,
     )
 
 

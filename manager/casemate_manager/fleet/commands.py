@@ -64,6 +64,8 @@ class OperateInstances:
     by: str = ""
     #: Of a certify; 0: the usual.
     duration_s: float = 0.0
+    #: Of a migrate; empty: the scheduler chooses.
+    to_host: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from casemate_core.spec.instance import (
 )
 from casemate_core.spec.secret import Secret, references
 from casemate_core.spec.volume import with_paths
-from casemate_manager.fleet import operations, volumes
+from casemate_manager.fleet import moves, operations, volumes
 from casemate_manager.fleet.commands import Batch
 from casemate_manager.fleet.records import (
     Drop,
@@ -50,7 +50,7 @@ def desired_instance(state: State, placement: PlacementRecord) -> DesiredInstanc
     if len(row) <= MAX_PEERS:
         others = (state.instances[row[o]] for o in sorted(row) if row[o] != instance.meta.uid)
         peers = tuple(Peer(o.meta.name, o.nics[0].address if o.nics else "") for o in others)
-    order, operation = operations.order_of(state, instance), state.open_operation(instance.meta.uid)
+    order, operation = operations.order_of(state, instance, placement), state.open_operation(instance.meta.uid)
     return DesiredInstance(
         uid=instance.meta.uid,
         tenant=instance.meta.tenant,
@@ -122,7 +122,7 @@ def since(state: State, host: str, revision: int) -> tuple[tuple[DesiredInstance
             volumes.revision(state, instance),
             state.operation_revisions.get(instance.meta.uid, 0),
         )
-        if changed > revision or state.is_ending(instance):
+        if changed > revision or state.is_ending(instance) or placement.role == moves.OUTGOING:
             uids.add(placement.instance_uid)
     return some(state, host, uids)
 
@@ -140,7 +140,7 @@ def some(state: State, host: str, uids: Iterable[str]) -> tuple[tuple[DesiredIns
     for uid in sorted(uids):
         placement = next((p for p in state.instance_placements.get(uid, {}).values() if p.host == host), None)
         instance = state.instances[uid]
-        if placement is None or state.is_ending(instance):
+        if placement is None or state.is_ending(instance) or placement.role == moves.OUTGOING:
             end.append(uid)
         elif state.environment_of(instance).is_told(instance):
             keep.append(desired_instance(state, placement))

@@ -6,13 +6,14 @@ A message of a session that is no longer the host's current one changes nothing.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from casemate_core.claims import Claim
 from casemate_core.spec.fleet import Host, HostSpec
 from casemate_core.spec.instance import Phase
 from casemate_core.spec.meta import Meta, check_name
 from casemate_core.spec.views import ObjectRef
-from casemate_manager.fleet import gpus, operations, volumes
+from casemate_manager.fleet import gpus, moves, operations, volumes
 from casemate_manager.fleet.commands import (
     Batch,
     EndSession,
@@ -173,21 +174,28 @@ def facts(state: State, observed: Observed, command: HostFacts, now_s: float) ->
         if instance.uid not in here:
             continue  # not ours to speak of: the desired state already tells the host to end it
         told_of.add(instance.uid)
-        draft.sightings.append(observed.see_instance(instance.uid, InstanceSeen(name, now_s, instance)))
+        if _is_active(state, name, instance.uid):
+            draft.sightings.append(observed.see_instance(instance.uid, InstanceSeen(name, now_s, instance)))
         if instance.claim is not None:
             _compare_claims(draft, name, instance.uid, instance.claim)
         record = state.instances[instance.uid]
         if instance.order is not None:
-            operations.told(draft, record, instance.order)
+            operations.told(draft, name, record, instance.order)
         if instance.phase is Phase.STOPPED or _moves(state, record):
             wake.append(state.environment_keys[record.environment_uid])
     if told.snapshot:
-        for uid in here - told_of - set(told.gone):
+        for uid in filter(partial(_is_active, state, name), here - told_of - set(told.gone)):
             draft.sightings.append(observed.see_instance(uid, InstanceSeen(name, now_s, None)))
     for uid in told.gone:
         if uid in here:
             _gone(draft, name, uid)
     return replace(draft.batch(), wake=tuple(dict.fromkeys(wake)))
+
+
+def _is_active(state: State, host: str, uid: str) -> bool:
+    """Whether this host speaks for the instance: another that it comes from, or goes to, speaks of its order alone."""
+    placement = state.placement_of(uid)
+    return placement is None or placement.host == host
 
 
 def _moves(state: State, record: InstanceRecord) -> bool:
@@ -213,6 +221,8 @@ def _gone(draft: Draft, host: str, uid: str) -> None:
     """A host says that it has no trace of an instance."""
     state = draft.state
     record = state.instances[uid]
+    if not state.is_ending(record) and moves.gone(draft, host, record):
+        return
     if not state.is_ending(record):
         draft.sightings.append(draft.observed.see_instance(uid, InstanceSeen(host, draft.now_s, None)))
         return

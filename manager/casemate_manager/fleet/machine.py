@@ -89,7 +89,7 @@ def _apply(state: State, observed: Observed, command: Command, now_s: float, rul
         case DeleteResource():
             return objects.delete_resource(state, observed, command, now_s)
         case OperateInstances():
-            return operations.operate(state, observed, command, now_s)
+            return operations.operate(state, observed, command, now_s, rules.placer)
         case MakeAccessKey():
             return keys.make(state, observed, command, now_s)
         case ChangeAccessKey():

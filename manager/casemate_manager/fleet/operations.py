@@ -20,13 +20,16 @@ from casemate_core.spec.instance import Phase
 from casemate_core.spec.meta import DEFAULT_TENANT, Meta
 from casemate_core.spec.operation import ENDED, Order, OrderPhase, OrderState, Verb
 from casemate_core.spec.views import ObjectRef
+from casemate_manager.fleet import moves
 from casemate_manager.fleet.commands import Batch, OperateAnswer, OperateInstances
 from casemate_manager.fleet.draft import MAX_RECORDS, Draft, instance_ref, make_uid
 from casemate_manager.fleet.observed import Observed
+from casemate_manager.fleet.placing import Placer
 from casemate_manager.fleet.records import (
     EnvironmentRecord,
     InstanceRecord,
     OperationRecord,
+    PlacementRecord,
     RequestRecord,
     instance_or_environment,
     tenant_key,
@@ -50,12 +53,14 @@ WORD_S: Final = 30.0
 _ENDS = {OrderPhase.DONE: "Done", OrderPhase.FAILED: "Failed", OrderPhase.UNKNOWN: "Unknown"}
 
 
-def operate(state: State, observed: Observed, command: OperateInstances, now_s: float) -> Batch:
+def operate(state: State, observed: Observed, command: OperateInstances, now_s: float, placer: Placer) -> Batch:
     """Ask for something to be done once. Raises InvalidSpec, NotFound, Conflict, KeyReused."""
     check_key(command.request_key)
     plain = [command.tenant, command.name, command.verb, command.grace_s, command.timeout_s, command.uid]
     if command.duration_s:
         plain.append(command.duration_s)
+    if command.to_host:
+        plain.append(command.to_host)
     digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
     if (known := state.requests.get(command.request_key)) is not None:
         return Batch(answer=from_plain(OperateAnswer, answered(known, digest)))
@@ -64,6 +69,8 @@ def operate(state: State, observed: Observed, command: OperateInstances, now_s: 
     draft = Draft(state, observed, now_s)
     for instance in instances:
         _check_instance(state, instance, verb)
+    if verb is Verb.MIGRATE:
+        return _migrate(draft, instances, command, digest, placer)
     # A measurement takes nobody down: all of them at once.
     one_by_one = (
         verb is not Verb.CERTIFY
@@ -73,6 +80,21 @@ def operate(state: State, observed: Observed, command: OperateInstances, now_s: 
     refs = tuple(_ask(draft, instance, verb, command, released=not one_by_one) for instance in instances)
     answer = OperateAnswer(refs, draft.revision)
     draft.put(RequestRecord(command.request_key, digest, now_s, to_plain(answer)))
+    return draft.batch(answer)
+
+
+def _migrate(
+    draft: Draft, instances: list[InstanceRecord], command: OperateInstances, digest: str, placer: Placer
+) -> Batch:
+    """A place is reserved with the operation itself: one instance at a time, whose way is known before it begins."""
+    if len(instances) > 1:
+        names = ", ".join(i.meta.name for i in instances[:4])
+        found = Violation("name", command.name, f"has {len(instances)} instances", f"name one of them: {names}")
+        raise InvalidSpec((found,))
+    planned = moves.plan(draft.state, draft.observed, instances[0], command.to_host, placer)
+    refs = (_ask(draft, instances[0], Verb.MIGRATE, command, released=True, planned=planned),)
+    answer = OperateAnswer(refs, draft.revision)
+    draft.put(RequestRecord(command.request_key, digest, draft.now_s, to_plain(answer)))
     return draft.batch(answer)
 
 
@@ -93,6 +115,8 @@ def _check(command: OperateInstances) -> Verb:
         elif not 0 <= command.grace_s <= MAX_GRACE_S:
             violations.append(Violation("grace", f"{command.grace_s:g}", "is out of range", "write 0s to 1h"))
     violations += _check_duration(command, verb)
+    if command.to_host and verb is not Verb.MIGRATE:
+        violations.append(Violation("toHost", shown(command.to_host), f"means nothing to {verb.value}", "leave it out"))
     if violations:
         raise InvalidSpec(tuple(violations))
     return verb
@@ -153,11 +177,19 @@ def _check_instance(state: State, instance: InstanceRecord, verb: Verb) -> None:
         )
     if verb is Verb.STOP and run != "stopped":
         raise Conflict(f"instance {name} should run (run: {run}): set run: stopped first, as casemate stop does")
-    if verb in (Verb.RESTART, Verb.REBOOT, Verb.RESET, Verb.CERTIFY) and run != "started":
+    if verb in (Verb.RESTART, Verb.REBOOT, Verb.RESET, Verb.CERTIFY, Verb.MIGRATE) and run != "started":
         raise Conflict(f"instance {name} should not run (run: {run}): start its environment first")
 
 
-def _ask(draft: Draft, instance: InstanceRecord, verb: Verb, command: OperateInstances, *, released: bool) -> ObjectRef:
+def _ask(
+    draft: Draft,
+    instance: InstanceRecord,
+    verb: Verb,
+    command: OperateInstances,
+    *,
+    released: bool,
+    planned: moves.Plan | None = None,
+) -> ObjectRef:
     state, uid = draft.state, make_uid("operation", instance.meta.uid, command.seed)
     placement = state.placement_of(instance.meta.uid)
     meta = Meta(
@@ -182,6 +214,8 @@ def _ask(draft: Draft, instance: InstanceRecord, verb: Verb, command: OperateIns
     )
     if verb is Verb.REBUILD:
         draft.put(rebuilt(draft, instance))
+    if planned is not None:
+        record = moves.begin(draft, instance, record, planned)
     draft.put(_released(draft, record) if released else record)
     asked = f"{command.by} asked for {verb.value}" if command.by else f"{verb.value} was asked for"
     draft.event(instance_ref(instance), f"{verb.value.title()}Asked", asked, cause=meta.name)
@@ -232,11 +266,13 @@ def release(draft: Draft, environment: EnvironmentRecord, free: int) -> int:
     return given
 
 
-def order_of(state: State, instance: InstanceRecord) -> Order | None:
-    """The order that an instance's host should have."""
+def order_of(state: State, instance: InstanceRecord, placement: PlacementRecord) -> Order | None:
+    """The order that the host of one of an instance's placements should have."""
     record = state.open_operation(instance.meta.uid)
     if record is None or not record.released:
         return None
+    if record.verb == Verb.MIGRATE:
+        return moves.order_of(record, placement)
     return Order(
         record.meta.uid,
         Verb(record.verb),
@@ -253,10 +289,13 @@ def _touched(draft: Draft, record: OperationRecord) -> OperationRecord:
     return replace(record, meta=replace(record.meta, resource_version=draft.revision))
 
 
-def told(draft: Draft, instance: InstanceRecord, said: OrderState) -> None:
+def told(draft: Draft, host: str, instance: InstanceRecord, said: OrderState) -> None:
     """A host says how far the order that it has has come."""
     record = draft.state.open_operation(instance.meta.uid)
     if record is None or record.meta.uid != said.uid:
+        return
+    if record.verb == Verb.MIGRATE:
+        moves.told(draft, host, instance, record, said)
         return
     new = replace(
         record,
@@ -304,16 +343,20 @@ def forget(draft: Draft, instance: InstanceRecord) -> None:
 def overdue(draft: Draft) -> None:
     """Operations whose deadline is over while their host is not heard: nobody knows what came of them."""
     for record in draft.state.open_operations():
-        late = record.released and draft.now_s > record.deadline_s + WORD_S
-        if not late or record.phase == OrderPhase.UNKNOWN or draft.observed.host(record.host).connected:
-            continue
-        if len(draft) + 2 > MAX_RECORDS:
+        if len(draft) + 3 > MAX_RECORDS:
             return
+        migrates = record.verb == Verb.MIGRATE
+        if migrates and draft.now_s > record.deadline_s and moves.overdue(draft, record):
+            continue
+        host = moves.waits_for(record) if migrates else record.host
+        late = record.released and draft.now_s > record.deadline_s + WORD_S
+        if not late or record.phase == OrderPhase.UNKNOWN or draft.observed.host(host).connected:
+            continue
         new = replace(
             record,
             phase=OrderPhase.UNKNOWN.value,
             reason="HostUnknown",
-            message=f"host {record.host} is not heard from; it may have been carried out",
+            message=f"host {host} is not heard from; it may have been carried out",
             finished_s=draft.now_s,
         )
         _put(draft, draft.state.instances[record.instance_uid], record, new)

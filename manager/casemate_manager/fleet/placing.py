@@ -5,7 +5,7 @@ are already counted. ``ScanPlacer`` asks ``core.fit`` of every host that is open
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -106,8 +106,15 @@ class Placer(Protocol):
     """Finds a place for one instance."""
 
     def place(
-        self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp
-    ) -> Placed | Unplaced: ...
+        self,
+        fleet: Overlay,
+        environment: Environment,
+        spec: EnvironmentSpec,
+        stamp: Stamp,
+        only: Collection[str] | None = None,
+    ) -> Placed | Unplaced:
+        """``only``: the hosts that are asked about; all of them where it is None."""
+        ...
 
     def refit(
         self, fleet: Overlay, host: str, environment: Environment, spec: EnvironmentSpec, stamp: Stamp
@@ -160,7 +167,14 @@ class ScanPlacer:
     scheduler.
     """
 
-    def place(self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp) -> Placed | Unplaced:
+    def place(
+        self,
+        fleet: Overlay,
+        environment: Environment,
+        spec: EnvironmentSpec,
+        stamp: Stamp,
+        only: Collection[str] | None = None,
+    ) -> Placed | Unplaced:
         """See `Placer`."""
         request = replace(request_of(spec), volumes=stamp.volumes)
         refused: Counter[str] = Counter()
@@ -171,6 +185,8 @@ class ScanPlacer:
         for name in sorted(fleet.state.hosts, key=lambda n: (mates.get(n, 0), n)):
             if fitting >= ENOUGH:
                 break
+            if only is not None and name not in only:
+                continue
             host = fleet.state.hosts[name]
             closed = closed_because(fleet.state, fleet.observed, host, spec)
             if closed is None:

@@ -133,6 +133,12 @@ class OperationRecord:
     #: Of a certify: how long is measured, and what was.
     duration_s: float = 0.0
     certificate: Certificate | None = None
+    #: Of a migrate: where to, how far it has come (``casemate_core.spec.operation.Stage``, or ``back``: the target lets go of
+    #: what has not arrived before the source goes on), where the target waits, and whether it is gone from its source.
+    target: str = ""
+    stage: str = ""
+    address: str = ""
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True)

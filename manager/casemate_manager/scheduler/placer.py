@@ -9,7 +9,7 @@ that matter here are compared. Only hosts that differ are written again. Several
 time the difference is what is written.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -60,12 +60,22 @@ class FleetPlacer:
         self._left: frozenset[str] = frozenset()
         self._emulated: set[str] = set()
 
-    def place(self, fleet: Overlay, environment: Environment, spec: EnvironmentSpec, stamp: Stamp) -> Placed | Unplaced:
+    def place(
+        self,
+        fleet: Overlay,
+        environment: Environment,
+        spec: EnvironmentSpec,
+        stamp: Stamp,
+        only: Collection[str] | None = None,
+    ) -> Placed | Unplaced:
         """See ``Placer``."""
         self.sync(fleet)
         asked = _with_volumes(self.request_for(environment, spec), stamp.volumes)
         request = placement_request(environment, spec, stamp.owner, asked)
         policy = self.policy_for(environment, spec)
+        if only is not None:
+            others = [name for name in fleet.state.hosts if name not in only]
+            policy = self._without(policy, others, NOT_ASKED)
         found = self.scheduler.place(request, policy, epoch=stamp.epoch, generation=stamp.generation)
         if isinstance(found, Decision):
             return Placed(found.host, found.claim)
@@ -155,13 +165,18 @@ class FleetPlacer:
         policy = self.book.resolve(columns, meta.name, meta.tenant, meta.labels)
         if spec.virtualisation != "require" or not self._emulated:
             return policy
+        return self._without(policy, self._emulated, NO_KVM)
+
+    def _without(self, policy: PlacementPolicy, hosts: Iterable[str], why: str) -> PlacementPolicy:
+        """The policy that allows none of these hosts besides."""
+        columns = self.scheduler.columns
         allowed = np.ones(len(columns.available), dtype=np.bool_) if policy.allowed is None else policy.allowed.copy()
         denied = np.full(len(allowed), -1, dtype=np.int64) if policy.denied is None else policy.denied.copy()
-        for name in self._emulated:
+        for name in hosts:
             if name in columns:
                 number = columns.row(name).number
                 allowed[number], denied[number] = False, len(policy.reasons)
-        return replace(policy, allowed=allowed, denied=denied, reasons=(*policy.reasons, NO_KVM))
+        return replace(policy, allowed=allowed, denied=denied, reasons=(*policy.reasons, why))
 
     # --- the copy --------------------------------------------------------------------------------------------------------
 
@@ -285,6 +300,7 @@ def _with_volumes(request: Request, volumes: tuple[VolumeRequest, ...]) -> Reque
 
 
 NO_KVM = "the request for KVM, which they do not have"
+NOT_ASKED = "the choice of hosts that it can move to"
 
 
 def placement_request(environment: Environment, spec: EnvironmentSpec, uid: str, request: Request) -> PlacementRequest:

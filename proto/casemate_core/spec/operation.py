@@ -22,6 +22,31 @@ class Verb(StrEnum):
     REBUILD = "rebuild"
     #: Measure the latency in its guest; nothing of the instance changes.
     CERTIFY = "certify"
+    #: Move it to another host while it runs.
+    MIGRATE = "migrate"
+
+
+class Stage(StrEnum):
+    """How far a migration has come, as its two hosts are told (docs/adr/025-a-migration-is-two-placements.md)."""
+
+    #: The target makes ready; the source does nothing yet.
+    PREPARE = "prepare"
+    #: The source may send it. It arrives frozen, and goes on there only once it has been switched over.
+    TRANSFER = "transfer"
+    #: The source is to give it up, and to say what came of it.
+    CANCEL = "cancel"
+    #: The source has said that it is gone there; the target says whether it has arrived.
+    SETTLE = "settle"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The two hosts of a migration. ``address``: where the target waits for the source, ``host:port``, once it does."""
+
+    source: str
+    target: str
+    stage: Stage = Stage.PREPARE
+    address: str = ""
 
 
 class OrderPhase(StrEnum):
@@ -54,6 +79,8 @@ class Order:
     begun: bool = False
     #: CERTIFY: how long is measured, in seconds.
     duration_s: float = 0.0
+    #: Of a MIGRATE: both of its hosts have the same order, and each knows by its placement's role which it is.
+    move: Move | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +95,5 @@ class OrderState:
     finished_s: float = 0.0
     #: What a CERTIFY has measured.
     certificate: Certificate | None = None
+    #: Of a MIGRATE, by its target: where it waits for the source, ``host:port``; empty while it does not.
+    address: str = ""

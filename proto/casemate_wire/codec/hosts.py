@@ -29,7 +29,7 @@ from casemate_core.spec.instance import (
     Run,
     Virtualisation,
 )
-from casemate_core.spec.operation import Order, OrderPhase, OrderState, Verb
+from casemate_core.spec.operation import Move, Order, OrderPhase, OrderState, Stage, Verb
 from casemate_core.spec.secret import SecretText
 from casemate_core.spec.views import Condition
 from casemate_core.topology import Topology
@@ -316,7 +316,16 @@ def _order_to_message(value: Order) -> pb.Order:
         guest_boot_id=value.guest_boot_id,
         begun=value.begun,
         duration_s=value.duration_s,
+        move=None if value.move is None else _move_to_message(value.move),
     )
+
+
+def _move_to_message(value: Move) -> pb.Move:
+    return pb.Move(source=value.source, target=value.target, stage=value.stage.value, address=value.address)
+
+
+def _move_from_message(m: pb.Move) -> Move:
+    return Move(_text(m.source, 253), _text(m.target, 253), Stage(m.stage), _text(m.address, 300))
 
 
 def _order_from_message(m: pb.Order) -> Order:
@@ -329,6 +338,7 @@ def _order_from_message(m: pb.Order) -> Order:
         guest_boot_id=_text(m.guest_boot_id, 64),
         begun=m.begun,
         duration_s=m.duration_s,
+        move=_move_from_message(m.move) if m.HasField("move") else None,
     )
 
 
@@ -572,6 +582,8 @@ def _report_to_message(report: stream.HostReport) -> pb.HostFacts:
         volumes=volume.facts_to_message(report.volumes),
         volumes_known=report.volumes is not None,
         gpus=[gpus.state_to_message(g) for g in report.gpus],
+        passage=report.passage,
+        cpu=report.cpu,
     )
 
 
@@ -599,6 +611,8 @@ def _report_from_message(message: pb.HostFacts) -> stream.HostReport:
         profile=lines_from_messages(message.profile),
         volumes=volume.facts_from_message(message),
         gpus=gpus.states_from_messages(message.gpus),
+        passage=_text(message.passage, 300),
+        cpu=_text(message.cpu, 128),
     )
 
 
@@ -637,6 +651,7 @@ def _order_state_to_message(value: OrderState) -> pb.OrderState:
         started=timestamp(value.started_s),
         finished=timestamp(value.finished_s),
         certificate=certificate_to_message(value.certificate) if value.certificate else None,
+        address=value.address,
     )
 
 
@@ -649,6 +664,7 @@ def _order_state_from_message(m: pb.OrderState) -> OrderState:
         started_s=seconds(m.started),
         finished_s=seconds(m.finished),
         certificate=certificate_from_message(m.certificate) if m.HasField("certificate") else None,
+        address=_text(m.address, 300),
     )
 
 

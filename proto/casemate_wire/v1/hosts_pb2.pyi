@@ -24,6 +24,61 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class MigrationCertificateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_REQUEST_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    migration: _builtins.str
+    """Uid of the operation."""
+    certificate_request: _builtins.bytes
+    """PKCS #10, DER, signed by a key made for this migration."""
+    host: _builtins.str
+    """The host that asks, where no certificate says it: on plain text, on loopback."""
+    def __init__(
+        self,
+        *,
+        migration: _builtins.str = ...,
+        certificate_request: _builtins.bytes = ...,
+        host: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_request", b"certificate_request", "host", b"host", "migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrationCertificateRequest: _TypeAlias = MigrationCertificateRequest  # noqa: Y015
+
+@_typing.final
+class MigrationCertificateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    ISSUER_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.bytes
+    """PEM: the certificate, and that of who signs for migrations alone."""
+    issuer: _builtins.bytes
+    end: _builtins.str
+    """`source` or `target`."""
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.bytes = ...,
+        issuer: _builtins.bytes = ...,
+        end: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "end", b"end", "issuer", b"issuer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrationCertificateResponse: _TypeAlias = MigrationCertificateResponse  # noqa: Y015
+
+@_typing.final
 class FromHost(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -661,6 +716,7 @@ class Order(_message.Message):
     GUEST_BOOT_ID_FIELD_NUMBER: _builtins.int
     BEGUN_FIELD_NUMBER: _builtins.int
     DURATION_S_FIELD_NUMBER: _builtins.int
+    MOVE_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     verb: _builtins.str
     grace_s: _builtins.float
@@ -674,6 +730,10 @@ class Order(_message.Message):
     """For certify: how long is measured."""
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def move(self) -> Global___Move:
+        """For migrate: from where to where, and how far it has come."""
+
     def __init__(
         self,
         *,
@@ -685,16 +745,49 @@ class Order(_message.Message):
         guest_boot_id: _builtins.str = ...,
         begun: _builtins.bool = ...,
         duration_s: _builtins.float = ...,
+        move: Global___Move | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "deadline", b"deadline", "grace_s", b"grace_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "deadline", b"deadline", "grace_s", b"grace_s", "move", b"move"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "begun", b"begun", "deadline", b"deadline", "duration_s", b"duration_s", "grace_s", b"grace_s", "guest_boot_id", b"guest_boot_id", "pid", b"pid", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "begun", b"begun", "deadline", b"deadline", "duration_s", b"duration_s", "grace_s", b"grace_s", "guest_boot_id", b"guest_boot_id", "move", b"move", "pid", b"pid", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grace_s: _TypeAlias = _typing.Literal["grace_s"]  # noqa: Y015
     _WhichOneofArgType__grace_s: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__grace_s) -> _WhichOneofReturnType__grace_s | None: ...
 
 Global___Order: _TypeAlias = Order  # noqa: Y015
+
+@_typing.final
+class Move(_message.Message):
+    """A migration, as both of its hosts are told of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    target: _builtins.str
+    stage: _builtins.str
+    """`prepare`, `transfer`, `cancel` or `settle`."""
+    address: _builtins.str
+    """Where the target waits for the source, `host:port`."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        target: _builtins.str = ...,
+        stage: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "source", b"source", "stage", b"stage", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Move: _TypeAlias = Move  # noqa: Y015
 
 @_typing.final
 class OrderState(_message.Message):
@@ -709,10 +802,13 @@ class OrderState(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     uid: _builtins.str
     phase: _builtins.str
     reason: _builtins.str
     message: _builtins.str
+    address: _builtins.str
+    """Of a migrate, by its target: where it waits for the source."""
     @_builtins.property
     def started(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -731,10 +827,11 @@ class OrderState(_message.Message):
         started: _timestamp_pb2.Timestamp | None = ...,
         finished: _timestamp_pb2.Timestamp | None = ...,
         certificate: _realtime_pb2.Certificate | None = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "certificate", b"certificate", "finished", b"finished", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -990,9 +1087,15 @@ class HostFacts(_message.Message):
     VOLUMES_FIELD_NUMBER: _builtins.int
     VOLUMES_KNOWN_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
+    PASSAGE_FIELD_NUMBER: _builtins.int
+    CPU_FIELD_NUMBER: _builtins.int
     foreign: _builtins.int
     disk_free_mib: _builtins.int
     volumes_known: _builtins.bool
+    passage: _builtins.str
+    """Where other hosts reach this one for a migration; empty: it takes part in none."""
+    cpu: _builtins.str
+    """Names the CPU that guests with cores of their own see; such a guest moves only to another of the same."""
     @_builtins.property
     def drift(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1023,10 +1126,12 @@ class HostFacts(_message.Message):
         volumes: _abc.Iterable[Global___VolumeFacts] | None = ...,
         volumes_known: _builtins.bool = ...,
         gpus: _abc.Iterable[Global___GpuFacts] | None = ...,
+        passage: _builtins.str = ...,
+        cpu: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims", "gpus", b"gpus", "profile", b"profile", "volumes", b"volumes", "volumes_known", b"volumes_known"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "cpu", b"cpu", "disk_free_mib", b"disk_free_mib", "drift", b"drift", "foreign", b"foreign", "foreign_claims", b"foreign_claims", "gpus", b"gpus", "passage", b"passage", "profile", b"profile", "volumes", b"volumes", "volumes_known", b"volumes_known"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

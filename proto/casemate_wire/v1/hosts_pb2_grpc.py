@@ -45,6 +45,11 @@ class HostLinkStub:
                 request_serializer=casemate__wire_dot_v1_dot_hosts__pb2.ChannelFrame.SerializeToString,
                 response_deserializer=casemate__wire_dot_v1_dot_hosts__pb2.ChannelFrame.FromString,
                 _registered_method=True)
+        self.MigrationCertificate = channel.unary_unary(
+                '/casemate.host.v1.HostLink/MigrationCertificate',
+                request_serializer=casemate__wire_dot_v1_dot_hosts__pb2.MigrationCertificateRequest.SerializeToString,
+                response_deserializer=casemate__wire_dot_v1_dot_hosts__pb2.MigrationCertificateResponse.FromString,
+                _registered_method=True)
 
 
 class HostLinkServicer:
@@ -65,6 +70,13 @@ class HostLinkServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MigrationCertificate(self, request, context):
+        """A certificate for one end of one migration, for as long as it is under way: for its two hosts alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostLinkServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_HostLinkServicer_to_server(servicer, server):
                     servicer.Channel,
                     request_deserializer=casemate__wire_dot_v1_dot_hosts__pb2.ChannelFrame.FromString,
                     response_serializer=casemate__wire_dot_v1_dot_hosts__pb2.ChannelFrame.SerializeToString,
+            ),
+            'MigrationCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.MigrationCertificate,
+                    request_deserializer=casemate__wire_dot_v1_dot_hosts__pb2.MigrationCertificateRequest.FromString,
+                    response_serializer=casemate__wire_dot_v1_dot_hosts__pb2.MigrationCertificateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class HostLink:
             '/casemate.host.v1.HostLink/Channel',
             casemate__wire_dot_v1_dot_hosts__pb2.ChannelFrame.SerializeToString,
             casemate__wire_dot_v1_dot_hosts__pb2.ChannelFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MigrationCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/casemate.host.v1.HostLink/MigrationCertificate',
+            casemate__wire_dot_v1_dot_hosts__pb2.MigrationCertificateRequest.SerializeToString,
+            casemate__wire_dot_v1_dot_hosts__pb2.MigrationCertificateResponse.FromString,
             options,
             channel_credentials,
             insecure,

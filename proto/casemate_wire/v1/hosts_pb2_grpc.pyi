@@ -37,6 +37,8 @@ class HostLinkStub:
     """The host's stream, for as long as the agent lives."""
     Channel: _grpc.StreamStreamMultiCallable[_hosts_pb2.ChannelFrame, _hosts_pb2.ChannelFrame]
     """A side stream for console, exec, or logs, opened with a ticket that came over the session."""
+    MigrationCertificate: _grpc.UnaryUnaryMultiCallable[_hosts_pb2.MigrationCertificateRequest, _hosts_pb2.MigrationCertificateResponse]
+    """A certificate for one end of one migration, for as long as it is under way: for its two hosts alone."""
 
 @_typing.type_check_only
 class HostLinkAsyncStub(HostLinkStub):
@@ -47,6 +49,8 @@ class HostLinkAsyncStub(HostLinkStub):
     """The host's stream, for as long as the agent lives."""
     Channel: _aio.StreamStreamMultiCallable[_hosts_pb2.ChannelFrame, _hosts_pb2.ChannelFrame]  # type: ignore[assignment]
     """A side stream for console, exec, or logs, opened with a ticket that came over the session."""
+    MigrationCertificate: _aio.UnaryUnaryMultiCallable[_hosts_pb2.MigrationCertificateRequest, _hosts_pb2.MigrationCertificateResponse]  # type: ignore[assignment]
+    """A certificate for one end of one migration, for as long as it is under way: for its two hosts alone."""
 
 class HostLinkServicer(metaclass=_abc_1.ABCMeta):
     """Dialled by agents. One session a host; channels are dialled back when the manager asks for them."""
@@ -66,5 +70,13 @@ class HostLinkServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_hosts_pb2.ChannelFrame], _abc.AsyncIterator[_hosts_pb2.ChannelFrame]]:
         """A side stream for console, exec, or logs, opened with a ticket that came over the session."""
+
+    @_abc_1.abstractmethod
+    def MigrationCertificate(
+        self,
+        request: _hosts_pb2.MigrationCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_hosts_pb2.MigrationCertificateResponse, _abc.Awaitable[_hosts_pb2.MigrationCertificateResponse]]:
+        """A certificate for one end of one migration, for as long as it is under way: for its two hosts alone."""
 
 def add_HostLinkServicer_to_server(servicer: HostLinkServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from casemate_wire.v1 import meta_pb2 as casemate__wire_dot_v1_dot_meta__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!casemate_wire/v1/operations.proto\x12\x0b\x63\x61semate.v1\x1a\x1b\x63\x61semate_wire/v1/meta.proto\"\xa7\x01\n\x0eOperateRequest\x12\x13\n\x0brequest_key\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\x14\n\x07grace_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x0b\n\x03uid\x18\x07 \x01(\t\x12\x12\n\nduration_s\x18\x08 \x01(\x01\x42\n\n\x08_grace_s\"O\n\x0fOperateResponse\x12*\n\noperations\x18\x01 \x03(\x0b\x32\x16.casemate.v1.ObjectRef\x12\x10\n\x08revision\x18\x02 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!casemate_wire/v1/operations.proto\x12\x0b\x63\x61semate.v1\x1a\x1b\x63\x61semate_wire/v1/meta.proto\"\xb8\x01\n\x0eOperateRequest\x12\x13\n\x0brequest_key\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\x14\n\x07grace_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x0b\n\x03uid\x18\x07 \x01(\t\x12\x12\n\nduration_s\x18\x08 \x01(\x01\x12\x0f\n\x07to_host\x18\t \x01(\tB\n\n\x08_grace_s\"O\n\x0fOperateResponse\x12*\n\noperations\x18\x01 \x03(\x0b\x32\x16.casemate.v1.ObjectRef\x12\x10\n\x08revision\x18\x02 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'casemate_wire.v1.operations
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OPERATEREQUEST']._serialized_start=80
-  _globals['_OPERATEREQUEST']._serialized_end=247
-  _globals['_OPERATERESPONSE']._serialized_start=249
-  _globals['_OPERATERESPONSE']._serialized_end=328
+  _globals['_OPERATEREQUEST']._serialized_end=264
+  _globals['_OPERATERESPONSE']._serialized_start=266
+  _globals['_OPERATERESPONSE']._serialized_end=345
 # @@protoc_insertion_point(module_scope)

@@ -31,13 +31,14 @@ class OperateRequest(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
     DURATION_S_FIELD_NUMBER: _builtins.int
+    TO_HOST_FIELD_NUMBER: _builtins.int
     request_key: _builtins.str
     """Names the request: the same key twice has one effect and one answer. Kept for a day. 1 to 128 characters."""
     tenant: _builtins.str
     name: _builtins.str
     """An instance, or an environment: each of its instances then."""
     verb: _builtins.str
-    """`stop`, `restart`, `reboot`, `reset`, `rebuild` or `certify`."""
+    """`stop`, `restart`, `reboot`, `reset`, `rebuild`, `certify` or `migrate`."""
     grace_s: _builtins.float
     """For stop, restart and rebuild: how many seconds the guest has to power off; the environment's grace where it is not
     set, and none at 0.
@@ -48,6 +49,8 @@ class OperateRequest(_message.Message):
     """Where it is set: only if the instance or environment still has this uid."""
     duration_s: _builtins.float
     """For certify: for how many seconds the latency is measured; 30 where it is not set."""
+    to_host: _builtins.str
+    """For migrate: the host to move to; the scheduler chooses where it is empty."""
     def __init__(
         self,
         *,
@@ -59,10 +62,11 @@ class OperateRequest(_message.Message):
         timeout_s: _builtins.float = ...,
         uid: _builtins.str = ...,
         duration_s: _builtins.float = ...,
+        to_host: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "grace_s", b"grace_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "duration_s", b"duration_s", "grace_s", b"grace_s", "name", b"name", "request_key", b"request_key", "tenant", b"tenant", "timeout_s", b"timeout_s", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s", "duration_s", b"duration_s", "grace_s", b"grace_s", "name", b"name", "request_key", b"request_key", "tenant", b"tenant", "timeout_s", b"timeout_s", "to_host", b"to_host", "uid", b"uid", "verb", b"verb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grace_s: _TypeAlias = _typing.Literal["grace_s"]  # noqa: Y015
     _WhichOneofArgType__grace_s: _TypeAlias = _typing.Literal["_grace_s", b"_grace_s"]  # noqa: Y015
