@@ -325,6 +325,39 @@ class PrepareGpus:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenPassage:
+    """Wait for an instance that another host sends. ``rest``: as of a domain that is defined."""
+
+    desired: DesiredInstance
+    rest: CpuSet
+    reason: str
+
+    @property
+    def uid(self) -> str:
+        return self.desired.uid
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePassage:
+    """Wait for it no longer."""
+
+    uid: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Send a running instance to the host that waits for it, by its order. It arrives there frozen."""
+
+    desired: DesiredInstance
+    reason: str
+
+    @property
+    def uid(self) -> str:
+        return self.desired.uid
+
+
+@dataclass(frozen=True, slots=True)
 class GiveShares:
     """Have the instance's slices of GPUs made for its domain."""
 
@@ -464,6 +497,9 @@ Action = (
     | RemoveNetwork
     | Tune
     | Certify
+    | OpenPassage
+    | ClosePassage
+    | Transfer
     | PrepareGpus
     | AttachGpus
     | GiveShares

@@ -21,7 +21,7 @@ from casemate_agent import actions as act
 from casemate_agent.causes import Causes, step_told
 from casemate_agent.drivers.gpuports import GpuParts
 from casemate_agent.drivers.ports import Drivers, GuestGone, GuestHello, GuestNote, GuestPods, MachineFacts
-from casemate_agent.execute.executor import MEASURE, Executor, Trace, log_steps
+from casemate_agent.execute.executor import MEASURE, MOVE, Executor, Trace, log_steps
 from casemate_agent.execute.fabrickeeper import withheld
 from casemate_agent.execute.guestrun import gpus_in_guest
 from casemate_agent.gpu.checks import FATAL_XIDS
@@ -284,7 +284,7 @@ class Agent:
 
     async def _round(self, group: asyncio.TaskGroup) -> float:
         """One look and what follows from it; the time to look again at the latest (seconds since the epoch)."""
-        busy = self._executor.busy
+        busy, moving = self._executor.busy, self._executor.beside(MOVE)
         observed = await self._observer.observe(
             self.now(), self.ledger.book.instances, self._guests, busy, self.gpu_health
         )
@@ -304,6 +304,8 @@ class Agent:
         observed = replace(
             observed,
             switches=self.drivers.fabric is not None,
+            moving=moving,
+            passages=self.drivers.passages.opened() if self.drivers.passages is not None else {},
             unsure=unsure,
             pinned=pinned,
             refused=frozenset(self._executor.refused),
@@ -344,13 +346,16 @@ class Agent:
         return decided.wake_s
 
     def _measure(self, group: asyncio.TaskGroup, decided: Plan) -> None:
-        """Begin the measurements that are wanted, and give those up that no longer are."""
-        wanted = {uid: each.measure for uid, each in decided.instances.items() if each.measure is not None}
-        for uid, action in wanted.items():
-            self._executor.start_bare(group, uid, (action,), MEASURE)
-        for uid in self._executor.measuring():
-            if uid in decided.instances and uid not in wanted:
-                self._executor.give_up(MEASURE, uid)
+        """Begin the measurements and transfers that are wanted, and give those up that no longer are."""
+        for beside, wanted in (
+            (MEASURE, {uid: each.measure for uid, each in decided.instances.items() if each.measure is not None}),
+            (MOVE, {uid: each.move for uid, each in decided.instances.items() if each.move is not None}),
+        ):
+            for uid, action in wanted.items():
+                self._executor.start_bare(group, uid, (action,), beside)
+            for uid in self._executor.beside(beside):
+                if uid in decided.instances and uid not in wanted:
+                    self._executor.give_up(beside, uid)
 
     def _note_processes(self, decided: Plan, observed: Observation) -> None:
         """Whose process is looked into for the profile: that of each VM with threads of its own."""
@@ -537,10 +542,15 @@ class Agent:
             if note not in self._moved:
                 self.note(note)
         self._moved = decided.moved
-        self.feed.tell(self._with_doubt(decided.report))
+        self.feed.tell(self._with_doubt(self._with_passage(decided.report)))
         if not self.feed.whole and (observed.domains is not None or self.ledger.host.complete):
             self.feed.whole = True
             self.feed.news.set()
+
+    def _with_passage(self, report: HostReport) -> HostReport:
+        """The report, with where other hosts reach this one."""
+        passages = self.drivers.passages
+        return report if passages is None else replace(report, passage=passages.where, cpu=passages.cpu)
 
     def _with_doubt(self, report: HostReport) -> HostReport:
         """The report, and that this host does not believe the audit chain where it does not."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from casemate_agent.execute.executor import Step
+from casemate_agent.execute.executor import MEASURE, Step
 from casemate_core.claims import SharedCpu
 from casemate_core.spec.instance import InstanceState, Phase, Run
 from casemate_core.spec.operation import ENDED, Order, OrderPhase, OrderState, Verb
@@ -393,7 +393,7 @@ def test_a_measurement_is_given_up_when_the_instance_is_to_stop() -> None:
         assert (done.phase, done.reason) == (OrderPhase.FAILED, "Overruled")
         await rig.settle()
         assert loop.time() - began < 60, "it does not wait for the end of the measurement"
-        assert rig.agent is not None and rig.agent._executor.measuring() == ()
+        assert rig.agent is not None and rig.agent._executor.beside(MEASURE) == frozenset()
         await rig.kill()
 
     run_virtual(story)
@@ -424,10 +424,10 @@ def test_measurements_keep_nobody_from_his_turn() -> None:
         await rig.settle()
         await rig.want(*(replace(d, order=order(Verb.CERTIFY, n % 10, duration_s=600.0)) for n, d in enumerate(many)))
         await asyncio.sleep(5)
-        assert rig.agent is not None and len(rig.agent._executor.measuring()) == 18
+        assert rig.agent is not None and len(rig.agent._executor.beside(MEASURE)) == 18
         await rig.want(instance(30, claim=replace(instance(30).placement.claim, shared=(SharedCpu(0, 100),))))
         await rig.settle(within_s=60)
-        assert len(rig.agent._executor.measuring()) == 18, "it came up beside them"
+        assert len(rig.agent._executor.beside(MEASURE)) == 18, "it came up beside them"
         await rig.kill()
 
     run_virtual(story)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from casemate_agent.doctor.facts import HostSurvey
 from casemate_agent.drivers.fabricports import Fabric
 from casemate_agent.drivers.gpuports import GpuCards, Gpus, GpuShares
+from casemate_agent.drivers.passageports import Passages
 from casemate_agent.drivers.sideports import Consoles, GuestSides, SerialLogs
 from casemate_agent.drivers.volumeports import Volumes
 from casemate_agent.hardware.functions import FunctionFacts, Grant, Stamp
@@ -49,6 +50,9 @@ class DomainFacts:
     owned: bool
     #: It is paused because somebody asked for it, not because its disk is full or failed.
     frozen: bool = False
+    #: It is paused for a migration that is under way, or broke off; it is off because it was migrated away.
+    halted: bool = False
+    left: bool = False
     #: Of our metadata element, for owned domains: what this domain was made from.
     instance_uid: str = ""
     generation: int = 0
@@ -232,6 +236,11 @@ class Hypervisor(Protocol):
 
     async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
         """Define (or redefine) the domain whose uuid is the instance's uid. Does not start it."""
+        ...
+
+    async def expect(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> str:
+        """The domain as ``define`` would make it, told and not made: what a host that sends it hands to this one. The record
+        that it will be known by is written."""
         ...
 
     async def start(self, uid: str, deadline_s: float, *, frozen: bool = False) -> None:
@@ -688,3 +697,5 @@ class Drivers:
     volumes: Volumes
     #: Of boards with NVSwitches; None where there is none.
     fabric: Fabric | None = None
+    #: Ways to other hosts; None where this one takes part in no migrations.
+    passages: Passages | None = None

@@ -12,8 +12,9 @@ removed; what is on the disk fills it. Faults are asked of it by name. Time is t
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainPhase, Drivers, GuestEvent, GuestGone
 from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, tap_name, uuid_of
@@ -37,6 +38,10 @@ __all__ = ["ACTIVE", "Faults", "SimulatedHost", "SimulatedPace", "tap_name"]
 SERIAL_LINES = 1000
 
 
+#: The simulated hosts of this process, as long as somebody holds them.
+NEIGHBOURS: "MutableMapping[str, SimulatedHost]" = WeakValueDictionary()
+
+
 @dataclass(frozen=True, slots=True)
 class SimulatedPace:
     """How long things take on a simulated host, in seconds."""
@@ -46,6 +51,7 @@ class SimulatedPace:
     boot_s: float = 2.0
     pod_start_s: float = 1.0
     power_off_s: float = 0.5
+    move_s: float = 1.0
 
 
 @dataclass(slots=True)
@@ -119,6 +125,14 @@ class SimulatedHost:
         self._pids = 1000
         self._guest_boots = 0
         self._lease: Lease | None = None
+        #: Other simulated hosts of this process by name, to which instances can move.
+        self.neighbours: MutableMapping[str, SimulatedHost] = NEIGHBOURS
+        self.neighbours[name] = self
+
+    @property
+    def lease(self) -> Lease | None:
+        """What the agent's process that lives holds."""
+        return self._lease
 
     @property
     def boot_id(self) -> str:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from casemate_agent.ledger.desired import to_metadata
 from casemate_agent.drivers.ports import (
     BlockStats,
     DomainFacts,
@@ -22,7 +23,7 @@ from casemate_agent.drivers.ports import (
 from casemate_agent.drivers.simulated_guest import SimulatedGuest
 from casemate_core.cpuset import CpuSet
 from casemate_core.quantity import MIB
-from casemate_core.spec.instance import DesiredInstance
+from casemate_core.spec.instance import DesiredInstance, bridged
 
 ACTIVE = (DomainPhase.RUNNING, DomainPhase.PAUSED, DomainPhase.SHUTTING_DOWN)
 
@@ -47,6 +48,28 @@ class SimulatedDomain:
     partitions: tuple[CpuSet, ...] = ()
     #: Somebody has undone one of them.
     undone: bool = False
+
+
+def defined_facts(desired: DesiredInstance, files: DomainFiles, name: str) -> DomainFacts:
+    """What the hypervisor reports of a domain that was just made from these."""
+    return DomainFacts(
+        uuid=desired.uid,
+        name=name,
+        phase=DomainPhase.SHUT_OFF,
+        owned=True,
+        instance_uid=desired.uid,
+        generation=desired.generation,
+        placement_epoch=desired.placement.epoch,
+        placement_generation=desired.placement.generation,
+        vcpus=desired.cpus,
+        memory_mib=desired.memory_mib,
+        taps=tuple(tap_name(desired.uid, index) for index in range(len(bridged(desired.nics)))),
+        files=tuple(f for f in (files.root, files.seed, files.kernel, files.initrd, *files.volumes) if f),
+        channel_path=f"/simulated/{desired.uid}.sock",
+        vcpu_pins=tuple(frozenset({thread}) for thread in desired.placement.claim.vcpus),
+        emulator_pin=files.rest,
+        record=to_metadata(desired),
+    )
 
 
 def simulated_stats(domain: SimulatedDomain) -> DomainStats:

@@ -160,6 +160,10 @@ class SimulatedGuest:
             self.booted = True
             self.announce()
 
+    def moved(self, push: Callable[[GuestEvent], None]) -> None:
+        """It goes on at another host, which takes what its helper says."""
+        self._push = push
+
     def end(self) -> None:
         """The guest is off: nothing of it happens any more."""
         self._ended = True

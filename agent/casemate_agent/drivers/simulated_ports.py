@@ -31,11 +31,19 @@ from casemate_agent.drivers.ports import (
     StoredFiles,
 )
 from casemate_agent.drivers.sideports import ConsoleRefused, ConsoleSession, CopyRequest
-from casemate_agent.drivers.simulated_domain import ACTIVE, SimulatedDomain, later, simulated_stats, tap_name
+from casemate_agent.drivers.simulated_domain import (
+    ACTIVE,
+    SimulatedDomain,
+    defined_facts,
+    later,
+    simulated_stats,
+    tap_name,
+)
 from casemate_agent.drivers.simulated_functions import SimulatedFunctions
 from casemate_agent.drivers.simulated_gpus import VFIO, SimulatedCards, SimulatedGpus, guest_line
 from casemate_agent.drivers.simulated_guest import SimulatedExec, SimulatedGuest
 from casemate_agent.drivers.simulated_partitions import SimulatedPartitions
+from casemate_agent.drivers.simulated_passages import SimulatedPassages
 from casemate_agent.drivers.simulated_shares import SimulatedShares
 from casemate_agent.drivers.simulated_side import HOST_KEY
 from casemate_agent.drivers.simulated_survey import SimulatedSurvey
@@ -64,6 +72,8 @@ class Lease:
         self.domain_events: asyncio.Queue[DomainEvent] = asyncio.Queue()
         self.guest_events: asyncio.Queue[GuestEvent] = asyncio.Queue()
         self.fetching: set[str] = set()
+        #: Instances that are waited for: what they are to be here, by uid.
+        self.waiting: dict[str, DesiredInstance] = {}
 
     async def call(
         self, port: str, method: str, effect: Callable[[], T], deadline_s: float, takes_s: float | None = None
@@ -135,6 +145,9 @@ class _Hypervisor:
     async def define(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> None:
         await self._call("define", lambda: self._define(desired, files), deadline_s)
 
+    async def expect(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> str:
+        return await self._call("expect", lambda: f"<domain><uuid>{desired.uid}</uuid></domain>", deadline_s)
+
     def _define(self, desired: DesiredInstance, files: DomainFiles) -> None:
         host, uid = self._host, desired.uid
         name = domain_name(desired.environment, desired.name, desired.ordinal, uid)
@@ -142,25 +155,8 @@ class _Hypervisor:
         clash = [d for d in host.domains.values() if d.facts.name == name and d.facts.uuid != uid]
         if clash:
             raise MachineError(f"a domain named {name!r} exists already with uuid {clash[0].facts.uuid}")
-        facts = DomainFacts(
-            uuid=uid,
-            name=name,
-            phase=old.facts.phase if old else DomainPhase.SHUT_OFF,
-            owned=True,
-            instance_uid=uid,
-            generation=desired.generation,
-            placement_epoch=desired.placement.epoch,
-            placement_generation=desired.placement.generation,
-            pid=old.facts.pid if old else 0,
-            vcpus=desired.cpus,
-            memory_mib=desired.memory_mib,
-            taps=tuple(tap_name(uid, index) for index in range(len(bridged(desired.nics)))),
-            files=tuple(f for f in (files.root, files.seed, files.kernel, files.initrd, *files.volumes) if f),
-            channel_path=f"/simulated/{uid}.sock",
-            vcpu_pins=tuple(frozenset({thread}) for thread in desired.placement.claim.vcpus),
-            emulator_pin=files.rest,
-            record=to_metadata(desired),
-        )
+        facts = defined_facts(desired, files, name)
+        facts = replace(facts, phase=old.facts.phase if old else DomainPhase.SHUT_OFF, pid=old.facts.pid if old else 0)
         new = SimulatedDomain(facts, desired, files, old.guest if old else None)
         if old is not None:
             new.threads, new.functions, new.partitions = old.threads, old.functions, old.partitions
@@ -235,7 +231,7 @@ class _Hypervisor:
         domain.threads = self._threads(domain.facts)
         domain.partitions, domain.undone = (), False
         phase = DomainPhase.PAUSED if frozen else DomainPhase.RUNNING
-        domain.facts = replace(domain.facts, phase=phase, pid=host.new_pid(), frozen=frozen)
+        domain.facts = replace(domain.facts, phase=phase, pid=host.new_pid(), frozen=frozen, left=False)
         domain.guest = None if frozen else host.boot_guest(uid)
         host.tell(uid, "started")
 
@@ -289,7 +285,7 @@ class _Hypervisor:
     def _turn(self, uid: str, before: DomainPhase, after: DomainPhase) -> None:
         domain = self._host.domains.get(uid)
         if domain is not None and domain.facts.phase is before:
-            domain.facts = replace(domain.facts, phase=after, frozen=after is DomainPhase.PAUSED)
+            domain.facts = replace(domain.facts, phase=after, frozen=after is DomainPhase.PAUSED, halted=False)
             if after is DomainPhase.RUNNING and domain.guest is None:
                 domain.guest = self._host.boot_guest(uid)  # it was started frozen
             self._host.tell(uid, after.value)
@@ -692,4 +688,5 @@ def drivers_of(lease: Lease) -> Drivers:
         partitions=SimulatedPartitions(lease),
         volumes=SimulatedVolumes(lease),
         fabric=lease.host.fabric,
+        passages=SimulatedPassages(lease),
     )

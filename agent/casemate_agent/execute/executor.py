@@ -23,6 +23,7 @@ from typing import Any
 
 from casemate_agent import actions as act
 from casemate_agent.actions import Action
+from casemate_agent.drivers.passageports import NoPassage, Passages
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.execute.fabrickeeper import FabricNotReady
 from casemate_agent.execute.gpuwork import GpuWork
@@ -118,6 +119,8 @@ BARE_RETRY_S = 5.0
 
 #: What a measurement is called that goes on beside an instance's job.
 MEASURE = "measure"
+#: And a transfer to another host.
+MOVE = "move"
 
 #: Actions that are given up when what is wanted of their instance changes: they can be long, and can be left half done.
 INTERRUPTIBLE = (act.FetchImage, act.ApplyPods)
@@ -188,9 +191,9 @@ class Executor:
         if job is not None:
             job.cancel()
 
-    def measuring(self) -> tuple[str, ...]:
-        """Instances in which a latency is measured."""
-        return tuple(key.partition("/")[2] for key in self._jobs if key.startswith(f"{MEASURE}/"))
+    def beside(self, what: str) -> frozenset[str]:
+        """Instances of which something of this name (MEASURE, MOVE) is done beside their own jobs."""
+        return frozenset(key.partition("/")[2] for key in self._jobs if key.startswith(f"{what}/"))
 
     def start_bare(self, group: asyncio.TaskGroup, uid: str, actions: tuple[Action, ...], beside: str = "") -> None:
         """Begin a job that has no record: leftovers (by the uid that names them), or the host's own (``HOST``). ``beside``
@@ -236,13 +239,13 @@ class Executor:
 
     async def _run_bare(self, key: str, uid: str, actions: tuple[Action, ...]) -> None:
         outcomes: list[ActionOutcome] = []
-        # A measurement takes nothing of the host, and may take an hour: it must not keep others from their turn.
-        slot = nullcontext() if key.startswith(f"{MEASURE}/") else self._slots
+        # A measurement takes nothing of the host, and may take an hour, as a transfer may: they keep nobody from his turn.
+        slot = nullcontext() if key.startswith((f"{MEASURE}/", f"{MOVE}/")) else self._slots
         try:
             async with slot:
                 await self._run_actions(uid, actions, outcomes, key)
             for outcome in outcomes:
-                if isinstance(outcome.action, act.Certify):
+                if isinstance(outcome.action, act.Certify | act.Transfer):
                     await self._keep(outcome)
             if not all(outcome.ok for outcome in outcomes):
                 self._done(uid, tuple(outcomes))
@@ -303,6 +306,8 @@ class Executor:
         deadline_s = DEADLINES_S.get(type(action), DEADLINE_S)
         if isinstance(action, act.Certify):
             deadline_s += action.duration_s
+        elif isinstance(action, act.Transfer) and action.desired.order is not None:
+            deadline_s = max(1.0, action.desired.order.deadline_s - self._now())
 
         def ended(
             reason: str = "", message: str = "", *, permanent: bool = False, interrupted: bool = False
@@ -442,11 +447,24 @@ class Executor:
                 except CasemateError:
                     self.refused.add(path)
                     raise
+            case act.OpenPassage(desired=desired, rest=rest):
+                files = replace(images.files(desired), rest=rest)
+                await self._passages.open(desired, await hypervisor.expect(desired, files, deadline_s), deadline_s)
+            case act.ClosePassage(uid=uid):
+                await self._passages.close(uid)
+            case act.Transfer(desired=desired):
+                await self._passages.send(desired, deadline_s)
             case act.Certify():
                 return await measure(guests, action, self._now, deadline_s)
             case _:
                 await self._gpus.do(action)
         return None
+
+    @property
+    def _passages(self) -> Passages:
+        if self._drivers.passages is None:
+            raise NoPassage("this host takes part in no migrations: its agent's setting passage names no address")
+        return self._drivers.passages
 
     async def _shut_down(self, action: act.Shutdown, deadline_s: float) -> None:
         if action.helper:

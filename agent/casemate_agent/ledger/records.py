@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
+from casemate_agent.drivers.passageports import Passage as Passage
 from casemate_agent.drivers.ports import (
     DomainFacts,
     MachineFacts,
@@ -241,6 +242,9 @@ class Observation:
     virtualisation_reason: str = ""
     #: What this host lacks to make guests' networks; None: not known.
     network_problem: str | None = None
+    #: Passages that are open, by the uid of the instance that is waited for; instances that are being sent.
+    passages: Mapping[str, Passage] = field(default_factory=dict)
+    moving: frozenset[str] = frozenset()
     #: Instances that had an action under way when the observation began (and ``HOST``, for the host's own). They are not
     #: planned for: what was seen of them may be older than the action's effect.
     busy: frozenset[str] = frozenset()

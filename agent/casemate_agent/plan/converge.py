@@ -49,7 +49,7 @@ from casemate_agent.ledger.records import (
     from_metadata,
     pods_revision,
 )
-from casemate_agent.plan import attaching, orders, partitions
+from casemate_agent.plan import attaching, moving, orders, partitions
 from casemate_agent.plan.admission import Admission
 from casemate_agent.plan.backoff import delay_s
 from casemate_agent.plan.drafting import ACTIVE, Draft, InstancePlan, Settings
@@ -104,8 +104,16 @@ def converge(
     if record.uid in observed.attached and not draft.active:
         draft.actions.append(act.DetachGuest(record.uid, "its domain does not run"))
     orders.advance(draft)
+    moving.close(draft)
     if record.removed:
         _end(draft)
+    elif moving.arrives(draft.record):
+        held = admission is None or _hold_claim(draft, admission)
+        moving.receive(draft, networks, held=held and draft.record.claim is not None)
+    elif moving.leaves(draft.record):
+        moving.depart(draft)
+    elif moving.go_on(draft):
+        pass
     elif record.desired.run is not Run.STARTED and not (record.desired.run is Run.PAUSED and draft.active):
         if admission is not None:
             _hold_claim(draft, admission)
@@ -157,6 +165,8 @@ def _settle(d: Draft) -> None:
         if started.boot_id != boot_id:
             d.note("HostRebooted", "the host was rebooted")
             r = replace(r, exits=0, exited_s=0.0, failure=None)
+        elif moving.leaves(r):
+            d.note("Left", "the domain has left this host")
         elif not r.stop_since_s and not r.removed and r.desired.run is Run.STARTED:
             ran_s = d.now - started.at_s
             r = replace(r, exits=1 if ran_s >= d.settings.stable_s else r.exits + 1, exited_s=d.now)
@@ -184,6 +194,10 @@ def _power_off(d: Draft, reason: str) -> bool:
         return True
     if domain.phase is DomainPhase.CRASHED:
         d.actions.append(act.Destroy(r.uid, "it crashed"))
+        return True
+    if moving.arrives(r):
+        # Frozen, and still another host's: to be asked to power off it would have to run.
+        d.actions.append(act.Destroy(r.uid, reason))
         return True
     since_s = r.stop_since_s or d.now
     ends_s = since_s + d.grace_s
@@ -547,13 +561,13 @@ def _finish(base: InstanceRecord, d: Draft) -> InstancePlan:
         placement_epoch=placement.epoch,
         placement_generation=placement.generation,
         claim=r.claim,
-        order=orders.state(r.order, r.certificate) if r.order is not None else None,
+        order=orders.state(r.order, r.certificate, d.observed.passages.get(r.uid)) if r.order is not None else None,
         cloud_init_message=guest.cloud_init_message,
         kernel=domain is not None and domain.pid in d.observed.kernels,
         profile=d.profile,
         certificate=_certificate(d),
     )
-    return InstancePlan(base, r, state, tuple(d.actions), d.wake_s, tuple(d.notes), tuple(d.drift), d.measure)
+    return InstancePlan(base, r, state, tuple(d.actions), d.wake_s, tuple(d.notes), tuple(d.drift), d.measure, d.move)
 
 
 def _certificate(d: Draft) -> Certificate | None:
@@ -598,6 +612,10 @@ def remember(record: InstanceRecord, outcomes: tuple[ActionOutcome, ...], boot_i
             continue
         if isinstance(outcome.action, act.Reboot | act.Reset):
             r = orders.acted(r, outcome.action.order, outcome.at_s, outcome.reason, outcome.message)
+        elif isinstance(outcome.action, act.Transfer):
+            asked = outcome.action.desired.order
+            if asked is not None:
+                r = moving.sent(r, asked.uid, outcome.at_s, outcome.reason, outcome.message)
         elif isinstance(outcome.action, act.Certify):
             r = orders.measured(r, outcome.action.order, outcome.at_s, outcome.result, outcome.reason, outcome.message)
         elif outcome.ok:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING
 
-from casemate_agent.actions import Action, Certify
+from casemate_agent.actions import Action, Certify, Transfer
 from casemate_agent.drivers.ports import DomainFacts, DomainPhase
 from casemate_agent.gpu.records import DEFAULT_POLICY, GpuEntry, GpuPolicy
 from casemate_agent.ledger.records import GuestView, InstanceRecord, Note, Observation
@@ -65,6 +65,8 @@ class InstancePlan:
     drift: tuple[str, ...] = ()
     #: A measurement that is to be under way, beside whatever else is.
     measure: Certify | None = None
+    #: A transfer to another host that is to be under way.
+    move: Transfer | None = None
 
 
 @dataclass(slots=True)
@@ -90,6 +92,8 @@ class Draft:
     down: str = ""
     #: A latency that an order wants measured.
     measure: Certify | None = None
+    #: What an order wants sent.
+    move: Transfer | None = None
     #: What threads and memory of the instance need, read back.
     profile: tuple[ProfileLine, ...] = ()
 

@@ -23,10 +23,11 @@ from dataclasses import replace
 
 from casemate_agent import actions as act
 from casemate_agent.drivers.ports import DomainPhase
-from casemate_agent.ledger.records import InstanceRecord, OrderRecord, from_metadata
+from casemate_agent.ledger.records import InstanceRecord, OrderRecord, Passage, from_metadata
+from casemate_agent.plan import moving
 from casemate_agent.plan.drafting import Draft
 from casemate_agent.realtime.certificate import Under
-from casemate_core.errors import DeadlineExceeded
+from casemate_core.errors import DeadlineExceeded, InternalError
 from casemate_core.spec.instance import Run
 from casemate_core.spec.operation import Order, OrderPhase, OrderState, Verb
 from casemate_core.spec.realtime import Certificate
@@ -44,9 +45,12 @@ def wants_it_down(r: InstanceRecord) -> bool:
     return r.order is not None and r.order.phase is OrderPhase.RUNNING and r.order.verb in _DOWN
 
 
-def state(order: OrderRecord, certificate: Certificate | None = None) -> OrderState:
-    """What is told of an order; with the instance's last certificate where it is what the order has measured."""
+def state(order: OrderRecord, certificate: Certificate | None = None, passage: Passage | None = None) -> OrderState:
+    """What is told of an order; with the instance's last certificate where it is what the order has measured, and where it
+    is waited for, where the order is to wait for it."""
     told = OrderState(order.uid, order.phase, order.reason, order.message, order.started_s, order.finished_s)
+    if passage is not None and passage.order == order.uid:
+        told = replace(told, address=passage.address)
     return replace(told, certificate=certificate) if certificate and certificate.order == order.uid else told
 
 
@@ -79,6 +83,9 @@ def advance(d: Draft) -> None:
     order, known = d.record.desired.order, d.record.order
     if order is None:
         d.record = replace(d.record, order=None)
+        return
+    if order.verb is Verb.MIGRATE:
+        moving.advance(d, order)
         return
     if known is None or known.uid != order.uid:
         known = _take(d, order)
@@ -191,6 +198,8 @@ def _done(d: Draft, known: OrderRecord) -> str:
             if not known.guest_boot_id:
                 return f"the guest has booted: {guest.boot_id}" if known.acted else ""
             return f"boot {guest.boot_id} follows {known.guest_boot_id}, process {known.pid} as before"
+        case Verb.MIGRATE:
+            raise InternalError("a migration is judged by casemate_agent.moving")
 
 
 def _measured(d: Draft, known: OrderRecord) -> str:
