@@ -160,6 +160,7 @@ RPCS: Final[Mapping[str, Row]] = {
     "/casemate.v1.HostCare/Fsck": Row(P.OPERATE, Where.FLEET),
     "/casemate.host.v1.HostLink/Session": Row(P.HOST),
     "/casemate.host.v1.HostLink/Channel": Row(P.HOST),
+    "/casemate.host.v1.HostLink/MigrationCertificate": Row(P.HOST),
     "/grpc.health.v1.Health/Check": Row(P.ANYONE),
     "/grpc.health.v1.Health/List": Row(P.ANYONE),
     "/grpc.health.v1.Health/Watch": Row(P.ANYONE),

@@ -39,6 +39,7 @@ from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.placing import Placer
 from casemate_manager.fleet.state import State
 from casemate_manager.keyring import Keyring
+from casemate_manager.movecerts import MoveAuthority
 from casemate_manager.notary import EVERY_S, sign_on
 from casemate_manager.policy.cel import Cel
 from casemate_manager.policy.expressions import check_policy
@@ -200,7 +201,7 @@ async def running(
             listen,
             service,
             sides,
-            HostLink(sessions, tls),
+            HostLink(sessions, MoveAuthority(lambda: writer.state, clock), tls),
             support,
             care,
             gates,

@@ -141,13 +141,13 @@ def sign_server(
 ) -> x509.Certificate:
     """A manager's certificate, for `SERVER_NAME` and for further names or addresses."""
     alternatives = [_alternative(name) for name in dict.fromkeys((SERVER_NAME, *names))]
-    return _leaf(authority, key, SERVER_NAME, alternatives, ExtendedKeyUsageOID.SERVER_AUTH, now_s, SERVER_S)
+    return leaf(authority, key, SERVER_NAME, alternatives, ExtendedKeyUsageOID.SERVER_AUTH, now_s, SERVER_S)
 
 
 def sign_signer(authority: Authority, key: ed25519.Ed25519PublicKey, now_s: float) -> x509.Certificate:
     """The certificate of a key with which the manager signs messages: no TLS is spoken with it."""
     uri: list[x509.GeneralName] = [x509.UniformResourceIdentifier(MANAGER)]
-    return _leaf(authority, key, "manager", uri, ExtendedKeyUsageOID.CODE_SIGNING, now_s, SERVER_S)
+    return leaf(authority, key, "manager", uri, ExtendedKeyUsageOID.CODE_SIGNING, now_s, SERVER_S)
 
 
 def sign_client(
@@ -155,7 +155,7 @@ def sign_client(
 ) -> x509.Certificate:
     """A certificate of a ``host`` or a ``user``."""
     uri: list[x509.GeneralName] = [x509.UniformResourceIdentifier(f"spiffe://casemate/{kind}/{name}")]
-    return _leaf(authority, key, f"{kind}:{name}"[:64], uri, ExtendedKeyUsageOID.CLIENT_AUTH, now_s, life_s)
+    return leaf(authority, key, f"{kind}:{name}"[:64], uri, ExtendedKeyUsageOID.CLIENT_AUTH, now_s, life_s)
 
 
 def read_request(data: bytes) -> ec.EllipticCurvePublicKey:
@@ -229,7 +229,7 @@ def _as_authority(builder: x509.CertificateBuilder, key: ec.EllipticCurvePublicK
     )
 
 
-def _leaf(
+def leaf(
     authority: Authority,
     key: PublicKey,
     name: str,
@@ -238,6 +238,7 @@ def _leaf(
     now_s: float,
     life_s: float,
 ) -> x509.Certificate:
+    """A certificate that signs nothing, for one use."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     return (
         _builder(subject, authority.certificate.subject, key, now_s, life_s)

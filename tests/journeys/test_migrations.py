@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from casemate_agent.drivers.ports import DomainPhase
-from casemate_core.errors import Conflict, NotFound
 from casemate_manager.fleet.commands import OperateInstances
 from support.small_fleet import environment, image, network
 from support.two_hosts import TwoHosts

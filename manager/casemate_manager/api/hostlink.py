@@ -14,7 +14,9 @@ import grpc
 
 from casemate_core.checkpoint import Checkpoint
 from casemate_core.errors import CallerError
+from casemate_manager.api.errors import unary
 from casemate_manager.api.peer import Host, Nobody, peer_of
+from casemate_manager.movecerts import MoveAuthority
 from casemate_manager.pki import key_id_of
 from casemate_manager.sessions import Channel, Identity, Sessions
 from casemate_wire.channel import Frame, Ticket
@@ -122,9 +124,20 @@ async def _identity(context: Context) -> Identity | None:
 class HostLink(hosts_pb2_grpc.HostLinkServicer):
     """casemate.host.v1.HostLink."""
 
-    def __init__(self, sessions: Sessions, signing: Signing | None = None) -> None:
+    def __init__(self, sessions: Sessions, moves: MoveAuthority, signing: Signing | None = None) -> None:
         self._sessions = sessions
+        self._moves = moves
         self._signing = signing
+
+    @unary
+    async def MigrationCertificate(
+        self, request: pb.MigrationCertificateRequest, context: Context
+    ) -> pb.MigrationCertificateResponse:
+        """A certificate for one end of one migration."""
+        identity = await _identity(context)
+        host, key = (identity.host, identity.key) if identity is not None else (request.host, None)
+        made = self._moves.issue(host, key, request.migration, request.certificate_request)
+        return pb.MigrationCertificateResponse(certificate=made.certificate, issuer=made.issuer, end=made.end)
 
     # grpc.aio serves a stream by a generator or, as here, by a coroutine that writes; the stub declares the former only.
     async def Session(  # type: ignore[override]
