@@ -22,6 +22,7 @@ from random import Random
 from casemate_agent.agent import Agent
 from casemate_agent.config import BadConfig, Config, load
 from casemate_agent.doctor import command as doctor
+from casemate_agent.drivers.passageports import Certify, Ends
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.enrolment import enrol
 from casemate_agent.enrolment import identity as identities
@@ -72,12 +73,12 @@ def version() -> str:
 
 
 @contextlib.asynccontextmanager
-async def drivers_of(config: Config, name: str, meter: Meter) -> AsyncIterator[Drivers]:
+async def drivers_of(config: Config, name: str, meter: Meter, certify: Certify) -> AsyncIterator[Drivers]:
     """This machine's drivers, or a whole host in memory."""
     if not config.simulated:
         from casemate_agent.machine import real_drivers  # libvirt and pyroute2, only where they are used
 
-        async with real_drivers(config, meter) as drivers:
+        async with real_drivers(config, meter, certify) as drivers:
             yield drivers
         return
     from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
@@ -147,7 +148,15 @@ async def _run_agent(
     scraped: dict[str, AgentMetrics],
     agents: dict[str, Agent],
 ) -> None:
-    async with drivers_of(config, name, meter) as drivers, asyncio.TaskGroup() as group:
+    ways: list[Transport] = []
+
+    async def certify(migration: str, request: bytes) -> Ends:
+        for way in ways:
+            if isinstance(way, GrpcTransport):
+                return await way.certify(name, migration, request)
+        raise Unavailable("no manager is known that signs for migrations")
+
+    async with drivers_of(config, name, meter, certify) as drivers, asyncio.TaskGroup() as group:
         settings = Settings(
             config.stop_grace_s,
             repair_affinities=config.affinity_drift == "repair",
@@ -159,6 +168,7 @@ async def _run_agent(
         group.create_task(agent.run(), name=f"agent-{name}")
         link = None
         if (transport := _way(config, name, folder, group)) is not None:
+            ways.append(transport)
             link = Link(agent, transport, time.time, Random(), version())
             group.create_task(link.run(), name=f"link-{name}")
         scraped[name] = metrics = AgentMetrics(agent, link, version())
@@ -345,6 +355,10 @@ def parser() -> argparse.ArgumentParser:
     run_verb.add_argument("--state-dir", help="where the ledger, images and disks are (default /var/lib/casemate)")
     run_verb.add_argument("--run-dir", help="where sockets are (default /run/casemate)")
     run_verb.add_argument("--libvirt-uri", help="libvirt to use (default qemu:///system)")
+    run_verb.add_argument(
+        "--passage", metavar="ADDRESS[:FIRST-LAST]", help="address (and ports) that other hosts reach for migrations"
+    )
+    run_verb.add_argument("--moves-dir", help="this process's view of libvirt's /var/lib/libvirt/qemu/casemate")
     run_verb.add_argument("--scope", help="tells several agents of one machine apart (default main)")
     run_verb.add_argument(
         "--image-folder",

@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from casemate_agent.drivers.passageports import ports_of
 from casemate_agent.gpu.records import DEFAULT_POLICY, GpuPolicy
 from casemate_agent.gpu.settings import gpu_policy
 from casemate_agent.hardware.rules import DeviceRule, GpuRule, PortRule, device_rules, gpu_rules, port_rules
 from casemate_core.cpuset import EMPTY, CpuSet
-from casemate_core.errors import CallerError
+from casemate_core.errors import CallerError, MachineError
 
 #: What may be done about drift.
 DRIFT = ("repair", "hold")
@@ -48,6 +49,11 @@ class Config:
     state_dir: str = "/var/lib/casemate"
     run_dir: str = "/run/casemate"
     libvirt_uri: str = "qemu:///system"
+    #: Address of this host that others reach for a migration: ADDRESS, or ADDRESS:FIRST-LAST with the ports that may be
+    #: listened on. Empty: it takes part in none.
+    passage: str = ""
+    #: Folder of sockets of migrations, as this process sees /var/lib/libvirt/qemu/casemate of libvirtd.
+    moves_dir: str = "/var/lib/libvirt/qemu/casemate"
     #: Tells several agents of one machine apart (names of bridges and taps): 1 to 12 small letters and digits.
     scope: str = "main"
     #: Folders that ``file://`` sources of images may lie in; http and https need none.
@@ -152,6 +158,13 @@ def load(path: str, flags: Mapping[str, Any], *, needs_name: bool = True) -> Con
     for name, words in (("affinity_drift", DRIFT), ("page_drift", DRIFT), ("realtime", REALTIME)):
         if getattr(config, name) not in words:
             raise BadConfig(f"{name}: {getattr(config, name)!r} is none of {', '.join(words)}")
+    if config.passage:
+        try:
+            ports_of(config.passage)
+        except MachineError as error:
+            raise BadConfig(str(error)) from None
+    if config.passage and config.relay:
+        raise BadConfig("passage: a split agent (relay) takes part in no migrations yet; leave one of the two out")
     if config.stop_grace_s < 0 or config.concurrency < 1:
         raise BadConfig("stop_grace_s and concurrency: positive numbers")
     return config

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 from casemate_agent.config import Config
 from casemate_agent.drivers.console import PtyConsoles
@@ -21,6 +22,8 @@ from casemate_agent.drivers.libvirt import LibvirtHypervisor, LibvirtSettings
 from casemate_agent.drivers.network import HostNetworks
 from casemate_agent.drivers.nvfm import NvFabric
 from casemate_agent.drivers.partitions import CgroupPartitions
+from casemate_agent.drivers.passageports import Certify
+from casemate_agent.drivers.passages import HostPassages, cpu_name
 from casemate_agent.drivers.ports import Drivers
 from casemate_agent.drivers.seriallog import SerialLogFiles
 from casemate_agent.drivers.sriov import HostFunctions
@@ -31,15 +34,19 @@ from casemate_agent.drivers.vgpu import HostShares
 from casemate_agent.drivers.volumes import VolumeFiles
 from casemate_agent.metrics.families import LIBVIRT_FAILED, LIBVIRT_S
 from casemate_agent.relay.pipe import Relay, uid_of
+from casemate_agent.uplink.crossing import TlsCrossings
 from casemate_core.metrics import Meter
 
+#: Of a libvirtd as distributions configure it.
+DEFAULT_SOCKET = "/run/libvirt/libvirt-sock"
 #: Where the answer about KVM is kept, in the state folder.
 PROBE_CACHE = "virtualisation.json"
 
 
 @asynccontextmanager
-async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
-    """The drivers of this machine; their threads and connections end with the context, VMs go on."""
+async def real_drivers(config: Config, meter: Meter, certify: Certify) -> AsyncIterator[Drivers]:
+    """The drivers of this machine; their threads and connections end with the context, VMs go on. ``certify`` asks the
+    manager for certificates of migrations."""
     state_dir = Path(config.state_dir).absolute()
     run_dir = Path(config.run_dir).absolute()
     run_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -97,6 +104,12 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
         stack.push_async_callback(consoles.aclose)
         serials = SerialLogFiles(state_dir / "instances", time.time)
         stack.callback(serials.close)
+        passages = None
+        if config.passage and not config.relay:
+            crossings = TlsCrossings(config.passage, certify)
+            cpu = cpu_name(Path("/proc/cpuinfo").read_text())
+            passages = HostPassages(crossings, hypervisor, socket_of(config.libvirt_uri), Path(config.moves_dir), cpu)
+            stack.push_async_callback(passages.aclose)
         yield Drivers(
             machine=machine,
             survey=survey,
@@ -114,4 +127,11 @@ async def real_drivers(config: Config, meter: Meter) -> AsyncIterator[Drivers]:
             tuning=tuning,
             partitions=partitions,
             volumes=volumes,
+            passages=passages,
         )
+
+
+def socket_of(uri: str) -> str:
+    """The socket of the libvirtd that a URI names (https://libvirt.org/uri.html, "URI parameters")."""
+    found = parse_qs(urlsplit(uri).query).get("socket", ())
+    return found[0] if found else DEFAULT_SOCKET

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from casemate_agent.agent import Agent, Pace
-from casemate_agent.plan.drafting import Settings
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.drivers.simulated import SimulatedHost, SimulatedPace
 from casemate_agent.drivers.simulated_disk import SimulatedDisk
 from casemate_agent.execute.executor import Step
 from casemate_agent.ledger.store import Ledger, inline
+from casemate_agent.plan.drafting import Settings
 from casemate_core.spec.instance import InstanceState
 from casemate_core.topology_loaders import from_line
 from casemate_manager.fleet import desired

@@ -14,6 +14,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -24,6 +25,7 @@ import libvirt
 from casemate_agent.domain import HostShape, domain_xml, parse_domain
 from casemate_agent.domain.facts import machine_type, serial_path
 from casemate_agent.domain.metadata import full_record, record_digest
+from casemate_agent.domain.moved import moved_xml
 from casemate_agent.domain.names import channel_path, check_uid
 from casemate_agent.domain.stats import parse_stats
 from casemate_agent.drivers.deadline import DeadlineExecutor, Observe, unobserved
@@ -32,9 +34,15 @@ from casemate_agent.drivers.kvm import Virtualisation, probe
 from casemate_agent.drivers.pciplaces import read_places
 from casemate_agent.drivers.ports import DomainEvent, DomainFacts, DomainFiles, DomainPhase, DomainStats, QemuThreads
 from casemate_agent.drivers.threads import ThreadReader
-from casemate_agent.drivers.virtlines import Lines, Remaining
+from casemate_agent.drivers.virtlines import (
+    KEEPALIVE_COUNT,
+    KEEPALIVE_INTERVAL_S,
+    HypervisorFailed,
+    Lines,
+    Remaining,
+)
 from casemate_core.cpuset import CpuSet
-from casemate_core.errors import InternalError, MachineError, NotFound
+from casemate_core.errors import CasemateError, DeadlineExceeded, InternalError, MachineError, NotFound
 from casemate_core.quantity import MIB
 from casemate_core.spec.instance import DesiredInstance
 
@@ -44,6 +52,8 @@ log = logging.getLogger(__name__)
 DEFAULT_URI = "qemu:///system"
 #: Events kept for a reader that is slow; beyond it they become one "look at everything".
 MAX_QUEUED_EVENTS = 1024
+#: A migration that is given up has so long to end, in seconds.
+ABORT_S = 30.0
 
 PHASES = {
     libvirt.VIR_DOMAIN_NOSTATE: DomainPhase.SHUT_OFF,
@@ -93,6 +103,8 @@ class LibvirtHypervisor:
     def __init__(self, settings: LibvirtSettings, observe: Observe = unobserved) -> None:
         self._settings = settings
         self._calls = DeadlineExecutor("libvirt", observe=observe)
+        #: Migrations take as long as they take, and keep nobody else from a thread.
+        self._moves = DeadlineExecutor("libvirt-moves", threads=4, observe=observe)
         self._lines = Lines(settings.uri, self._calls, self._on_lifecycle, self._on_back)
         self._readers: set[asyncio.Queue[DomainEvent]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,6 +122,7 @@ class LibvirtHypervisor:
     async def __aexit__(self, *_: object) -> None:
         await self._lines.end()
         self._calls.close()
+        self._moves.close()
 
     # --- the port -----------------------------------------------------------------------------------------------------
 
@@ -127,6 +140,46 @@ class LibvirtHypervisor:
             shape = await self.shape(left())
             placed = replace(files, places=read_places(files.functions))
             await self._lines.call("define domain", lambda c: self._define(c, desired, placed, shape), left())
+
+    async def expect(self, desired: DesiredInstance, files: DomainFiles, deadline_s: float) -> str:
+        async with Remaining(deadline_s) as left:
+            shape = await self.shape(left())
+            write_private(self._record_path(desired.uid), full_record(desired).encode())
+            return domain_xml(desired, replace(files, places=read_places(files.functions)), shape)
+
+    async def migrate(self, uid: str, xml: str, *, virt: str, memory: str, disk: str, deadline_s: float) -> None:
+        """``passages.Migrates``."""
+        call = partial(_migrate, self._settings.uri, f"qemu+unix:///system?socket={virt}", uid, xml, memory, disk)
+        work = asyncio.ensure_future(self._moves.run("migrate", call, deadline_s + ABORT_S))
+        try:
+            async with asyncio.timeout(deadline_s):
+                await asyncio.shield(work)
+        except (asyncio.CancelledError, TimeoutError) as error:
+            if not work.done():
+                await self._give_up(uid, work)
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded(f"not sent within {deadline_s:.0f} s") from None
+            raise
+
+    async def _give_up(self, uid: str, work: "asyncio.Future[None]") -> None:
+        """Have a migration end: it is asked to, until it has, whoever has lost patience meanwhile."""
+
+        def abort(connection: Any) -> None:
+            domain = _lookup(connection, uid)
+            if domain is not None and domain.isActive():
+                domain.abortJob()
+
+        end_s = asyncio.get_running_loop().time() + ABORT_S
+        while not work.done() and asyncio.get_running_loop().time() < end_s:
+            with suppress(asyncio.CancelledError, CasemateError):
+                await self._lines.call("abort a migration", abort, 5.0)
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({work}, timeout=1.0)
+        if work.done():
+            with suppress(CasemateError, asyncio.CancelledError):
+                work.result()
+        else:
+            work.cancel()
 
     async def affinities(self, pids: tuple[int, ...], deadline_s: float) -> Mapping[int, QemuThreads]:
         # In the loop: no call of it waits for anything, and a hundred VMs take a few milliseconds.
@@ -346,6 +399,10 @@ class LibvirtHypervisor:
             frozen = state == libvirt.VIR_DOMAIN_PAUSED and why == libvirt.VIR_DOMAIN_PAUSED_USER
             if frozen:
                 facts = replace(facts, frozen=True)
+            elif state == libvirt.VIR_DOMAIN_PAUSED and why == libvirt.VIR_DOMAIN_PAUSED_MIGRATION:
+                facts = replace(facts, halted=True)
+            elif state == libvirt.VIR_DOMAIN_SHUTOFF and why == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED:
+                facts = replace(facts, left=True)
             if owner is not None:
                 facts = replace(facts, record=self._record(owner.uid, owner.record, owner.digest))
             found.append(facts)
@@ -428,6 +485,49 @@ class LibvirtHypervisor:
 
     def _on_back(self) -> None:
         self._publish(DomainEvent("", "", "the connection to libvirt is back"))
+
+
+def _migrate(here: str, there: str, uid: str, xml: str, memory: str, disk: str) -> None:
+    """In a thread, with connections of its own: one migration, to its end. What it leaves is frozen there and off here.
+
+    This process is libvirt's client at both hosts. Were it to die, both connections would close, and libvirt itself would end
+    what is half there and let the source go on.
+    """
+    source = target = None
+    try:
+        source = libvirt.open(here)
+        target = libvirt.open(there)
+        for each in (source, target):
+            each.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
+        domain = _lookup(source, uid)
+        if domain is None:
+            raise NotFound("domain", uid)
+        made = moved_xml(xml, domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE))
+        flags = (
+            libvirt.VIR_MIGRATE_LIVE
+            # It goes on when the manager has switched over, and not because libvirt thinks that it has arrived.
+            | libvirt.VIR_MIGRATE_PAUSED
+            | libvirt.VIR_MIGRATE_PERSIST_DEST
+            | libvirt.VIR_MIGRATE_NON_SHARED_INC
+            | libvirt.VIR_MIGRATE_AUTO_CONVERGE
+            | libvirt.VIR_MIGRATE_ABORT_ON_ERROR
+        )
+        parameters = {
+            libvirt.VIR_MIGRATE_PARAM_URI: f"unix://{memory}",
+            libvirt.VIR_MIGRATE_PARAM_DISKS_URI: f"unix://{disk}",
+            libvirt.VIR_MIGRATE_PARAM_DEST_XML: made,
+            libvirt.VIR_MIGRATE_PARAM_PERSIST_XML: made,
+        }
+        domain.migrate3(target, parameters, flags)
+    except libvirt.libvirtError as error:
+        text = error.get_error_message() or str(error)
+        # ``from None``: the traceback holds libvirt's objects, and they must not leave this thread.
+        raise HypervisorFailed("migrate", text, error.get_error_code()) from None
+    finally:
+        for each in (target, source):
+            if each is not None:
+                with suppress(libvirt.libvirtError):
+                    each.close()
 
 
 def _lookup(connection: Any, uid: str) -> Any:

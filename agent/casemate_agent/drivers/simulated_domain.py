@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from casemate_agent.ledger.desired import to_metadata
 from casemate_agent.drivers.ports import (
     BlockStats,
     DomainFacts,
@@ -21,6 +20,7 @@ from casemate_agent.drivers.ports import (
     VcpuStats,
 )
 from casemate_agent.drivers.simulated_guest import SimulatedGuest
+from casemate_agent.ledger.desired import to_metadata
 from casemate_core.cpuset import CpuSet
 from casemate_core.quantity import MIB
 from casemate_core.spec.instance import DesiredInstance, bridged

@@ -51,7 +51,6 @@ from casemate_agent.drivers.simulated_tuning import SimulatedTuning
 from casemate_agent.drivers.simulated_volumes import SimulatedVolumes, volume_path
 from casemate_agent.gpu.shares import shares_of
 from casemate_agent.hardware.functions import grant_of
-from casemate_agent.ledger.desired import to_metadata
 from casemate_core.cpuset import CpuSet
 from casemate_core.errors import CallerError, DeadlineExceeded, MachineError, NotFound, Unavailable
 from casemate_core.spec.instance import DesiredInstance, HostNetwork, ImageRef, Nic, bridged

@@ -25,9 +25,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from casemate_agent import actions as act
-from casemate_agent.plan.drafting import ACTIVE, Draft
 from casemate_agent.drivers.ports import DomainPhase
 from casemate_agent.ledger.records import InstanceRecord, OrderRecord
+from casemate_agent.plan.drafting import ACTIVE, Draft
 from casemate_core.errors import DeadlineExceeded
 from casemate_core.spec.instance import HostNetwork, Phase, Run, bridged
 from casemate_core.spec.operation import ENDED, Order, OrderPhase, Stage, Verb

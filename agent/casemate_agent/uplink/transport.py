@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
+from casemate_agent.drivers.passageports import Ends
 from casemate_core.errors import CallerError, Unavailable
 from casemate_wire.channel import Frame
 from casemate_wire.stream import FromHost, ToHost
@@ -29,6 +30,8 @@ KEEPALIVE_MS = 10_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 #: Parts of a transfer are cut to well under this (casemate_wire.session.PART_CHARACTERS).
 MAX_MESSAGE_BYTES = 4 * 2**20
+#: How long the manager has to sign a certificate, in seconds.
+CERTIFY_S: Final = 10.0
 #: Of the service HostLink, for who passes messages on without reading them.
 METHODS: Final = {"session": "/casemate.host.v1.HostLink/Session", "channel": "/casemate.host.v1.HostLink/Channel"}
 
@@ -141,6 +144,22 @@ class GrpcTransport:
 
         call = HostLinkStub(self._channel or await self._dialled()).Channel()
         return _GrpcStream(call, frame_to_wire, frame_from_wire)
+
+    async def certify(self, host: str, migration: str, request: bytes) -> Ends:
+        """A certificate for this host's end of a migration. Raises Unavailable."""
+        import grpc.aio
+
+        from casemate_wire.v1.hosts_pb2 import MigrationCertificateRequest
+        from casemate_wire.v1.hosts_pb2_grpc import HostLinkStub
+
+        asked = MigrationCertificateRequest(migration=migration, certificate_request=request, host=host)
+        try:
+            made = await HostLinkStub(self._channel or await self._dialled()).MigrationCertificate(
+                asked, timeout=CERTIFY_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(f"the manager does not sign for this migration: {error.details()}") from None
+        return Ends(made.certificate, made.issuer, made.end)
 
     async def close(self) -> None:
         channel, self._channel = self._channel, None
