@@ -28,6 +28,7 @@ VERBS: Final[dict[str, dict[str, tuple[str, str, str]]]] = {
         "pause": ("run", "pause", "Freeze the guests of environments where they stand, in memory."),
         "resume": ("run", "resume", "Let the frozen guests of environments go on."),
         "rebuild": ("operate", "rebuild", "Give instances a new root disk, made from their image."),
+        "migrate": ("operate", "migrate", "Move a running instance to another host; its guest goes on."),
         "certify": ("certify", "certify", "Measure the latency in guests, as a certificate of it."),
         "logs": ("logs", "logs", "Show what a container wrote."),
         "exec": ("exec", "exec_", "Run a command in a container, or with --vm in the VM itself."),

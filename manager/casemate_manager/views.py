@@ -222,6 +222,7 @@ def operation_view(state: State, record: OperationRecord) -> OperationView:
         record.finished_s,
         record.host,
         record.certificate,
+        record.target,
     )
 
 

@@ -76,6 +76,7 @@ ROWS: Mapping[str, Row] = {
     "pause": row("{}"),
     "resume": row("{}"),
     "rebuild": row("{}", "--yes"),
+    "migrate": row("inst/{}-0"),
     "logs": row("{}"),
     "exec": row("{}", "--", "true"),
     "console": row("{}"),

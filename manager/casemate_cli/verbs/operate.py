@@ -22,7 +22,13 @@ _ENDED = ("Done", "Failed", "Unknown")
 
 
 def ask(
-    client: "Client", target: Target, verb: str, grace_s: float | None, timeout_s: float, duration_s: float = 0.0
+    client: "Client",
+    target: Target,
+    verb: str,
+    grace_s: float | None,
+    timeout_s: float,
+    duration_s: float = 0.0,
+    to_host: str = "",
 ) -> list[Target]:
     """Ask for an operation on an instance or an environment; the operations. Raises Failure."""
     from casemate_cli.client import request_key
@@ -36,6 +42,7 @@ def ask(
         grace_s=grace_s,
         timeout_s=timeout_s,
         duration_s=duration_s,
+        to_host=to_host,
     )
     answer: pb.OperateResponse = client.call(client.stub.Operate, request, f"{verb} of {target}")
     return [Target(BY_NAME["Operation"], ref.name) for ref in answer.operations]
@@ -49,6 +56,7 @@ def operate(
     timeout_s: float,
     grace_s: float | None = None,
     duration_s: float = 0.0,
+    to_host: str = "",
 ) -> None:
     """Ask for it, and wait for the ends. Raises Failure where one failed, or has not ended in time."""
     from casemate_cli.client import Client
@@ -60,7 +68,9 @@ def operate(
             remedy="name an environment, for example hello, or one instance of it, inst/hello-0",
         )
     with Client(options.settings(ctx)) as client:
-        asked = [(target, o) for target in wanted for o in ask(client, target, verb, grace_s, timeout_s, duration_s)]
+        asked = [
+            (target, o) for target in wanted for o in ask(client, target, verb, grace_s, timeout_s, duration_s, to_host)
+        ]
         if not wait:
             for target, operation in asked:
                 term.out(f"{target}: {operation} was asked for")
@@ -87,7 +97,9 @@ def _follow(client: "Client", operation: Target, end_s: float, timeout_s: float,
 
     def tell(target: Target, message: Any) -> None:
         last["message"] = message
-        progress.update(f"{message.spec.target.name}: {message.spec.verb}: {message.status.phase}")
+        said = message.status
+        more = f": {term.clean(said.message)}" if said.phase == "Running" and said.message else ""
+        progress.update(f"{message.spec.target.name}: {message.spec.verb}: {said.phase}{more}")
 
     # a manager tells the end a little after the deadline that it gave the host
     left_s = max(1.0, end_s - time.monotonic() + 5)
@@ -187,3 +199,30 @@ def rebuild(
             raise Failure("the root disks would be lost, and nobody can be asked", remedy="give --yes")
         click.confirm(f"The root disks of {', '.join(arguments)} will be lost. Go on?", abort=True, err=True)
     operate(ctx, "rebuild", arguments, wait, timeout, grace)
+
+
+@click.command()
+@click.option(
+    "--to",
+    "to_host",
+    default="",
+    metavar="HOST",
+    help="The host to move to; the scheduler chooses one where it is left out.",
+    shell_complete=completing.names_of("Host"),
+)
+@shared_options(grace=False)
+@click.pass_context
+def migrate(ctx: click.Context, arguments: tuple[str, ...], wait: bool, timeout: float, to_host: str) -> None:
+    """Move a running instance to another host; its guest goes on.
+
+    Memory and root disk are sent while the guest runs. It stands still for the end of that, and until the manager has switched
+    over. Uid, MAC and addresses stay. What cannot be moved is refused, with the reason, before anything is done: passed
+    through devices, volumes on the host's own disk, another kind of CPU at the other host. Where a move does not succeed
+    the instance goes on where it is.
+
+    \b
+    Examples:
+      casemate migrate inst/hello-0
+      casemate migrate inst/hello-0 --to h2 --timeout 30m
+    """
+    operate(ctx, "migrate", arguments, wait, timeout, to_host=to_host)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from casemate_core.errors import InvalidSpec, Violation
 from casemate_core.spec.access import FLEET, RoleBinding, Scope, User
 from casemate_core.spec.meta import DEFAULT_TENANT, TENANT_KINDS
+from casemate_core.spec.operation import Verb
 from casemate_manager.access import (
     KINDS,
     Denied,
     Grants,
+    Permission,
     Principal,
     denied_in,
     refusal,
@@ -28,6 +30,7 @@ from casemate_manager.fleet.commands import (
     DeleteResource,
     MakeAccessKey,
     Object,
+    OperateInstances,
 )
 from casemate_manager.fleet.state import State
 
@@ -60,6 +63,9 @@ def check(state: State, grants: Grants, command: Command) -> None:
                 _check_write(state, grants, one)
         case DeleteResource():
             _check_delete(state, grants, command)
+        case OperateInstances(verb=Verb.MIGRATE) if not grants.allows(Permission.OPERATE):
+            # It takes room of a host, and says of hosts what they are.
+            raise Denied(grants.principal.name, Permission.OPERATE, "hosts, which a migration chooses between")
         case MakeAccessKey() | ChangeAccessKey():
             keys.check(state, grants, command)
         case _:

@@ -172,6 +172,8 @@ class OperationView:
     finished_s: float = 0.0
     host: str = ""
     certificate: Certificate | None = None
+    #: Of a migrate: where it goes to.
+    to_host: str = ""
 
 
 @dataclass(frozen=True, slots=True)

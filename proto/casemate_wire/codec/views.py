@@ -152,6 +152,7 @@ def operation_to_message(view: OperationView) -> pb.Operation:
             finished=timestamp(view.finished_s),
             host=view.host,
             certificate=certificate_to_message(view.certificate) if view.certificate else None,
+            to_host=view.to_host,
         ),
     )
 

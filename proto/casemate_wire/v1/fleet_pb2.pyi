@@ -1330,6 +1330,7 @@ class OperationStatus(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    TO_HOST_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """`Unknown`: whether it took effect could not be found out."""
@@ -1337,7 +1338,9 @@ class OperationStatus(_message.Message):
     reason: _builtins.str
     """One word for programs."""
     host: _builtins.str
-    """The host that carries it out."""
+    """The host that carries it out; of a migrate the one that it leaves."""
+    to_host: _builtins.str
+    """Of a migrate: the host that it goes to."""
     @_builtins.property
     def started(self) -> _timestamp_pb2.Timestamp:
         """When the host began it."""
@@ -1357,11 +1360,12 @@ class OperationStatus(_message.Message):
         finished: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
         host: _builtins.str = ...,
+        to_host: _builtins.str = ...,
         certificate: _realtime_pb2.Certificate | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "host", b"host", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "finished", b"finished", "host", b"host", "message", b"message", "phase", b"phase", "reason", b"reason", "started", b"started", "to_host", b"to_host"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
