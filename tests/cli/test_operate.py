@@ -121,3 +121,28 @@ def test_a_rolling_update_is_carried_out(fleet: Fleet, name: str) -> None:
         fleet.run("wait", where, "--for", "jsonpath={.spec.memory}=384Mi", "--timeout", "90s", timeout_s=100).ok()
         fleet.run("wait", where, "--for", "ready", "--timeout", "90s", timeout_s=100).ok()
     assert not set(before) & {status(fleet, f"{name}-{n}")["pid"] for n in range(3)}
+
+
+def test_migrate_moves_a_running_instance(fleet: Fleet, name: str) -> None:
+    make(fleet, name)
+    vm = f"{name}-0"
+    fresh = json.loads(fleet.run("get", "inst", vm, "-o", "json").ok())
+    here = fresh["spec"]["host"]
+    told = fleet.run("migrate", f"inst/{vm}").ok()
+    assert told.startswith(f"instance/{vm}: migrate done: moved from {here} to "), told
+    fleet.run("wait", f"inst/{vm}", "--for", "ready", "--timeout", "60s").ok()
+    now = json.loads(fleet.run("get", "inst", vm, "-o", "json").ok())
+    assert now["spec"]["host"] != here and now["status"]["guestBootId"] == fresh["status"]["guestBootId"]
+    assert now["metadata"]["uid"] == fresh["metadata"]["uid"] and now["spec"]["nics"] == fresh["spec"]["nics"]
+    operations = json.loads(fleet.run("get", "operations", "-o", "json").ok())["items"]
+    (mine,) = [o for o in operations if o["spec"]["target"]["name"] == vm]
+    assert (mine["status"]["host"], mine["status"]["toHost"]) == (here, now["spec"]["host"])
+    events = fleet.run("events", f"inst/{vm}").ok()
+    assert "MigrateAsked" in events and "MigrateDone" in events
+    there = now["spec"]["host"]
+    refused = fleet.run("migrate", f"inst/{vm}", "--to", there)
+    assert refused.code != 0 and f"cannot move to {there}: it is there already" in refused.err
+    fleet.run("migrate", f"inst/{vm}", "--to", here).ok()
+    fleet.run("stop", name).ok()
+    refused = fleet.run("migrate", f"inst/{vm}")
+    assert refused.code != 0 and "should not run" in refused.err
