@@ -66,6 +66,8 @@ def fixed_because(state: State, observed: Observed, instance: InstanceRecord) ->
     claim = placement.claim
     if claim.gpus:
         return f"it has {len(claim.gpus)} GPUs passed through, whose state cannot be sent"
+    if claim.shares:
+        return f"it has {len(claim.shares)} shares of GPUs passed through, whose state cannot be sent"
     if claim.vfs:
         return f"it has {len(claim.vfs)} virtual functions of a NIC passed through, whose state cannot be sent"
     if claim.devices:
