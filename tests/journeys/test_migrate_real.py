@@ -98,7 +98,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def counting(name: str) -> dict[str, Any]:
-    made = empty_environment(name)
+    """Without an interface: two hosts on one machine cannot both have the bridge of one network."""
+    made = empty_environment(name, isolated=True)
     made["spec"]["image"] = "counting"
     return made
 
@@ -125,7 +126,7 @@ def test_a_guest_that_counts_is_moved_and_goes_on_counting(pair: Pair) -> None:
     assert moved.code == 0, f"{moved.err}\n{pair.tails()}"
     assert moved.out.startswith(f"instance/count-0: migrate done: moved from {here} to {there} in "), moved.out
     after = fleet.instance("count")
-    assert after["metadata"]["uid"] == uid and after["spec"]["nics"] == before["spec"]["nics"]
+    assert after["metadata"]["uid"] == uid
     assert pair.host_of("count") == there
     mark = len(pair.numbers(there, uid))
     fleet.until("it goes on counting", lambda: len(pair.numbers(there, uid)) > mark + 20)
