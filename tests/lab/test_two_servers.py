@@ -50,9 +50,11 @@ def pair(servers: list[Server]) -> Iterator[dict[str, dict[str, object]]]:
     """An instance on each server, by the host's name."""
     first = servers[0]
     first.casemate("apply", "-f", "-", stdin=PAIR).ok()
-    started = [first.running(f"pair-{ordinal}") for ordinal in range(2)]
-    yield {instance["status"]["host"]: instance for instance in started}
-    first.deleted("pair")
+    try:
+        started = [first.running(f"pair-{ordinal}") for ordinal in range(2)]
+        yield {instance["status"]["host"]: instance for instance in started}
+    finally:
+        first.deleted("pair")
 
 
 def test_two_servers_are_two_hosts_to_everybody(servers: list[Server]) -> None:
