@@ -52,7 +52,7 @@ def pair(servers: list[Server]) -> Iterator[dict[str, dict[str, object]]]:
     first.casemate("apply", "-f", "-", stdin=PAIR).ok()
     try:
         started = [first.running(f"pair-{ordinal}") for ordinal in range(2)]
-        yield {instance["status"]["host"]: instance for instance in started}
+        yield {instance["spec"]["host"]: instance for instance in started}
     finally:
         first.deleted("pair")
 
@@ -159,14 +159,14 @@ def test_a_server_that_is_cut_off_is_unknown_and_its_instance_is_nowhere_else(
     boot = there.get("host", there.host)["status"]["bootId"]
     there.machine.stop()
     here.until("the fleet does not know of it", lambda: phase(here, there.host) == "Unknown")
-    assert here.get("instance", str(pair[there.host]["metadata"]["name"]))["status"]["host"] == there.host  # type: ignore[index]
+    assert here.get("instance", str(pair[there.host]["metadata"]["name"]))["spec"]["host"] == there.host  # type: ignore[index]
     assert uid not in here.machine.run("virsh list --all --uuid")
     there.machine.start()
     there.machine.run("systemctl start libvirtd", timeout_s=300)
     there.start_agent()
     there.until("it has joined again", there.joined)
     again = there.until("its instance runs again, there", lambda: runs_since(there, uid, boot))
-    assert again["status"]["host"] == there.host
+    assert again["spec"]["host"] == there.host
     mine = here.get("instance", str(pair[here.host]["metadata"]["name"]))  # type: ignore[index]
     assert mine["status"]["pid"] == pid, "the other one never noticed"
 
