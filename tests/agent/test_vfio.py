@@ -40,6 +40,12 @@ def test_a_group_is_given_whole_or_the_others_are_named(root: Path) -> None:
     with pytest.raises(GroupNotViable, match=rf"group 7 of {CARD} holds {AUDIO} \(snd_hda_intel\) too"):
         vfio.bind(CARD)
     assert not (root / f"sys/bus/pci/devices/{CARD}/driver_override").exists(), "nothing was touched"
+    bound = root / f"sys/bus/pci/devices/{CARD}/driver"
+    (root / "sys/bus/pci/drivers/vfio-pci").mkdir()
+    bound.symlink_to(root / "sys/bus/pci/drivers/vfio-pci")
+    with pytest.raises(GroupNotViable):
+        vfio.bind(CARD)  # bound already: somebody has come to the group since
+    bound.unlink()
     (root / f"sys/bus/pci/devices/{CARD}/iommu_group").unlink()
     with pytest.raises(BindFailed, match="switch the IOMMU on"):
         vfio.group(CARD)

@@ -157,7 +157,7 @@ class HostCards:
         address = self._address(uuid)
 
         def unbind() -> None:
-            if self._vfio.driver(address) == DRIVER:
+            if self._vfio.driver(address) in ("", DRIVER):
                 self._refuse_held(uuid, address)
             self._vfio.release(address, back=True)
 

@@ -80,13 +80,14 @@ class Vfio:
 
     def bind(self, address: str) -> None:
         """Bind to vfio-pci, away from whatever has it. Raises BindFailed, GroupNotViable naming the others."""
-        if self.driver(address) == DRIVER:
-            return
+        # Asked of one that is bound already, too: a host's driver may have come to another function since.
         if others := [(other, driver) for other, driver in self.others_of_group(address) if driver != DRIVER]:
             named = ", ".join(f"{other} ({driver})" for other, driver in others)
             raise GroupNotViable(
                 f"IOMMU group {self.group(address)} of {address} holds {named} too; give those away with it, or unbind them"
             )
+        if self.driver(address) == DRIVER:
+            return
         if not (self._root / PCI / "drivers" / DRIVER).exists():
             # The module's name has one form on every kernel; what it needs of this machine it says itself.
             done = subprocess.run(["modprobe", DRIVER], capture_output=True, text=True, timeout=30, check=False)
