@@ -34,9 +34,9 @@ from casemate_manager.api.why import PlacerWhy
 from casemate_manager.fleet.acts import Actor, By
 from casemate_manager.fleet.commands import Answer, ApplyResources, Command
 from casemate_manager.fleet.machine import Rules
-from casemate_manager.fleet.objects import ObjectRules
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.placing import Placer
+from casemate_manager.fleet.references import ObjectRules
 from casemate_manager.fleet.state import State
 from casemate_manager.keyring import Keyring
 from casemate_manager.movecerts import MoveAuthority

@@ -11,7 +11,7 @@ from casemate_manager.fleet.placing import request_of
 from casemate_wire import manifest
 from casemate_wire.codec import environment as codec
 from casemate_wire.codec import resources
-from casemate_wire.codec.hosts import instance_from_message, instance_to_message
+from casemate_wire.codec.desired import instance_from_message, instance_to_message
 from support.small_fleet import SmallFleet, environment, image, network, topology
 
 FRONTHAUL = Network(Meta("fronthaul"), NetworkSpec("physical", "10.71.0.0/24"))

@@ -12,6 +12,7 @@ from casemate_manager.fleet.commands import Due, GpuAnswer, HostFacts, OrderGpu
 from casemate_manager.fleet.gpus import MOST_PASSPORTS
 from casemate_manager.fleet.requests import KeyReused
 from casemate_wire import manifest
+from casemate_wire.codec import desired as told_codec
 from casemate_wire.codec import environment as codec
 from casemate_wire.codec import hosts as wire
 from casemate_wire.codec import resources
@@ -96,7 +97,7 @@ def test_what_an_instance_has_is_held_by_it_alone_and_after_it_until_it_is_clean
     house.wants()
     (placement,) = house.made.state.placements.values()
     told = desired.desired_instance(house.made.state, placement)
-    assert wire.instance_from_message(wire.instance_to_message(told)) == told
+    assert told_codec.instance_from_message(told_codec.instance_to_message(told)) == told
     attached = state(A, GpuPhase.ATTACHED, owner=placement.instance_uid, tenant="default")
     house.says(attached, state(B, GpuPhase.QUARANTINED, reason="hot"))
     view = gpus.view(house.made.state, house.made.observed, A)

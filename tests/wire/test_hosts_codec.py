@@ -13,7 +13,8 @@ from casemate_core.spec.secret import SecretText
 from casemate_core.spec.views import Condition
 from casemate_core.topology_loaders import from_line
 from casemate_wire import schema, stream
-from casemate_wire.codec import hosts
+from casemate_wire.codec import hosts, volume
+from casemate_wire.codec.basics import BadMessage
 from casemate_wire.codec.views import boot_word
 from casemate_wire.v1 import hosts_pb2
 from casemate_wire.v1.environment_pb2 import InstanceStatus
@@ -141,7 +142,7 @@ def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
             continue
         try:
             decode(message)
-        except hosts.BadMessage:
+        except BadMessage:
             pass
 
 
@@ -160,7 +161,7 @@ def test_an_instance_without_shape_is_refused(field: str, value: str | None) -> 
         message.desired.instances[0].ClearField(field)
     else:
         setattr(message.desired.instances[0], field, value)
-    with pytest.raises(hosts.BadMessage):
+    with pytest.raises(BadMessage):
         hosts.to_host_from_wire(message)
 
 
@@ -201,20 +202,20 @@ def test_how_far_a_guest_has_booted(state: i.InstanceState, word: str) -> None:
 )
 def test_a_volume_that_names_no_file_and_no_folder_is_refused(change: dict[str, object], why: str) -> None:
     good = {"uid": UID, "name": "data", "size_mib": 16, "format": "raw"}
-    hosts.volume.refs_from_message([hosts_pb2.HostVolume(**good)])
-    with pytest.raises(hosts.BadMessage, match=why):
-        hosts.volume.refs_from_message([hosts_pb2.HostVolume(**(good | change))])
+    volume.refs_from_message([hosts_pb2.HostVolume(**good)])
+    with pytest.raises(BadMessage, match=why):
+        volume.refs_from_message([hosts_pb2.HostVolume(**(good | change))])
 
 
 def test_a_volume_twice_is_refused() -> None:
     one = hosts_pb2.HostVolume(uid=UID, name="data", size_mib=16, format="raw")
-    with pytest.raises(hosts.BadMessage, match="2 volumes"):
-        hosts.volume.refs_from_message([one, one])
+    with pytest.raises(BadMessage, match="2 volumes"):
+        volume.refs_from_message([one, one])
 
 
 def test_what_a_host_does_not_know_of_volumes_is_not_none_of_them() -> None:
     assert hosts.volume.facts_from_message(hosts_pb2.HostFacts()) is None
     assert hosts.volume.facts_from_message(hosts_pb2.HostFacts(volumes_known=True)) == ()
     bad = hosts_pb2.HostFacts(volumes_known=True, volumes=[hosts_pb2.VolumeFacts(uid="x")])
-    with pytest.raises(hosts.BadMessage, match="facts of volume"):
+    with pytest.raises(BadMessage, match="facts of volume"):
         hosts.volume.facts_from_message(bad)

@@ -1,6 +1,6 @@
 """What goes on beside a guest's pods: commands, connections to its ports, files in and out, keys for SSH.
 
-What may live here: sessions on the streams of a `guest.GuestChannel`. What a guest says of itself, host keys too, is
+What may live here: sessions on the streams of a `guestchannel.GuestChannel`. What a guest says of itself, host keys too, is
 hostile: each is taken only in the shape that it must have.
 """
 
@@ -15,7 +15,7 @@ from casemate_agent.guest.casemate_guest.frames import CHUNK
 from casemate_core.errors import Unavailable
 
 if TYPE_CHECKING:
-    from casemate_agent.drivers.guest import GuestChannel, _Stream
+    from casemate_agent.drivers.guestchannel import GuestChannel, GuestStream
 
 SIDE_CREDIT = 256 * 1024
 #: A public key as sshd writes it: its type, and base64; what follows is a comment.
@@ -25,7 +25,7 @@ HOST_KEY = re.compile(r"((?:ssh|ecdsa|sk)-[a-z0-9@.-]{1,60} [A-Za-z0-9+/]{20,400
 class GuestExec:
     """A command that runs in a guest, or a connection to a port of it; see `ports.ExecSession`."""
 
-    def __init__(self, channel: "GuestChannel", number: int, stream: "_Stream") -> None:
+    def __init__(self, channel: "GuestChannel", number: int, stream: "GuestStream") -> None:
         self._channel, self._number, self._stream = channel, number, stream
         self._exit_code: int | None = None
 

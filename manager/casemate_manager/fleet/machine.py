@@ -8,7 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
 from casemate_manager.access import grants_of
-from casemate_manager.fleet import acts, advance, auditing, due, enrolment, gpus, hosts, keys, objects, operations
+from casemate_manager.fleet import (
+    acts,
+    advance,
+    auditing,
+    deletion,
+    due,
+    enrolment,
+    gpus,
+    hosts,
+    keys,
+    objects,
+    operations,
+)
 from casemate_manager.fleet.acts import By
 from casemate_manager.fleet.commands import (
     Advance,
@@ -36,10 +48,10 @@ from casemate_manager.fleet.commands import (
     UseToken,
 )
 from casemate_manager.fleet.draft import MAX_RECORDS, Draft
-from casemate_manager.fleet.objects import ObjectRules
 from casemate_manager.fleet.observed import Observed
 from casemate_manager.fleet.placing import Placer
 from casemate_manager.fleet.records import Put
+from casemate_manager.fleet.references import ObjectRules
 from casemate_manager.fleet.state import State
 
 #: How long an answered request is known by its key.
@@ -87,7 +99,7 @@ def _apply(state: State, observed: Observed, command: Command, now_s: float, rul
         case ApplyResources():
             return objects.apply_resources(state, observed, command, now_s, rules.objects)
         case DeleteResource():
-            return objects.delete_resource(state, observed, command, now_s)
+            return deletion.delete_resource(state, observed, command, now_s)
         case OperateInstances():
             return operations.operate(state, observed, command, now_s, rules.placer)
         case MakeAccessKey():

@@ -93,3 +93,17 @@ def condition_to_message(condition: Condition) -> meta_pb2.Condition:
 def ref_to_message(ref: ObjectRef) -> meta_pb2.ObjectRef:
     """One reference."""
     return meta_pb2.ObjectRef(kind=ref.kind, tenant=ref.tenant, name=ref.name, uid=ref.uid)
+
+
+def checked_text(value: str, limit: int = 1024) -> str:
+    """The text, where it is short enough and holds no NUL. Raises BadMessage."""
+    if len(value) > limit or "\0" in value:
+        raise BadMessage(f"text of {len(value)} characters, at most {limit} are taken")
+    return value
+
+
+def checked_uid(value: str) -> str:
+    """The uid, where it is one. Raises BadMessage."""
+    if not UID.match(value):
+        raise BadMessage(f"{shown(value)!r} is not a uid")
+    return value
