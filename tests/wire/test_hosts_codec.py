@@ -27,7 +27,7 @@ uids = st.uuids().map(str)
 files = st.builds(i.File, words, st.binary(min_size=32, max_size=32).map(lambda b: f"sha256:{b.hex()}"))
 images = st.builds(
     i.ImageRef, words, st.sampled_from(["disk", "oci-archive"]), files, st.sampled_from(["raw", "qcow2"]),
-    st.none() | files, st.none() | files, words,
+    st.none() | files, st.none() | files, words.filter(str.isprintable),
 )  # fmt: skip
 addresses = st.ip_addresses(v=4).map(str)
 nics = st.builds(
