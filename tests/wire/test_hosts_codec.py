@@ -214,8 +214,8 @@ def test_a_volume_twice_is_refused() -> None:
 
 
 def test_what_a_host_does_not_know_of_volumes_is_not_none_of_them() -> None:
-    assert hosts.volume.facts_from_message(hosts_pb2.HostFacts()) is None
-    assert hosts.volume.facts_from_message(hosts_pb2.HostFacts(volumes_known=True)) == ()
+    assert volume.facts_from_message(hosts_pb2.HostFacts()) is None
+    assert volume.facts_from_message(hosts_pb2.HostFacts(volumes_known=True)) == ()
     bad = hosts_pb2.HostFacts(volumes_known=True, volumes=[hosts_pb2.VolumeFacts(uid="x")])
     with pytest.raises(BadMessage, match="facts of volume"):
-        hosts.volume.facts_from_message(bad)
+        volume.facts_from_message(bad)
