@@ -31,6 +31,10 @@ MARK = "CASEMATE_TEST_RUN"
 PROCESS_WIDE = ("anon_inode:[eventfd]", "anon_inode:[eventpoll]", "/dev/null", "/dev/urandom", "/dev/random")
 """Descriptors that libraries open once per process and keep; a leak of these shows as a leaked thread or task too."""
 
+LASTING: set[int] = set()
+"""Processes that belong to a fixture of the session and may be replaced within a test: a server that is switched off and on. Who
+made them ends them, and the look at the end of the session finds them as any other."""
+
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 """Processes that the standard library starts once and keeps until the interpreter ends."""
 
@@ -61,6 +65,8 @@ def child_processes() -> set[psutil.Process]:
         return set()  # no child at all: the usual case, and far cheaper than walking /proc
     found = set()
     for child in psutil.Process().children():
+        if child.pid in LASTING:
+            continue
         try:
             if not any(helper in argument for argument in child.cmdline() for helper in HELPERS):
                 found.add(child)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.guards import LASTING
 from support.hostlab import recipe
 from support.hostlab.build import LabFailed, Parts
 
@@ -153,6 +154,7 @@ class Machine:
             self._qemu = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), cwd="/"
             )
+        LASTING.add(self._qemu.pid)
         self.powered_s = time.monotonic()
 
     def wait(self) -> None:
@@ -180,6 +182,7 @@ class Machine:
         forwards = [word for port in self.forwards for word in ("-R", f"127.0.0.1:{port}:127.0.0.1:{port}")]
         command = [*self._ssh_command(master=True), "-N", "-o", "ExitOnForwardFailure=yes", *forwards, "root@127.0.0.1"]
         self._ssh = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        LASTING.add(self._ssh.pid)
         give_up_s = time.monotonic() + 60
         while not self._control.exists():
             if self._ssh.poll() is not None or time.monotonic() > give_up_s:
@@ -190,6 +193,7 @@ class Machine:
         if self._ssh is not None:
             self._ssh.terminate()
             self._ssh.wait(20)
+            LASTING.discard(self._ssh.pid)
             self._ssh = None
         self._control.unlink(missing_ok=True)
 
@@ -203,6 +207,7 @@ class Machine:
             except subprocess.TimeoutExpired:
                 self._qemu.kill()
                 self._qemu.wait()
+            LASTING.discard(self._qemu.pid)
             self._qemu = None
 
     def reboot(self, shape: Shape | None = None) -> None:
