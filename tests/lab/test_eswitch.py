@@ -53,7 +53,7 @@ def given(wanted):
 found["can"] = eswitch.switched(device)
 found["ports"] = [asdict(port) for port in eswitch.vf_ports(device).values()]
 found["first"] = given(CLEAN)
-me = VfState("52:54:00:aa:bb:01", spoofchk=None, trust=None)
+me = VfState("52:54:00:aa:bb:01")
 found["mac"] = given(me)
 found["down"] = given(replace(me, link="disable"))
 found["up"] = given(me)

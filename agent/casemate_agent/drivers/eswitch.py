@@ -23,7 +23,7 @@ from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
 from pyroute2.netlink import NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, nla
-from pyroute2.netlink.devlink import AsyncDevlinkSocket, DevlinkSocket, MarshalDevlink, devlinkcmd
+from pyroute2.netlink.devlink import AsyncDevlinkSocket, DevlinkSocket, devlinkcmd
 
 from casemate_agent.drivers import vflink
 from casemate_agent.drivers.links import named_link
@@ -69,12 +69,10 @@ class _Message(devlinkcmd):  # type: ignore[misc]
         )
 
 
-class _Marshal(MarshalDevlink):  # type: ignore[misc]
-    msg_map = dict.fromkeys((*MarshalDevlink.msg_map, _RATE_GET, _RATE_SET, 76), _Message)
-
-
 class _AsyncSocket(AsyncDevlinkSocket):  # type: ignore[misc]
-    marshal_class = _Marshal
+    async def bind(self, groups: int = 0, **options: Any) -> None:
+        # Its parent's own would have answers read as pyroute2's message.
+        await super(AsyncDevlinkSocket, self).bind("devlink", _Message, groups, None, **options)
 
 
 class _Devlink(DevlinkSocket):  # type: ignore[misc]
