@@ -5,11 +5,7 @@ certificates the manager has signed. QEMU is real.
 """
 
 import json
-import signal
-import ssl
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +22,6 @@ from support.realfleet import (
     empty_environment,
     fleet_in,
     tail,
-    traces_of,
     traces_of_scope,
 )
 
@@ -147,6 +142,3 @@ def test_a_guest_that_counts_is_moved_and_goes_on_counting(pair: Pair) -> None:
     fleet.run("delete", "env", "count").ok()
     fleet.until_gone("count")
     assert not pair.hosts[here].traces_of(uid) and not pair.hosts[there].traces_of(uid)
-
-
-__all__ = ["signal", "ssl", "sys", "time", "traces_of"]

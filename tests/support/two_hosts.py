@@ -6,7 +6,7 @@ session of the stream: in order, late by as much as the chance says, and lost wi
 
 import asyncio
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 
 from casemate_agent.agent import Agent, Pace
@@ -47,8 +47,6 @@ class TimedFleet(SmallFleet):
     def die(self) -> None:
         """It is killed, and another takes over what is on disk; what hosts have said is gone."""
         old = self.reload()
-        records = [*old.images.values(), *old.networks.values()]
-        assert records
         self.state = State.of(self.state.epoch + 1, old.revision, self._all(old))
         self.observed = Observed()
 
@@ -258,4 +256,4 @@ class TwoHosts:
         return "\n".join(lines)
 
 
-__all__ = ["Box", "TwoHosts", "replace"]
+__all__ = ["Box", "TwoHosts"]
