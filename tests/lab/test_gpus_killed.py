@@ -57,7 +57,9 @@ def test_killed_once_at_each_step_no_card_is_leaked_doubled_or_given_dirty(
         server.until("the record is there", lambda: "Attached" in [c["phase"] for c in cards(server).values()])
         (held,) = [uuid for uuid, status in cards(server).items() if status.get("instance")]
         # of the hostdevs of all domains, by the kernel's own word
-        open_by = server.machine.run("ls -l /proc/[0-9]*/fd 2>/dev/null | grep -o '/dev/vfio/[0-9]*' | sort | uniq -c")
+        open_by = server.machine.run(
+            "ls -l /proc/[0-9]*/fd 2>/dev/null | grep -o '/dev/vfio/[0-9][0-9]*' | sort | uniq -c"
+        )
         doubled += len(open_by.splitlines()) != 1
         before = mortal.arm(server, way_down)
         server.casemate("delete", "env", "train", "--no-wait").ok()
