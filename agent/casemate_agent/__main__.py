@@ -279,7 +279,7 @@ async def _name_by_relay(relay: Relay, kept: Path) -> str:
     return name
 
 
-async def join(address: str, state_dir: Path, words: list[str], *, each: bool) -> None:
+async def join(address: str, state_dir: Path, words: list[str], *, each: bool, sealing: bytes = b"") -> None:
     """Join by tokens. Raises BadConfig, BadToken, and what `enrol.join` raises."""
     if not words:
         raise BadConfig("no token on standard input: pipe what casemate host token create has printed")
@@ -290,7 +290,7 @@ async def join(address: str, state_dir: Path, words: list[str], *, each: bool) -
     async def one(token: Token) -> None:
         where = state_dir / token.host if each else state_dir
         async with places:
-            identity = await enrol.join(token, address, where / IDENTITY)
+            identity = await enrol.join(token, address, where / IDENTITY, sealing)
         print(f"joined as host {identity.host}; its manager is {identity.manager}", file=sys.stderr)  # noqa: T201
 
     ended = await asyncio.gather(*map(one, list(map(parse, words))), return_exceptions=True)
@@ -309,6 +309,7 @@ def join_as_relay(address: str, words: list[str], state_dir: Path, folder: Path,
         os.chown(folder, user.pw_uid, user.pw_gid)
     # gRPC and its threads begin in the child alone.
     arguments = [sys.executable, "-m", "casemate_agent", "join", "--manager", address, "--state-dir", str(folder)]
+    arguments += ["--sealing-key", trust.sealing_key(state_dir).public_key().public_bytes_raw().hex()]
     groups: list[int] | None = [] if os.geteuid() == 0 else None  # root alone may change its groups
     done = subprocess.run(
         arguments,
@@ -324,7 +325,7 @@ def join_as_relay(address: str, words: list[str], state_dir: Path, folder: Path,
     return done.returncode if done.returncode >= 0 else 1
 
 
-def join_here(address: str, given: str | None, words: list[str], *, each: bool) -> int:
+def join_here(address: str, given: str | None, words: list[str], *, each: bool, sealing: str) -> int:
     """Join in a folder, or where this machine's agent looks. Raises what joining raises."""
     state_dir = Path(Config().state_dir)
     if given is None and not each:
@@ -333,7 +334,11 @@ def join_here(address: str, given: str | None, words: list[str], *, each: bool) 
             if os.geteuid() == 0:
                 return join_as_relay(address, words, state_dir, Path(RELAY_STATE), user)
             state_dir = Path(RELAY_STATE)
-    asyncio.run(join(address, state_dir if given is None else Path(given), words, each=each))
+    try:
+        key = bytes.fromhex(sealing)
+    except ValueError:
+        raise BadConfig("sealing_key: a public key of X25519, 64 hex digits") from None
+    asyncio.run(join(address, state_dir if given is None else Path(given), words, each=each, sealing=key))
     return 0
 
 
@@ -398,6 +403,12 @@ def parser() -> argparse.ArgumentParser:
     join_verb.add_argument(
         "--each", action="store_true", help="several tokens, each host in a folder of its own: for simulated hosts"
     )
+    join_verb.add_argument(
+        "--sealing-key",
+        default="",
+        metavar="HEX",
+        help="what this host is told is encrypted for this X25519 public key",
+    )
     trust_verb = verbs.add_parser(
         "trust", help="say which authority vouches for this host's manager, where the host joined before that was kept"
     )
@@ -422,7 +433,9 @@ def main(arguments: list[str] | None = None) -> int:
             return doctor.main(flags)
         if verb == "join":
             words = sys.stdin.read(MOST_TOKENS).split()
-            return join_here(flags["manager"], flags["state_dir"], words, each=flags["each"])
+            return join_here(
+                flags["manager"], flags["state_dir"], words, each=flags["each"], sealing=flags["sealing_key"]
+            )
         if verb == "trust":
             trust.save(Path(flags["state_dir"]), trust.checked(flags["host"], flags["pin"]))
             return 0

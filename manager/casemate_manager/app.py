@@ -136,6 +136,12 @@ class Manager:
         self.failed = asyncio.Event()
 
 
+def _sealing_of(writer: Writer, host: str) -> bytes:
+    """The key that root at a host has enrolled."""
+    enrolment = writer.state.enrolments.get(host)
+    return bytes.fromhex(enrolment.sealing) if enrolment is not None else b""
+
+
 @asynccontextmanager
 async def running(
     store: Store,
@@ -201,7 +207,7 @@ async def running(
             listen,
             service,
             sides,
-            HostLink(sessions, MoveAuthority(lambda: writer.state, clock), tls),
+            HostLink(sessions, MoveAuthority(lambda: writer.state, clock), tls, lambda host: _sealing_of(writer, host)),
             support,
             care,
             gates,

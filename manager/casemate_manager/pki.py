@@ -47,6 +47,8 @@ SERVER_S: Final = 7 * 86400.0
 HOST_S: Final = 24 * 3600.0
 #: A certificate is good from a little before it was made: clocks differ.
 SKEW_S: Final = 300.0
+#: Of a public key on X25519.
+SEALING_BYTES: Final = 32
 #: A request for a certificate is a few hundred bytes; more is no request.
 MAX_REQUEST_BYTES: Final = 4096
 

@@ -10,6 +10,10 @@ for, the nonce, and the message's number in the stream. What was signed for anot
 another nonce; what was changed has another digest; what was left out, repeated or exchanged has another number. Who carries
 the messages can cut the stream, and no more.
 
+Where root has enrolled a key of its own (X25519), the messages of a stream are also encrypted for it (AES-256-GCM, under a key
+that HKDF makes of one exchange with a key that the manager draws for the stream): who carries them learns their number and
+their length.
+
 The signer is believed by its certificate: its one name is the manager's, its one use is to sign, and from it certificates lead
 to an authority whose SHA-256 the listener knows. An authority that follows another is vouched for by it (``casemate ca roll``),
 so a listener who knows only the old one finds the way.
@@ -26,6 +30,8 @@ from casemate_core.errors import MachineError
 if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 #: The name in the certificate of a manager's signing key.
 MANAGER: Final = "spiffe://casemate/manager"
@@ -49,21 +55,32 @@ class Purpose:
     topic: str
     nonce: bytes
 
-    def statement(self, number: int, message: bytes) -> bytes:
-        """What is signed."""
-        digest = hashlib.sha256(message).digest()
-        parts = (_FORM, self.kind.encode(), self.host.encode(), self.topic.encode(), self.nonce, digest)
-        return b"".join(struct.pack("!I", len(part)) + part for part in parts) + struct.pack("!Q", number)
+    def statement(self, number: int, message: bytes, ephemeral: bytes) -> bytes:
+        """What is signed; ``ephemeral`` is that of the stream, so that nobody passes off what is encrypted as plain."""
+        return self._joined(hashlib.sha256(message).digest(), ephemeral) + struct.pack("!Q", number)
+
+    def cipher(self, shared: bytes, ephemeral: bytes, sealing: bytes) -> "AESGCM":
+        """For the messages of the stream. ``shared`` is what the exchange gave; the others are the public keys."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        from cryptography.hazmat.primitives.hashes import SHA256
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        return AESGCM(HKDF(SHA256(), 32, self.nonce, self._joined(ephemeral, sealing)).derive(shared))
+
+    def _joined(self, *more: bytes) -> bytes:
+        parts = (_FORM, self.kind.encode(), self.host.encode(), self.topic.encode(), self.nonce, *more)
+        return b"".join(struct.pack("!I", len(part)) + part for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A signed message. ``chain``: certificates as DER, with the first of a stream."""
+    """A signed message. ``chain``: certificates as DER, with the first of a stream; ``ephemeral`` too, where it is encrypted."""
 
     message: bytes
     number: int
     signature: bytes
     chain: tuple[bytes, ...] = ()
+    ephemeral: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +92,36 @@ class SigningKey:
 
 
 class Signer:
-    """The manager's end of one stream."""
+    """The manager's end of one stream. ``sealing``: the public key (X25519) for which it is encrypted; empty: it is not."""
 
-    def __init__(self, key: SigningKey, purpose: Purpose) -> None:
+    def __init__(self, key: SigningKey, purpose: Purpose, sealing: bytes = b"") -> None:
         self._key = key
         self._purpose = purpose
         self._number = 0
+        self._ephemeral = b""
+        self._cipher: AESGCM | None = None
+        if sealing:
+            self._ephemeral, self._cipher = _exchanged(purpose, sealing)
 
     def sign(self, message: bytes) -> Sealed:
         """The next message of the stream."""
         self._number += 1
-        signature = self._key.key.sign(self._purpose.statement(self._number, message))
-        return Sealed(message, self._number, signature, self._key.chain if self._number == 1 else ())
+        if self._cipher is not None:
+            message = self._cipher.encrypt(_counted(self._number), message, None)
+        signature = self._key.key.sign(self._purpose.statement(self._number, message, self._ephemeral))
+        if self._number > 1:
+            return Sealed(message, self._number, signature)
+        return Sealed(message, self._number, signature, self._key.chain, self._ephemeral)
 
 
 class Opener:
-    """The listener's end of one stream: ``pins`` are SHA-256, in hex, of the authorities that it believes."""
+    """The listener's end of one stream: ``pins`` are SHA-256, in hex, of the authorities that it believes; ``sealing`` is the key
+    that it has enrolled."""
 
-    def __init__(self, purpose: Purpose, pins: Collection[str]) -> None:
+    def __init__(self, purpose: Purpose, pins: Collection[str], sealing: "X25519PrivateKey | None" = None) -> None:
+        self._sealing = sealing
+        self._ephemeral = b""
+        self._cipher: AESGCM | None = None
         self._purpose = purpose
         self._pins = pins
         self._number = 0
@@ -105,13 +134,46 @@ class Opener:
         if sealed.number != self._number + 1:
             raise NotSigned(f"message {sealed.number} of the manager came where {self._number + 1} was due")
         if self._key is None:
-            self._key = signer_of(sealed.chain, self._pins, now_s)
+            key, self._ephemeral = signer_of(sealed.chain, self._pins, now_s), sealed.ephemeral
+        else:
+            key = self._key
         try:
-            self._key.verify(sealed.signature, self._purpose.statement(sealed.number, sealed.message))
+            key.verify(sealed.signature, self._purpose.statement(sealed.number, sealed.message, self._ephemeral))
         except InvalidSignature:
             raise NotSigned("a message is not signed by the manager for this stream of this host") from None
+        message = self._decrypted(sealed) if self._ephemeral else sealed.message
+        self._key = key
         self._number += 1
-        return sealed.message
+        return message
+
+    def _decrypted(self, sealed: Sealed) -> bytes:
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+
+        if self._sealing is None:
+            raise NotSigned("what the manager says is encrypted for a key that this host has lost: join again")
+        try:
+            if self._cipher is None:
+                shared = self._sealing.exchange(X25519PublicKey.from_public_bytes(self._ephemeral))
+                ours = self._sealing.public_key().public_bytes_raw()
+                self._cipher = self._purpose.cipher(shared, self._ephemeral, ours)
+            return self._cipher.decrypt(_counted(sealed.number), sealed.message, None)
+        except (InvalidTag, ValueError):
+            raise NotSigned("what the manager says is encrypted for another key than this host's: join again") from None
+
+
+def _exchanged(purpose: Purpose, sealing: bytes) -> "tuple[bytes, AESGCM]":
+    """A key drawn for one stream, public, and the cipher that it gives with the listener's."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+    drawn = X25519PrivateKey.generate()
+    public = drawn.public_key().public_bytes_raw()
+    return public, purpose.cipher(drawn.exchange(X25519PublicKey.from_public_bytes(sealing)), public, sealing)
+
+
+def _counted(number: int) -> bytes:
+    """The nonce of AES-GCM for a message: its number. A key is of one stream alone, and says nothing twice."""
+    return number.to_bytes(12, "big")
 
 
 def signer_of(chain: Sequence[bytes], pins: Collection[str], now_s: float) -> "Ed25519PublicKey":

@@ -20,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from casemate_manager.api.tls import ServerTls
 from casemate_manager.authority import Authorities
 from casemate_wire.codec.hosts import to_host_from_wire, to_host_to_wire
@@ -59,12 +61,26 @@ def measure(folder: Path, seconds: float) -> dict[str, Any]:
         opener._number = 1  # the same message each time: its number is due again
         opener.open(second, time.time())
 
+    root = X25519PrivateKey.generate()
+    sealing = root.public_key().public_bytes_raw()
+    sealer = Signer(key, PURPOSE, sealing)
+    sealed_first, sealed = sealer.sign(data), sealer.sign(data)
+    unsealer = Opener(PURPOSE, pins, root)
+    unsealer.open(sealed_first, time.time())
+
+    def unseal_again() -> None:
+        unsealer._number = 1
+        unsealer.open(sealed, time.time())
+
     large = bytes(1 << 20)
     result = {
         "record_bytes": len(data),
         "sign_us": microseconds(lambda: signer.sign(data), seconds),
         "verify_us": microseconds(open_again, seconds),
         "stream_begins_us": microseconds(lambda: signer_of(key.chain, pins, time.time()), seconds),
+        "encrypt_and_sign_us": microseconds(lambda: sealer.sign(data), seconds),
+        "verify_and_decrypt_us": microseconds(unseal_again, seconds),
+        "encrypted_stream_begins_us": microseconds(lambda: Signer(key, PURPOSE, sealing), seconds),
         "sign_1_mib_us": microseconds(lambda: signer.sign(large), seconds),
         "serialize_us": microseconds(lambda: to_host_to_wire(record).SerializeToString(), seconds),
         "decode_us": microseconds(lambda: to_host_from_wire(pb.ToHost.FromString(data)), seconds),

@@ -113,7 +113,7 @@ def test_root_keeps_whom_it_believes_and_takes_no_other_manager(fleet: Fleet, tm
     assert pinned is not None and pinned.host == "split-1"
     assert pinned.pins[0] in fleet.run("ca", "list", "--no-trunc").ok()
     assert join_as_relay(found[2], [found[1]], tmp_path / "other", tmp_path / "thief", me) == 2  # used
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "other" / trust.FILE).exists()
 
     log, started = tmp_path / "agent.log", []
 

@@ -13,8 +13,10 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 
+from casemate_agent.enrolment import enrol
 from casemate_agent.enrolment.identity import Identity
 from casemate_agent.relay import trust
 from casemate_agent.relay.pipe import Kind, Pipe, Relay
@@ -196,6 +198,78 @@ def test_a_new_authority_is_found_from_the_old_one_and_a_retired_one_is_not_need
     assert tls.pins == pins[-1:]
     # Who was away all the time knows the first alone; who was told knows the last alone.
     assert opened(signed(tls, b"a"), (old,)) == opened(signed(tls, b"a"), tls.pins) == [b"a"]
+
+
+# --- encrypted for root ---
+
+
+def test_what_is_encrypted_for_root_is_read_by_root_alone(fleet: ServerTls) -> None:
+    root, other = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    signer = Signer(fleet.signing(), PURPOSE, root.public_key().public_bytes_raw())
+    texts = [b"secret-text-1", b"secret-text-1", b"x" * 100_000]
+    messages = [signer.sign(text) for text in texts]
+    carried = b"".join(m.message + m.signature + m.ephemeral for m in messages)
+    assert b"secret-text" not in carried and b"x" * 16 not in carried
+    assert messages[0].message != messages[1].message, "the same said twice does not look the same"
+
+    def opened_by(key: X25519PrivateKey | None, given: list[Sealed]) -> list[bytes]:
+        opener = Opener(PURPOSE, fleet.pins, key)
+        return [opener.open(message, NOW) for message in given]
+
+    assert opened_by(root, messages) == texts
+    with pytest.raises(NotSigned, match="another key"):
+        opened_by(other, messages)
+    with pytest.raises(NotSigned, match="has lost"):
+        opened_by(None, messages)
+    # Neither is it taken for plain, nor with another key of the exchange.
+    for ephemeral in (b"", bytes(32), other.public_key().public_bytes_raw()):
+        with pytest.raises(NotSigned, match="not signed"):
+            opened_by(root, [replace(messages[0], ephemeral=ephemeral)])
+    again = Signer(fleet.signing(), PURPOSE, root.public_key().public_bytes_raw()).sign(texts[0])
+    assert again.message != messages[0].message, "nor in another stream"
+
+
+async def test_a_secret_on_its_way_to_root_is_not_read_by_the_relay(world: World, tmp_path: Path) -> None:
+    """Enrolled with the token, and used by the manager in sessions: what the relay's socket carries has no word of it."""
+    root = trust.sealing_key(tmp_path)
+    assert trust.sealing_key(tmp_path).private_bytes_raw() == root.private_bytes_raw(), "made once"
+    assert (tmp_path / trust.SEALING).stat().st_mode & 0o777 == 0o600
+    sealing = root.public_key().public_bytes_raw()
+    token = await world.token()
+    identity = await enrol.join(token, world.enrolment, world.folder / "h7", sealing)
+    assert world.manager.writer.state.enrolments["h7"].sealing == sealing.hex()
+    # A relay that was taken asks again with the token and the key that it has: root's key stays.
+    stolen = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    pending = json.dumps({"token": token.id, "key": identity.key})
+    (world.folder / "h7" / "identity.pending").write_text(pending)
+    await enrol.join(token, world.enrolment, world.folder / "h7", stolen)
+    assert world.manager.writer.state.enrolments["h7"].sealing == sealing.hex()
+    trust.save(tmp_path, Trusted("h7", world.tls.pins))
+
+    async def current() -> Identity:
+        return identity
+
+    transport = GrpcTransport(identity.manager, current)
+    raw = await transport.raw("session")
+    take, carried = raw.receive, []
+
+    async def noted() -> Any:
+        carried.append(await take())
+        return carried[-1]
+
+    raw.receive = noted  # type: ignore[method-assign]
+    stream = Trust(tmp_path, time.time).session(raw)
+    await stream.send(Hello("h7", "boot", 0, 0, "digest", 1))
+    welcome = await first(stream)
+    assert isinstance(welcome, Welcome) and welcome.authorities == world.tls.pins
+    assert world.tls.pins[0].encode() not in b"".join(carried)
+    await stream.close()
+    with pytest.raises(enrol.JoinRefused, match="refused"):
+        await enrol.join(await world.token("h8"), world.enrolment, tmp_path / "h8", b"short")
+    (tmp_path / trust.SEALING).write_bytes(b"?")
+    with pytest.raises(TrustDamaged, match="join again"):
+        Trust(tmp_path, time.time).session(raw)
+    await transport.close()
 
 
 # --- root's file ------------------------------------------------------------------------------------------------------
@@ -396,7 +470,7 @@ async def test_frames_of_a_channel_are_the_managers_and_of_its_own_ticket(fleet:
         from casemate_wire.channel import Ticket
 
         raw = Raw()
-        stream = trust.SignedChannel(raw, trusted, lambda: NOW)
+        stream = trust.SignedChannel(raw, trusted, None, lambda: NOW)
         await stream.send(Ticket(ticket))
         asked = pb.ChannelFrame.FromString(raw.sent[0])
         signer = Signer(fleet.signing(), Purpose("channel", "h7", topic or asked.ticket, asked.nonce))
@@ -419,4 +493,4 @@ async def test_frames_of_a_channel_are_the_managers_and_of_its_own_ticket(fleet:
     with pytest.raises(CasemateError, match="before the ticket"):
         raw = Raw()
         raw.coming.append(b"")
-        await trust.SignedChannel(raw, trusted, lambda: NOW).receive()
+        await trust.SignedChannel(raw, trusted, None, lambda: NOW).receive()

@@ -82,8 +82,11 @@ def pinned(roots: bytes, pin: str) -> bytes:
     )
 
 
-async def join(token: Token, address: str, folder: Path) -> Identity:
-    """Become the token's host; its identity is on disk when this returns. Raises OtherAuthority, JoinRefused, Unavailable."""
+async def join(token: Token, address: str, folder: Path, sealing: bytes = b"") -> Identity:
+    """Become the token's host; its identity is on disk when this returns.
+
+    ``sealing``: root's public key (X25519), where the agent is split. Raises OtherAuthority, JoinRefused, Unavailable.
+    """
     seen = await asyncio.to_thread(_leaf_of, address)
     from casemate_wire.v1 import enrolment_pb2 as pb
 
@@ -92,7 +95,9 @@ async def join(token: Token, address: str, folder: Path) -> Identity:
     root = pinned(answer.roots[:MAX_ROOTS_BYTES], token.pin)
     key = pending_key(folder, token.id)
     async with _stub(address, root) as stub:
-        request = pb.EnrolRequest(token=token.id, secret=token.secret, certificate_request=request_for(key))
+        request = pb.EnrolRequest(
+            token=token.id, secret=token.secret, certificate_request=request_for(key), sealing_key=sealing
+        )
         got: enrolment_pb2.Certificates = await _asked(stub.Enrol(request, timeout=CALL_S))
     if got.host != token.host:
         raise OtherAuthority(f"the token is for host {token.host} and the manager speaks of {got.host}")

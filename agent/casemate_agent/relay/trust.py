@@ -4,7 +4,8 @@ What may live here: the file of pinned authorities, and the two kinds of streams
 :mod:`casemate_wire.signed`; the relay's socket is :mod:`casemate_agent.relay.pipe`.
 
 Theory of operation. A token names the authority of its fleet. Root reads the token before it hands it to the relay's user, and
-keeps that pin, and the host's name, in a file of its own that the relay can neither read nor write. For each stream root draws
+keeps that pin, and the host's name, in a file of its own that the relay can neither read nor write. It makes a key (X25519)
+beside it and enrols that with the token: what it is told is encrypted for this key. For each stream root draws
 a nonce; what a host acts upon counts only where the manager has signed it for that nonce. A manager that is welcomed says, in
 the same way, which authorities are trusted now: so a roll-over reaches root, and a retired authority is forgotten. The file is
 replaced as a whole and fsynced.
@@ -18,7 +19,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from casemate_agent.uplink.transport import BrokenOff, Stream
 from casemate_core.errors import CallerError, MachineError, shown
@@ -28,9 +29,13 @@ from casemate_wire.codec.signed import MOST_PINS, NONCE_BYTES, PIN, sealed_in_ch
 from casemate_wire.signed import Opener, Purpose
 from casemate_wire.stream import Credit, FactsAck, FromHost, Hello, Rejected, ToHost, Welcome
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 log = logging.getLogger("casemate.agent.trust")
 
 FILE: Final = "authorities.json"
+SEALING: Final = "sealing.key"
 MAX_BYTES: Final = 16 * 1024
 #: What keeps a stream going, or ends it: who forges it gains no more than who cuts the stream.
 UNSIGNED: Final = (Credit, FactsAck, Rejected)
@@ -80,14 +85,42 @@ def load(folder: Path) -> Trusted | None:
 
 def save(folder: Path, trusted: Trusted) -> None:
     """Durable when this returns. Raises OSError."""
+    _write(folder, FILE, json.dumps({"host": trusted.host, "pins": trusted.pins}).encode())
+
+
+def sealing_key(folder: Path) -> "X25519PrivateKey":
+    """The key of this host's root, made where there is none. Raises OSError, TrustDamaged."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    found = load_sealing(folder)
+    if found is None:
+        found = X25519PrivateKey.generate()
+        _write(folder, SEALING, found.private_bytes_raw())
+    return found
+
+
+def load_sealing(folder: Path) -> "X25519PrivateKey | None":
+    """The same; None where there is none. Raises TrustDamaged."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    path = folder / SEALING
+    try:
+        return X25519PrivateKey.from_private_bytes(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise TrustDamaged(f"{path}: {error}; remove it and join again by a new token") from error
+
+
+def _write(folder: Path, name: str, data: bytes) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{FILE}.new"
+    fresh = folder / f"{name}.new"
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(json.dumps({"host": trusted.host, "pins": trusted.pins}).encode())
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    fresh.rename(folder / FILE)
+    fresh.rename(folder / name)
     entries = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(entries)
@@ -124,11 +157,11 @@ class Trust:
 
     def session(self, raw: "RawStream") -> "SignedSession":
         """A session over a stream of messages that a relay passes on. Raises NoAuthority, TrustDamaged."""
-        return SignedSession(raw, self._pinned(), self._now, self._welcomed)
+        return SignedSession(raw, self._pinned(), load_sealing(self._folder), self._now, self._welcomed)
 
     def channel(self, raw: "RawStream") -> "SignedChannel":
         """The same for a channel."""
-        return SignedChannel(raw, self._pinned(), self._now)
+        return SignedChannel(raw, self._pinned(), load_sealing(self._folder), self._now)
 
     async def _welcomed(self, trusted: Trusted) -> None:
         try:
@@ -146,7 +179,12 @@ class SignedSession:
     """A session whose messages count only as the manager has signed them."""
 
     def __init__(
-        self, raw: RawStream, trusted: Trusted, now: Callable[[], float], welcomed: Callable[[Trusted], Any]
+        self,
+        raw: RawStream,
+        trusted: Trusted,
+        sealing: "X25519PrivateKey | None",
+        now: Callable[[], float],
+        welcomed: Callable[[Trusted], Any],
     ) -> None:
         from casemate_agent.uplink.transport import session_codec
 
@@ -156,7 +194,7 @@ class SignedSession:
         self._welcomed = welcomed
         self._codec = session_codec()
         self._nonce = secrets.token_bytes(NONCE_BYTES)
-        self._opener = Opener(Purpose("session", trusted.host, "", self._nonce), trusted.pins)
+        self._opener = Opener(Purpose("session", trusted.host, "", self._nonce), trusted.pins, sealing)
 
     async def send(self, message: FromHost) -> None:
         if isinstance(message, Hello):
@@ -182,11 +220,14 @@ class SignedSession:
 class SignedChannel:
     """A channel whose frames count only as the manager has signed them, for the ticket that root shows."""
 
-    def __init__(self, raw: RawStream, trusted: Trusted, now: Callable[[], float]) -> None:
+    def __init__(
+        self, raw: RawStream, trusted: Trusted, sealing: "X25519PrivateKey | None", now: Callable[[], float]
+    ) -> None:
         from casemate_agent.uplink.transport import channel_codec
 
         self._raw = raw
         self._trusted = trusted
+        self._sealing = sealing
         self._now = now
         self._codec = channel_codec()
         self._opener: Opener | None = None
@@ -194,7 +235,8 @@ class SignedChannel:
     async def send(self, message: Frame) -> None:
         if isinstance(message, Ticket):
             nonce = secrets.token_bytes(NONCE_BYTES)
-            self._opener = Opener(Purpose("channel", self._trusted.host, message.ticket, nonce), self._trusted.pins)
+            purpose = Purpose("channel", self._trusted.host, message.ticket, nonce)
+            self._opener = Opener(purpose, self._trusted.pins, self._sealing)
             message = replace(message, nonce=nonce)
         await self._raw.send(self._codec.encode(message))
 

@@ -13,7 +13,16 @@ from typing import Any, Final
 
 import grpc
 
-from casemate_core.errors import CallerError, Conflict, InternalError, NotFound, Unavailable, shown
+from casemate_core.errors import (
+    CallerError,
+    Conflict,
+    InternalError,
+    InvalidSpec,
+    NotFound,
+    Unavailable,
+    Violation,
+    shown,
+)
 from casemate_core.spec.fleet import Taint
 from casemate_manager import pki
 from casemate_manager.api.errors import unary
@@ -89,8 +98,14 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServicer):
     async def Enrol(self, request: enrolment_pb2.EnrolRequest, context: Context) -> enrolment_pb2.Certificates:
         """Become the host that a token names."""
 
+        sealing = request.sealing_key
+        if len(sealing) not in (0, pki.SEALING_BYTES):
+            remedy = f"send the {pki.SEALING_BYTES} of X25519, or none"
+            raise InvalidSpec((Violation("sealingKey", "", f"has {len(sealing)} bytes", remedy),))
+
         def command(key: str, authority: str, expires_s: float) -> Command:
-            return UseToken(request.token, request.secret, key, authority, expires_s, self._joining.seed())
+            seed = self._joining.seed()
+            return UseToken(request.token, request.secret, key, authority, expires_s, seed, sealing.hex())
 
         return await self._certificate(context, f"token {shown(request.token)}", request.certificate_request, command)
 

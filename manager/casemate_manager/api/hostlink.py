@@ -64,15 +64,17 @@ class _Stream(Generic[In, Out]):
 class _Session(_Stream[FromHost, ToHost]):
     """A host's session. Without ``signing`` (plain text) nothing is signed, whatever is asked for."""
 
-    def __init__(self, context: Context, signing: Signing | None) -> None:
+    def __init__(self, context: Context, signing: Signing | None, sealing: Callable[[str], bytes]) -> None:
         super().__init__(context, from_host_from_wire, to_host_to_wire)
         self._signing = signing
+        self._sealing = sealing
         self._signer: Signer | None = None
 
     async def receive(self) -> FromHost | None:
         message = await super().receive()
         if isinstance(message, Hello) and message.nonce and self._signing is not None and self._signer is None:
-            self._signer = Signer(self._signing.signing(), Purpose("session", message.host, "", message.nonce))
+            purpose = Purpose("session", message.host, "", message.nonce)
+            self._signer = Signer(self._signing.signing(), purpose, self._sealing(message.host))
         return message
 
     async def send(self, message: ToHost) -> None:
@@ -88,9 +90,16 @@ class _Session(_Stream[FromHost, ToHost]):
 class _Channel(_Stream[Frame, Frame]):
     """A channel of a host."""
 
-    def __init__(self, context: Context, signing: Signing | None, identity: Identity | None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        signing: Signing | None,
+        sealing: Callable[[str], bytes],
+        identity: Identity | None,
+    ) -> None:
         super().__init__(context, frame_from_wire, frame_to_wire)
         self._signing = signing
+        self._sealing = sealing
         self._identity = identity
         self._signer: Signer | None = None
 
@@ -98,7 +107,7 @@ class _Channel(_Stream[Frame, Frame]):
         frame = await super().receive()
         if isinstance(frame, Ticket) and frame.nonce and self._signing is not None and self._identity is not None:
             purpose = Purpose("channel", self._identity.host, frame.ticket, frame.nonce)
-            self._signer = Signer(self._signing.signing(), purpose)
+            self._signer = Signer(self._signing.signing(), purpose, self._sealing(self._identity.host))
         return frame
 
     async def send(self, message: Frame) -> None:
@@ -124,10 +133,18 @@ async def _identity(context: Context) -> Identity | None:
 class HostLink(hosts_pb2_grpc.HostLinkServicer):
     """casemate.host.v1.HostLink."""
 
-    def __init__(self, sessions: Sessions, moves: MoveAuthority, signing: Signing | None = None) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        moves: MoveAuthority,
+        signing: Signing | None = None,
+        sealing: Callable[[str], bytes] = lambda host: b"",
+    ) -> None:
         self._sessions = sessions
         self._moves = moves
         self._signing = signing
+        #: The key for which a host's root is told; empty: none.
+        self._sealing = sealing
 
     @unary
     async def MigrationCertificate(
@@ -144,7 +161,7 @@ class HostLink(hosts_pb2_grpc.HostLinkServicer):
         self, request_iterator: AsyncIterator[pb.FromHost], context: Context
     ) -> None:
         """The host's stream, for as long as the agent lives."""
-        await self._sessions.serve(_Session(context, self._signing), await _identity(context))
+        await self._sessions.serve(_Session(context, self._signing, self._sealing), await _identity(context))
 
     async def Channel(  # type: ignore[override]
         self, request_iterator: AsyncIterator[pb.ChannelFrame], context: Context
@@ -152,7 +169,7 @@ class HostLink(hosts_pb2_grpc.HostLinkServicer):
         """A side stream, opened with a ticket."""
         try:
             identity = await _identity(context)
-            await self._sessions.serve_channel(_Channel(context, self._signing, identity), identity)
+            await self._sessions.serve_channel(_Channel(context, self._signing, self._sealing, identity), identity)
         except CallerError as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except TimeoutError:

@@ -193,6 +193,7 @@ class UseToken:
     authority: str
     expires_s: float
     seed: str
+    sealing: str = ""
 
 
 @dataclass(frozen=True, slots=True)

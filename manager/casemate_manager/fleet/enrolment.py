@@ -133,9 +133,18 @@ def use_token(state: State, observed: Observed, command: UseToken, now_s: float)
         _end_session(draft, token.host, "OtherKey", "the host was enrolled with another key")
     elif enrolment is not None and enrolment.revoked_s:
         raise TokenRefused("the host was revoked: make another token with casemate host token create")
+    # The first use decides: a relay that was taken since may ask again with its key, and must not name another for root.
+    sealing = enrolment.sealing if token.used_s and enrolment is not None else command.sealing
     draft.put(
         EnrolmentRecord(
-            token.host, command.key, now_s, now_s, command.expires_s, command.authority, limits=token.limits
+            token.host,
+            command.key,
+            now_s,
+            now_s,
+            command.expires_s,
+            command.authority,
+            limits=token.limits,
+            sealing=sealing,
         )
     )
     draft.event(_ref(state, token.host), "HostEnrolled", f"with the key {command.key[:16]}")

@@ -272,6 +272,8 @@ class EnrolmentRecord:
     authority: str = ""
     revoked_s: float = 0.0
     limits: HostLimits = NO_LIMITS
+    #: X25519 public key of root at a split agent, in hex, for which it is told; empty: none.
+    sealing: str = ""
 
 
 Record = (

@@ -34,12 +34,18 @@ def checked_pins(pins: Sequence[str]) -> tuple[str, ...]:
 
 
 def sealed_to_wire(sealed: Sealed) -> pb.Signed:
-    return pb.Signed(message=sealed.message, number=sealed.number, signature=sealed.signature, chain=list(sealed.chain))
+    return pb.Signed(
+        message=sealed.message,
+        number=sealed.number,
+        signature=sealed.signature,
+        chain=list(sealed.chain),
+        ephemeral=sealed.ephemeral,
+    )
 
 
 def sealed_from_wire(message: pb.Signed) -> Sealed:
     """What its parts are worth is found out when it is opened."""
-    return Sealed(message.message, message.number, message.signature, tuple(message.chain))
+    return Sealed(message.message, message.number, message.signature, tuple(message.chain), message.ephemeral)
 
 
 def sealed_in_session(data: bytes) -> Sealed | None:

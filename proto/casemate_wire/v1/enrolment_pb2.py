@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n casemate_wire/v1/enrolment.proto\x12\x10\x63\x61semate.host.v1\"\x0e\n\x0cRootsRequest\"\x1e\n\rRootsResponse\x12\r\n\x05roots\x18\x01 \x01(\x0c\"J\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_request\x18\x03 \x01(\x0c\"9\n\x0cRenewRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_request\x18\x02 \x01(\x0c\"}\n\x0c\x43\x65rtificates\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12\r\n\x05roots\x18\x03 \x01(\x0c\x12\x12\n\nnot_before\x18\x04 \x01(\x01\x12\x11\n\tnot_after\x18\x05 \x01(\x01\x12\x14\n\x0csession_port\x18\x06 \x01(\x05\x32\xe7\x01\n\tEnrolment\x12H\n\x05Roots\x12\x1e.casemate.host.v1.RootsRequest\x1a\x1f.casemate.host.v1.RootsResponse\x12G\n\x05\x45nrol\x12\x1e.casemate.host.v1.EnrolRequest\x1a\x1e.casemate.host.v1.Certificates\x12G\n\x05Renew\x12\x1e.casemate.host.v1.RenewRequest\x1a\x1e.casemate.host.v1.Certificatesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n casemate_wire/v1/enrolment.proto\x12\x10\x63\x61semate.host.v1\"\x0e\n\x0cRootsRequest\"\x1e\n\rRootsResponse\x12\r\n\x05roots\x18\x01 \x01(\x0c\"_\n\x0c\x45nrolRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_request\x18\x03 \x01(\x0c\x12\x13\n\x0bsealing_key\x18\x04 \x01(\x0c\"9\n\x0cRenewRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_request\x18\x02 \x01(\x0c\"}\n\x0c\x43\x65rtificates\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0c\x12\r\n\x05roots\x18\x03 \x01(\x0c\x12\x12\n\nnot_before\x18\x04 \x01(\x01\x12\x11\n\tnot_after\x18\x05 \x01(\x01\x12\x14\n\x0csession_port\x18\x06 \x01(\x05\x32\xe7\x01\n\tEnrolment\x12H\n\x05Roots\x12\x1e.casemate.host.v1.RootsRequest\x1a\x1f.casemate.host.v1.RootsResponse\x12G\n\x05\x45nrol\x12\x1e.casemate.host.v1.EnrolRequest\x1a\x1e.casemate.host.v1.Certificates\x12G\n\x05Renew\x12\x1e.casemate.host.v1.RenewRequest\x1a\x1e.casemate.host.v1.Certificatesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROOTSRESPONSE']._serialized_start=70
   _globals['_ROOTSRESPONSE']._serialized_end=100
   _globals['_ENROLREQUEST']._serialized_start=102
-  _globals['_ENROLREQUEST']._serialized_end=176
-  _globals['_RENEWREQUEST']._serialized_start=178
-  _globals['_RENEWREQUEST']._serialized_end=235
-  _globals['_CERTIFICATES']._serialized_start=237
-  _globals['_CERTIFICATES']._serialized_end=362
-  _globals['_ENROLMENT']._serialized_start=365
-  _globals['_ENROLMENT']._serialized_end=596
+  _globals['_ENROLREQUEST']._serialized_end=197
+  _globals['_RENEWREQUEST']._serialized_start=199
+  _globals['_RENEWREQUEST']._serialized_end=256
+  _globals['_CERTIFICATES']._serialized_start=258
+  _globals['_CERTIFICATES']._serialized_end=383
+  _globals['_ENROLMENT']._serialized_start=386
+  _globals['_ENROLMENT']._serialized_end=617
 # @@protoc_insertion_point(module_scope)

@@ -58,20 +58,24 @@ class EnrolRequest(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     CERTIFICATE_REQUEST_FIELD_NUMBER: _builtins.int
+    SEALING_KEY_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     secret: _builtins.str
     certificate_request: _builtins.bytes
     """PKCS #10 as DER, signed by an ECDSA key on P-256. Only the key is taken from it."""
+    sealing_key: _builtins.bytes
+    """X25519 public key of root at a split agent: what the manager tells it is encrypted for that key. Empty: it is not."""
     def __init__(
         self,
         *,
         token: _builtins.str = ...,
         secret: _builtins.str = ...,
         certificate_request: _builtins.bytes = ...,
+        sealing_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_request", b"certificate_request", "secret", b"secret", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_request", b"certificate_request", "sealing_key", b"sealing_key", "secret", b"secret", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -200,12 +200,15 @@ class Signed(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     CHAIN_FIELD_NUMBER: _builtins.int
+    EPHEMERAL_FIELD_NUMBER: _builtins.int
     message: _builtins.bytes
     """Serialized ToHost or, on a channel, ChannelFrame."""
     number: _builtins.int
     """Counts the signed messages of a stream, from 1."""
     signature: _builtins.bytes
     """Ed25519, over what casemate_wire.signed says."""
+    ephemeral: _builtins.bytes
+    """With the first of a stream: X25519 public key. The messages of the stream are encrypted for the key that root has enrolled."""
     @_builtins.property
     def chain(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """With the first of a stream: certificates as DER. The signer's, and those that lead to its authorities."""
@@ -217,10 +220,11 @@ class Signed(_message.Message):
         number: _builtins.int = ...,
         signature: _builtins.bytes = ...,
         chain: _abc.Iterable[_builtins.bytes] | None = ...,
+        ephemeral: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "message", b"message", "number", b"number", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "ephemeral", b"ephemeral", "message", b"message", "number", b"number", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
