@@ -20,6 +20,7 @@ so a listener who knows only the old one finds the way.
 """
 
 import hashlib
+import re
 import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 MANAGER: Final = "spiffe://casemate/manager"
 #: Certificates that go with a first message: the signer's, and two of each authority.
 MOST_CERTIFICATES: Final = 64
+#: Bytes of a nonce, where there is one.
+NONCE_BYTES: Final = 32
+#: Authorities that a fleet trusts at the same time, and more.
+MOST_PINS: Final = 32
+PIN: Final = re.compile(r"[0-9a-f]{64}\Z", re.ASCII)
 _FORM: Final = b"casemate signed message 1"
 
 

@@ -25,8 +25,7 @@ from casemate_agent.uplink.transport import BrokenOff, Stream
 from casemate_core.errors import CallerError, MachineError, shown
 from casemate_core.spec.meta import NAME
 from casemate_wire.channel import Frame, Ticket
-from casemate_wire.codec.signed import MOST_PINS, NONCE_BYTES, PIN, sealed_in_channel, sealed_in_session
-from casemate_wire.signed import Opener, Purpose
+from casemate_wire.signed import MOST_PINS, NONCE_BYTES, PIN, Opener, Purpose
 from casemate_wire.stream import Credit, FactsAck, FromHost, Hello, Rejected, ToHost, Welcome
 
 if TYPE_CHECKING:
@@ -187,7 +186,9 @@ class SignedSession:
         welcomed: Callable[[Trusted], Any],
     ) -> None:
         from casemate_agent.uplink.transport import session_codec
+        from casemate_wire.codec.signed import sealed_in_session
 
+        self._sealed_in = sealed_in_session
         self._raw = raw
         self._trusted = trusted
         self._now = now
@@ -205,7 +206,7 @@ class SignedSession:
         data = await self._raw.receive()
         if data is None:
             return None
-        sealed = sealed_in_session(data)
+        sealed = self._sealed_in(data)
         value = self._codec.decode(data if sealed is None else self._opener.open(sealed, self._now()))
         if sealed is None and not isinstance(value, UNSIGNED):
             raise BrokenOff(f"{type(value).__name__} came unsigned: it is not believed to be the manager's")
@@ -224,7 +225,9 @@ class SignedChannel:
         self, raw: RawStream, trusted: Trusted, sealing: "X25519PrivateKey | None", now: Callable[[], float]
     ) -> None:
         from casemate_agent.uplink.transport import channel_codec
+        from casemate_wire.codec.signed import sealed_in_channel
 
+        self._sealed_in = sealed_in_channel
         self._raw = raw
         self._trusted = trusted
         self._sealing = sealing
@@ -246,7 +249,7 @@ class SignedChannel:
             return None
         if self._opener is None:
             raise BrokenOff("a frame came before the ticket was shown")
-        sealed = sealed_in_channel(data)
+        sealed = self._sealed_in(data)
         if sealed is None:
             raise BrokenOff("a frame came unsigned: it is not believed to be the manager's")
         return self._codec.decode(self._opener.open(sealed, self._now()))

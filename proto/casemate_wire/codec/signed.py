@@ -1,20 +1,12 @@
 """Signed messages ⇄ messages of hosts.proto, and the bounds of what goes with them: nonces, and the pins of authorities."""
 
-import re
 from collections.abc import Sequence
-from typing import Final
 
 from google.protobuf.message import DecodeError
 
 from casemate_wire.codec.basics import BadMessage
-from casemate_wire.signed import Sealed
+from casemate_wire.signed import MOST_PINS, NONCE_BYTES, PIN, Sealed
 from casemate_wire.v1 import hosts_pb2 as pb
-
-#: Bytes of a nonce, where there is one.
-NONCE_BYTES: Final = 32
-#: Authorities that a fleet trusts at the same time, and more.
-MOST_PINS: Final = 32
-PIN: Final = re.compile(r"[0-9a-f]{64}\Z", re.ASCII)
 
 
 def checked_nonce(nonce: bytes) -> bytes:
