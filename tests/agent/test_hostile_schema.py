@@ -22,7 +22,7 @@ from casemate_agent.drivers.ports import DomainFiles, DomainPhase
 from casemate_agent.ledger.desired import from_metadata
 from casemate_core.errors import CallerError, MachineError
 from casemate_core.spec.instance import DesiredInstance, File, Peer, VolumeRef
-from casemate_core.spec.operation import Order, Verb
+from casemate_core.spec.operation import Move, Order, Verb
 from casemate_core.spec.secret import SecretText
 from casemate_wire.codec.hosts import to_host_from_wire, to_host_to_wire
 from casemate_wire.stream import Desired
@@ -43,7 +43,7 @@ WHOLE = instance(
     archives=(replace(image(), name="app", type="oci-archive", file=File("https://images.example/a.tar", some_digest(9))),),
     volumes=(VolumeRef("6a0c1a3e-9d42-4b61-8a77-0c2d4e6f8a91", "data", 16, made=True),),
     peers=(Peer("web-1", "10.219.7.9"),),
-    order=Order("7a0c1a3e-9d42-4b61-8a77-0c2d4e6f8a92", Verb.RESTART, 1.0, guest_boot_id="b"),
+    order=Order("7a0c1a3e-9d42-4b61-8a77-0c2d4e6f8a92", Verb.RESTART, 1.0, guest_boot_id="b", move=Move("h1", "h2", address="10.0.0.2:49152")),
     secrets={"s/k": SecretText("f" * 8, "text")},
     cause="cause-1",
 )  # fmt: skip
