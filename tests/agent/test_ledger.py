@@ -291,6 +291,26 @@ def test_a_damaged_file_is_set_aside_reported_and_made_good_by_a_snapshot(name: 
     run(story())
 
 
+@pytest.mark.parametrize("name", ["host.json", f"instances/{uid(1)}.json", f"private/{uid(1)}.json"])
+def test_a_file_that_the_file_system_has_lost_is_set_aside_too(tmp_path: Path, name: str) -> None:
+    """A power cut may leave a folder in a file's place, on a file system without a journal."""
+
+    async def story() -> None:
+        folder = tmp_path / "ledger"
+        wanted = Desired(1, 1, True, (with_secret(SECRET), instance(2)))
+        await (await loaded(OsFiles(folder))).accept(wanted)
+        (folder / name).unlink()
+        (folder / name / "in it").mkdir(parents=True)
+        after = await loaded(OsFiles(folder))
+        assert not after.host.complete and name in after.book.damage[0] and uid(2) in after.book.instances
+        await after.accept(wanted)
+        again = await loaded(OsFiles(folder))
+        assert again.host.complete and again.book.damage == ()
+        assert again.book.instances[uid(1)].desired.secrets["s/k"].text == SECRET
+
+    run(story())
+
+
 def test_a_disk_that_fails_fails_the_operation_and_changes_nothing() -> None:
     async def story() -> None:
         disk = SimulatedDisk()

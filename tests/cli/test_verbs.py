@@ -272,6 +272,7 @@ def test_volumes_are_among_all_and_are_pruned_after_who_uses_them(fleet: Fleet, 
     assert f"volume/{name}-v" in fleet.run("get", "all").ok()
     kept = fleet.run("apply", "-f", "-", "--prune", "-l", f"app={name}", stdin=volume).ok()
     assert f"environment/{name} pruned" in kept and f"volume/{name}-v pruned" not in kept
+    fleet.run("wait", f"env/{name}", "--for", "delete", "--timeout", "30s").ok()
     fleet.run("apply", "-f", "-", stdin=manifest(name, app=name)).ok()
     done = fleet.run("apply", "-f", "-", "--prune", "-l", f"app={name}", stdin=manifest(name, app=name)).ok()
     assert f"volume/{name}-v pruned" in done

@@ -16,6 +16,7 @@ Everything runs in the event loop's thread but for the system calls, which ``off
 """
 
 import asyncio
+import errno
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from casemate_agent.gpu.records import GpuEntry
 from casemate_agent.ledger.files import Files
@@ -43,6 +44,9 @@ from casemate_wire.stream import Desired
 log = logging.getLogger("casemate.agent.ledger")
 
 T = TypeVar("T")
+
+#: What a file system says of a file that a power cut or a bad disk has taken from it.
+LOST: Final = (errno.EISDIR, errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ELOOP)
 Offload = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 HOST_FILE = "host.json"
@@ -75,6 +79,10 @@ class Damaged(MachineError):
     """A file of the ledger is torn, altered, or of a later release."""
 
     reason = "LedgerDamaged"
+
+
+class Lost(Damaged):
+    """The file system does not have the file's content any more."""
 
 
 class Threaded:
@@ -367,16 +375,28 @@ def _with(record: InstanceRecord, files: Files, damage: list[str]) -> InstanceRe
     if not named:
         return record
     try:
-        plain = _decoded(files.read(path))
+        plain = _decoded(_bytes_of(files, path))
         kept: Texts = {str(place): (str(mark), str(text)) for place, (mark, text) in plain.items()}
     except (FileNotFoundError, Damaged, ValueError, TypeError, AttributeError) as error:
         damage.append(f"{path} cannot be read: {type(error).__name__}")
+        if isinstance(error, Lost):
+            files.rename(path, f"{FOLDER}/{record.uid}.texts.damaged")  # or nothing could be written in its place
         return record
     if any(kept.get(place, ("", ""))[0] != secret.fingerprint for place, secret in named.items()):
         damage.append(f"{path} does not have what the record names")
         return record
     texts = {place: SecretText(*kept[place]) for place in named}
     return replace(record, desired=replace(record.desired, secrets=texts))
+
+
+def _bytes_of(files: Files, name: str) -> bytes:
+    """A file's content. Raises Lost, and OSError where it is the machine that is short of something."""
+    try:
+        return files.read(name)
+    except OSError as error:
+        if error.errno not in LOST:
+            raise
+        raise Lost(f"cannot be read: {error.strerror}") from error
 
 
 def _load(files: Files) -> Book:
@@ -430,7 +450,7 @@ def _load_gpus(files: Files, damage: list[str]) -> dict[str, GpuEntry]:
 
 def _read(files: Files, kind: type[T], name: str, damage: list[str]) -> T | None:
     try:
-        return decode(kind, files.read(name))
+        return decode(kind, _bytes_of(files, name))
     except Damaged as error:
         damage.append(f"{name} {error}")
         files.rename(name, f"{name}.damaged")

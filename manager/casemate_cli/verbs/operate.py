@@ -223,6 +223,6 @@ def migrate(ctx: click.Context, arguments: tuple[str, ...], wait: bool, timeout:
     \b
     Examples:
       casemate migrate inst/hello-0
-      casemate migrate inst/hello-0 --to h2 --timeout 30m
+      casemate migrate inst/hello-0 --timeout 30m
     """
     operate(ctx, "migrate", arguments, wait, timeout, to_host=to_host)

@@ -172,7 +172,7 @@ def _build_disk(tree: Path, work: Path) -> None:
         file.truncate(recipe.DISK_MIB * 1024 * 1024)
     # libvirt starts every emulator that it finds, to ask it what it can: the one that nobody uses costs seconds, or a minute.
     (root / "usr/bin/qemu-system-i386").unlink()
-    options = ["-O", "^has_journal,^metadata_csum,^resize_inode", "-E", "lazy_itable_init=1,root_owner=0:0"]
+    options = ["-O", "^metadata_csum,^resize_inode", "-E", "lazy_itable_init=1,root_owner=0:0"]
     run(["mke2fs", "-q", "-t", "ext4", *options, "-m", "0", "-d", root, image])
     shutil.rmtree(root)
 
