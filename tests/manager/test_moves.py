@@ -1,13 +1,16 @@
 """What may be migrated, who may ask, and how each stage follows from what two hosts say. The whole is in tests/journeys."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from casemate_core.claims import GpuShare, VfClaim
 from casemate_core.errors import Conflict, InvalidSpec, NotFound
 from casemate_core.spec.access import Scope
 from casemate_core.spec.instance import InstanceState, Phase
 from casemate_core.spec.operation import OrderPhase, OrderState, Stage
+from casemate_core.spec.volume import Attached
 from casemate_manager.access import Denied, Grants, Principal
 from casemate_manager.fleet import acts, desired
 from casemate_manager.fleet.commands import Due, OperateAnswer, OperateInstances
@@ -209,6 +212,49 @@ def test_a_full_host_by_the_schedulers_own_words() -> None:
     made.apply(environment("other", memory_mib=5000))
     with pytest.raises(CannotMove, match="memory"):
         migrate(made, name="hello-0")
+
+
+@pytest.mark.parametrize(
+    "taken, told",
+    [
+        ({"gpus": ("GPU-1", "GPU-2")}, "it has 2 GPUs passed through"),
+        ({"shares": (GpuShare("GPU-1", 500),)}, "it has 1 shares of GPUs passed through"),
+        ({"vfs": (VfClaim("52:54:00:00:00:01", 0),)}, "it has 1 virtual functions of a NIC passed through"),
+        ({"devices": ("fec-1",)}, "it has 1 devices passed through"),
+    ],
+)
+def test_what_holds_a_part_of_its_host(taken: dict[str, Any], told: str) -> None:
+    made = fleet()
+    held = made.state.instance_placements[uid(made)]
+    for key, placement in held.items():
+        held[key] = replace(placement, claim=replace(placement.claim, **taken))
+    with pytest.raises(CannotMove, match=told):
+        migrate(made)
+    assert not made.state.operations and len(held) == 1
+
+
+def test_what_has_volumes_on_its_host() -> None:
+    made = fleet()
+    made.state.instances[uid(made)] = replace(made.state.instances[uid(made)], volumes=(Attached("data", "data"),))
+    with pytest.raises(CannotMove, match=r"its volumes \(data\) are on its host's own disk"):
+        migrate(made)
+
+
+@pytest.mark.parametrize(
+    "theirs, cpu, told", [("tcg", "Model A", "runs guests by tcg, not by kvm"), ("kvm", "Model B", "another CPU")]
+)
+def test_a_guest_stays_with_the_processor_that_it_sees(theirs: str, cpu: str, told: str) -> None:
+    made = fleet()
+    source = here(made)
+    target = "h2" if source == "h1" else "h1"
+    for host, how in ((source, "kvm"), (target, theirs)):
+        made.state.hosts[host] = replace(made.state.hosts[host], virtualisation=how)
+    held = made.state.instance_placements[uid(made)]
+    for key, placement in held.items():
+        held[key] = replace(placement, claim=replace(placement.claim, vcpus=(0,)))
+    made.tell(target, 1, report=HostReport(passage="elsewhere.example", cpu=cpu))
+    with pytest.raises(CannotMove, match=told):
+        migrate(made, target)
 
 
 def test_what_does_not_run() -> None:
