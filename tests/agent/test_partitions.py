@@ -301,9 +301,11 @@ async def test_what_no_vm_has_is_reclaimed_and_what_is_not_ours_stays(root: Path
     file_of(root, f"{SCOPE}/libvirt", "exclusive").write_text("5\n")
     file_of(root, f"{SCOPE}/libvirt/vcpu1", "exclusive").write_text("5\n")
     file_of(root, f"{SCOPE}/libvirt/vcpu1", "partition").write_text("isolated\n")
+    file_of(root, "system.slice", "exclusive").write_text("4\n")
     assert (await driver.look((), 5)).set_aside == cpus("2,4")
     await driver.reclaim(cpus("4"), 5)
     assert file_of(root, "machine.slice", "exclusive").read_text() == "2,5"
+    assert file_of(root, "system.slice", "exclusive").read_text() == "4\n", "it belongs to somebody else"
     assert await driver.look((), 5) == PartitionFacts({}, cpus("2"))
 
 

@@ -371,7 +371,7 @@ def test_an_up_that_is_interrupted_is_ended_by_down(fleet: Fleet, tmp_path: Path
     where = ("--dir", str(folder.root))
     child = fleet.start("dev", "up", "--simulated", "2", "--port", str(free_port()), *where)
     try:
-        give_up_s = time.monotonic() + 20
+        give_up_s = time.monotonic() + 60
         while not (folder.pids / "manager.json").exists():
             assert time.monotonic() < give_up_s
             time.sleep(0.02)

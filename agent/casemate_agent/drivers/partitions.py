@@ -28,6 +28,8 @@ CGROUPS = "sys/fs/cgroup"
 EXCLUSIVE, STATE = "cpuset.cpus.exclusive", "cpuset.cpus.partition"
 #: The cgroup of libvirt's below a VM's own.
 LIBVIRT = "libvirt"
+#: Where libvirt puts its VMs, with systemd and without. Another's cgroup is never written to, whatever threads it has.
+MACHINES = ("machine.slice", "machine")
 
 
 def why_not(root: Path) -> str:
@@ -76,7 +78,7 @@ class CgroupPartitions:
                 each = {number: _read(base / f"vcpu{number}") for number in numbers}
                 domains[pid] = tuple(each.get(n, Partition("not there")) for n in range(max(each, default=-1) + 1))
         aside = EMPTY
-        for folder, inner in self._permitted(self._top):
+        for folder, inner in self._of_machines():
             aside |= _cpus(folder / EXCLUSIVE) - inner
         return PartitionFacts(domains, aside)
 
@@ -123,16 +125,21 @@ class CgroupPartitions:
             write_attribute(folder / EXCLUSIVE, str(have | cpus), PartitionRefused)
 
     def _reclaim(self, cpus: CpuSet) -> None:
-        for folder, inner in self._permitted(self._top):
+        for folder, inner in self._of_machines():
             have = _cpus(folder / EXCLUSIVE)
             keep = have - (cpus - inner)
             if keep != have:
                 write_attribute(folder / EXCLUSIVE, str(keep) or "\n", PartitionRefused)
 
-    def _permitted(self, folder: Path) -> Iterator[tuple[Path, CpuSet]]:
+    def _of_machines(self) -> Iterator[tuple[Path, CpuSet]]:
+        """As `_permitted`, where libvirt's VMs are."""
+        for name in MACHINES:
+            yield from self._permitted(self._top, name)
+
+    def _permitted(self, folder: Path, names: str = "*") -> Iterator[tuple[Path, CpuSet]]:
         """Cgroups below that may take threads for themselves and are no partition, innermost first; and what those below each
         of them may."""
-        for path in sorted(folder.glob(f"*/{EXCLUSIVE}")):
+        for path in sorted(folder.glob(f"{names}/{EXCLUSIVE}")):
             if _cpus(path) and not _text(path.parent / STATE).startswith(("isolated", "root")):
                 yield from self._permitted(path.parent)
                 inner = EMPTY
