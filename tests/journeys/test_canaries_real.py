@@ -70,7 +70,8 @@ def test_neither_libvirt_nor_qemu_nor_a_disk_of_the_host_keeps_a_text(
     try:
         dev.up("--no-example", timeout_s=BOOT_S + 600)
         admin = ["virt-admin", "-c", f"libvirtd:///system?socket={dev.root}/virt/sock/libvirt-admin-sock"]
-        subprocess.run([*admin, "daemon-log-outputs", f"1:file:{debug}"], check=True, capture_output=True, timeout=60)
+        for setting in (("daemon-log-outputs", f"1:file:{debug}"), ("daemon-log-filters", "1:*")):
+            subprocess.run([*admin, *setting], check=True, capture_output=True, timeout=60)
         dev.run("apply", "-f", "-", stdin="\n---\n".join(map(json.dumps, (secret(), environment())))).ok()
         dev.until("the pod runs", lambda: dev.get("pod", "a-0.web").get("status", {}).get("ready"), BOOT_S)
         inside = dev.run("exec", "a-0.web", "--", "/bin/sh", "-c", "env; cat /s/*", timeout_s=180).ok()
