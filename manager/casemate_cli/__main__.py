@@ -54,7 +54,13 @@ def run(arguments: list[str] | None = None) -> int:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run())
+    try:
+        code = run()
+    except KeyboardInterrupt:
+        # Ctrl-C may arrive while another end is being told.
+        term.say("interrupted")
+        code = Exit.INTERRUPTED
+    sys.exit(code)
 
 
 if __name__ == "__main__":

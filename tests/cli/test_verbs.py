@@ -380,7 +380,7 @@ def test_an_up_that_is_interrupted_is_ended_by_down(fleet: Fleet, tmp_path: Path
     finally:
         child.kill()
         child.wait()
-    assert child.returncode == 130
+    assert child.returncode == 130, err
     assert "interrupted" in err
     assert processes.marked(folder)
     fleet.run("dev", "down", *where).ok()

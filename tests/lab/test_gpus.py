@@ -176,6 +176,9 @@ def test_the_real_cards_keep_the_contract(server: Server) -> None:
         server.start_agent()
     assert said.splitlines() == [f"{V0} virtio-pci", f"{E} nobody", f"{M} nobody"]
     server.until("it has joined again", server.joined)
+    server.until("what was left with the host is the host's own", lambda: is_in(server, V0, "HostOwned"))
+    ordered(server, "sanitise", V0)
+    server.until("it is clean", lambda: is_in(server, V0, "Free"))
 
 
 def test_who_holds_a_card_is_named_after_the_time_that_he_is_given(server: Server) -> None:
