@@ -9,12 +9,12 @@ earlier by a random part, so that hosts that joined together do not renew togeth
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Final
 
+from casemate_agent.enrolment.privatefile import write_private
 from casemate_core.errors import CallerError, MachineError
 
 #: Part of a certificate's life after which it is renewed, and the random part before that.
@@ -72,7 +72,7 @@ def load(folder: Path) -> Identity | None:
 
 def save(folder: Path, identity: Identity) -> None:
     """Write it, whole or not at all; durable when this returns. Raises OSError."""
-    _write(folder, FILE, json.dumps(asdict(identity)).encode())
+    write_private(folder, FILE, json.dumps(asdict(identity)).encode())
     (folder / PENDING).unlink(missing_ok=True)
 
 
@@ -88,22 +88,5 @@ def pending_key(folder: Path, token: str) -> bytes:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     key = new_key()
-    _write(folder, PENDING, json.dumps({"token": token, "key": key.decode()}).encode())
+    write_private(folder, PENDING, json.dumps({"token": token, "key": key.decode()}).encode())
     return key
-
-
-def _write(folder: Path, name: str, data: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fresh = folder / f"{name}.new"
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.rename(folder / name)
-    entries = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(entries)
-    finally:
-        os.close(entries)

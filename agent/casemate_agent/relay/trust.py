@@ -14,13 +14,13 @@ replaced as a whole and fsynced.
 import asyncio
 import json
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from casemate_agent.enrolment.privatefile import write_private
 from casemate_agent.uplink.transport import BrokenOff, Stream
 from casemate_core.errors import CallerError, MachineError, shown
 from casemate_core.spec.meta import NAME
@@ -84,7 +84,7 @@ def load(folder: Path) -> Trusted | None:
 
 def save(folder: Path, trusted: Trusted) -> None:
     """Durable when this returns. Raises OSError."""
-    _write(folder, FILE, json.dumps({"host": trusted.host, "pins": trusted.pins}).encode())
+    write_private(folder, FILE, json.dumps({"host": trusted.host, "pins": trusted.pins}).encode())
 
 
 def sealing_key(folder: Path) -> "X25519PrivateKey":
@@ -94,7 +94,7 @@ def sealing_key(folder: Path) -> "X25519PrivateKey":
     found = load_sealing(folder)
     if found is None:
         found = X25519PrivateKey.generate()
-        _write(folder, SEALING, found.private_bytes_raw())
+        write_private(folder, SEALING, found.private_bytes_raw())
     return found
 
 
@@ -109,22 +109,6 @@ def load_sealing(folder: Path) -> "X25519PrivateKey | None":
         return None
     except (OSError, ValueError) as error:
         raise TrustDamaged(f"{path}: {error}; remove it and join again by a new token") from error
-
-
-def _write(folder: Path, name: str, data: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{name}.new"
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.rename(folder / name)
-    entries = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(entries)
-    finally:
-        os.close(entries)
 
 
 def checked(host: str, pin: str) -> Trusted:
